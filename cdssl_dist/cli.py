@@ -1,0 +1,45 @@
+"""``cdssl``: one command for each thing that people do."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from cdssl_dist import __version__
+
+# command → module with a ``main(argv) -> int``, and what it does
+COMMANDS: Final = {
+    "shard": ("sharding.__main__", "turn crystal databases into a data set of shards"),
+    "pretrain": ("cdssl_dist.pretrain", "pretrain an encoder on a data set (also: python -m cdssl_dist.pretrain)"),
+    "finetune": ("cdssl_dist.finetune", "fine-tune a registered encoder on labeled crystals"),
+    "registry": ("cdssl_dist.registry_cli", "list, show, pull, promote and roll back registered encoders"),
+    "demo": ("cdssl_dist.demo", "the whole path on crystals that ship with pymatgen"),
+    "doctor": ("cdssl_dist.doctor", "check this machine and this installation"),
+}
+
+
+def usage() -> str:
+    """The list of commands."""
+    lines = [f"cdssl {__version__}: pretrain crystal encoders, and use them", "", "usage: cdssl COMMAND [--help] …", ""]
+    return "\n".join(lines + [f"  {name:10} {what}" for name, (_, what) in COMMANDS.items()])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Dispatch; a command's module is imported only when it is called."""
+    name, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        print(__version__)
+        return 0
+    if name not in COMMANDS:
+        print(f"error: no command {name!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    return int(importlib.import_module(COMMANDS[name][0]).main(rest))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

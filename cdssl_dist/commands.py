@@ -1,0 +1,42 @@
+"""What all commands share: a parser, and errors of the user said in one line."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+DONE, FAILED, WRONG_USE = 0, 1, 2
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser named as the user calls it; what is shown by default is in the help."""
+
+    def __init__(self, prog: str, description: str, **more: Any) -> None:
+        super().__init__(prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **more)
+
+
+def command(main: Callable[..., int]) -> Callable[..., int]:
+    """Turn errors into a line and an exit code: 2 for what the user can mend (a ``ValueError``), 1 for the rest.
+
+    A traceback is for our own bugs; CDSSL_TRACEBACK=1 shows it for every error.
+    """
+
+    @functools.wraps(main)
+    def run(*args: Any, **kwargs: Any) -> int:
+        try:
+            return main(*args, **kwargs)
+        except (ValueError, RuntimeError, OSError) as why:
+            named = type(why).__module__.split(".")[0] in ("cdssl_dist", "sharding") or isinstance(why, OSError)
+            if os.environ.get("CDSSL_TRACEBACK") or not named:
+                raise
+            print(f"error: {why}", file=sys.stderr)
+            return WRONG_USE if isinstance(why, ValueError) else FAILED
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    return run

@@ -1,0 +1,275 @@
+"""The whole configuration of a run, typed. Unknown keys and wrong types are errors that name the key.
+
+A run is configured by a YAML file and ``section.key=value`` overrides; what is left out has the defaults below.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import importlib.resources
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key."""
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and strict about names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    """What is trained on, and how it is cut into steps."""
+
+    path: str | None = None  # folder of a data set; CDSSL_DATA where left out
+    packs_per_step: int = Field(8, ge=1)  # P: the global batch, whatever the number of ranks
+    blocks_per_pack: int = Field(1, ge=1)  # k: the micro-batch of one rank
+    prefetch: int = Field(4, ge=1)  # packs that are read ahead
+    val_packs: int | None = Field(None, ge=1)  # of one validation; all where left out
+
+
+class GraphConfig(Section):
+    """The Gaussian expansion of distances. The cutoff is the data set's."""
+
+    centers: int = Field(100, ge=2)
+    gamma: float = Field(0.5, gt=0)  # Å
+    margin: float = Field(1.0, ge=0)  # Å; centres lie on [0, cutoff + margin]
+
+
+class NoiseConfig(Section):
+    """The displacement of atoms."""
+
+    sigma: float | tuple[float, float] = 0.3  # Å; a pair means log-uniform per graph
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _positive(self) -> NoiseConfig:
+        low, high = self.range
+        if not 0 < low <= high:
+            raise ValueError("sigma must be positive, and a pair in ascending order")
+        return self
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Smallest and largest σ, Å."""
+        return self.sigma if isinstance(self.sigma, tuple) else (self.sigma, self.sigma)
+
+
+class ModelConfig(Section):
+    """MEGNet."""
+
+    width: int = Field(32, ge=1)  # of node, edge and state vectors
+    hidden: int = Field(64, ge=1)  # of the layers inside an update
+    blocks: int = Field(3, ge=1)
+    seed: int = 0  # of the initial weights
+
+
+class OptimConfig(Section):
+    """AdamW."""
+
+    lr: float = Field(2e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(1.0, ge=0)  # largest gradient norm; 0 does not clip
+
+
+class ScheduleConfig(Section):
+    """The learning rate, as a function of applied steps."""
+
+    steps: int = Field(10_000, ge=1)  # consumed steps: the length of the run
+    kind: Literal["cosine", "constant", "wsd"] = "cosine"
+    warmup: int = Field(100, ge=0)
+    decay: float = Field(0.2, gt=0, le=1)  # share of the run in which wsd decays
+    final: float = Field(0.01, ge=0, le=1)  # of lr, at the end
+
+
+class EngineConfig(Section):
+    """DeepSpeed."""
+
+    stage: Literal[0, 1, 2, 3] = 1  # ZeRO
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = Field(1, ge=1)  # of each worker, on CPU
+    deepspeed: dict[str, Any] = Field(default_factory=dict)  # passed through; contradictions are errors
+
+
+class GuardConfig(Section):
+    """What is done about the gradient norm; see ``guard.py``."""
+
+    on_spike: Literal["clip", "skip"] = "skip"
+    warmup: int = Field(50, ge=2)  # norms seen before any verdict on a finite one
+    memory: float = Field(0.99, gt=0, lt=1)  # of the running statistics
+    z_spike: float = Field(6.0, gt=0)  # in standard deviations of the log norm
+    min_deviation: float = Field(0.1, gt=0)  # of the log norm: quiet runs are not all spikes
+    rollback_after: int = Field(5, ge=2)  # bad steps in a row
+    max_rollbacks: int = Field(3, ge=0)
+    rollback_lr: float = Field(0.5, gt=0, le=1)  # factor on the learning rate
+    max_bad_share: float = Field(0.1, gt=0, le=1)  # of the last 1000 steps; more stops the run
+
+
+class CheckpointConfig(Section):
+    """When state is saved, and what is kept."""
+
+    every: int = Field(500, ge=1)  # steps
+    keep: int = Field(2, ge=1)
+    quiet: int = Field(50, ge=0)  # applied steps after which a checkpoint is known to be good
+
+
+class ClusterConfig(Section):
+    """Ray Train."""
+
+    address: str | None = None  # of a running cluster; else one is started in this process
+    workers: int = Field(1, ge=1)
+    gpus_per_worker: float = Field(0.0, ge=0)
+    cpus_per_worker: float = Field(1.0, gt=0)
+    max_failures: int = Field(3, ge=-1)  # restarts of the worker group; −1 means any number
+
+
+class TrackingConfig(Section):
+    """MLflow, metrics and validation."""
+
+    uri: str | None = None  # MLFLOW_TRACKING_URI, else a SQLite file beside the run
+    experiment: str = "cdssl-pretrain"
+    every: int = Field(20, ge=1)  # steps between lines of metrics
+    validate_every: int = Field(500, ge=1)  # steps; a validation always ends the run
+    baseline_packs: int = Field(32, ge=1)  # training packs that skill_edge's reference is fitted on
+
+
+class RegistryConfig(Section):
+    """Where the encoder goes when the run is done."""
+
+    name: str | None = "cdssl-encoder"  # none: not registered
+
+
+class Config(Section):
+    """One pretraining run."""
+
+    run: str = "runs/pretrain"  # the run folder
+    data: DataConfig = DataConfig()
+    graph: GraphConfig = GraphConfig()
+    noise: NoiseConfig = NoiseConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    engine: EngineConfig = EngineConfig()
+    guard: GuardConfig = GuardConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    registry: RegistryConfig = RegistryConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.cluster.workers > self.data.packs_per_step:
+            raise ValueError(
+                f"cluster.workers={self.cluster.workers} exceeds data.packs_per_step={self.data.packs_per_step}: "
+                "some workers would never get a pack; lower the one or raise the other"
+            )
+        return self
+
+    @property
+    def data_path(self) -> str:
+        """The folder of the data set.
+
+        Raises:
+            ConfigError: where neither ``data.path`` nor CDSSL_DATA says it.
+        """
+        path = self.data.path or os.environ.get("CDSSL_DATA")
+        if not path:
+            raise ConfigError(
+                "no data set given: set data.path=FOLDER or CDSSL_DATA=FOLDER "
+                "(make one with: cdssl shard SOURCE --out FOLDER)"
+            )
+        return path
+
+    def digest(self) -> str:
+        """SHA-256 of what decides the encoder: not of paths, cluster size or bookkeeping."""
+        content = self.model_dump(mode="json", exclude={"run", "cluster", "tracking", "registry", "checkpoint"})
+        content["data"].pop("path"), content["data"].pop("prefetch")
+        content["engine"].pop("threads")
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def packaged(name: str) -> Path:
+    """The path of a configuration that ships with the package, e.g. ``pretrain/base.yaml``."""
+    installed = Path(str(importlib.resources.files("cdssl_dist"))) / "configs" / name
+    checkout = Path(__file__).parent.parent / "configs" / name
+    return checkout if checkout.exists() else installed
+
+
+def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration.
+
+    Args:
+        path: a YAML file; the packaged ``pretrain/base.yaml`` where left out.
+        overrides: ``section.key=value``, the value in YAML.
+
+    Raises:
+        ConfigError: where the file cannot be read, or a key or a value is wrong.
+    """
+    path = Path(path) if path else packaged("pretrain/base.yaml")
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except OSError as why:
+        raise ConfigError(f"{path}: cannot be read ({why.strerror})") from None
+    except yaml.YAMLError as why:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(why).split())})") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold sections such as data: and model:")
+    for override in overrides:
+        _override(content, override)
+    return parse(content, str(path))
+
+
+def parse(content: dict[str, Any], where: str = "config") -> Config:
+    """Validate; see ``load``."""
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError("; ".join(f"{where}: {_explain(e)}" for e in error.errors())) from None
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *sections, last = key.split(".")
+    if not equals or not all([*sections, last]):
+        raise ConfigError(f"{override!r}: an override has the form section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{override!r}: the value is not YAML") from None
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)  # YAML 1.1 reads 1e-3 as text
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise ConfigError(f"{override!r}: {section} is not a section")
+    content[last] = value
+
+
+def _explain(error: Any) -> str:
+    """One line for one of pydantic's errors; for an unknown key, the nearest known one."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        return (
+            f"{where}: {error['msg']} (got {error['input']!r})" if where else error["msg"].removeprefix("Value error, ")
+        )
+    model: Any = Config
+    for part in error["loc"][:-1]:
+        model = model.model_fields[part].annotation
+    near = difflib.get_close_matches(str(error["loc"][-1]), list(model.model_fields), n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(model.model_fields)}"
+    return f"{where}: unknown key{hint}"

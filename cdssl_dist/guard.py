@@ -1,0 +1,135 @@
+"""The gradient guard: a pure state machine that looks at the norm of every step before it is applied.
+
+Statistics are of the logarithm of the norm, exponentially weighted. A non-finite norm is never applied and never
+enters the statistics; a spike enters clipped, so that a lasting rise is accepted after a while and not skipped for
+ever. Several bad steps in a row ask for a roll-back, too many in all for a stop.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+Verdict = Literal["apply", "clip", "skip", "rollback", "stop"]
+VERDICTS: Final = ("apply", "clip", "skip", "rollback", "stop")
+WINDOW: Final = 1000  # steps in which the share of bad ones is watched
+
+
+@dataclass(frozen=True, slots=True)
+class GuardRules:
+    """Every threshold; see ``config.GuardConfig`` for what each means."""
+
+    on_spike: Literal["clip", "skip"] = "skip"
+    warmup: int = 50
+    memory: float = 0.99
+    z_spike: float = 6.0
+    min_deviation: float = 0.1
+    rollback_after: int = 5
+    max_rollbacks: int = 3
+    rollback_lr: float = 0.5
+    max_bad_share: float = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class GuardState:
+    """All that the guard remembers. Saved with a checkpoint, and rolls back with it."""
+
+    seen: int = 0  # finite norms
+    mean: float = 0.0  # of the log norm
+    variance: float = 0.0
+    bad_in_row: int = 0
+    bad_recent: float = 0.0  # bad steps of the last WINDOW, exponentially forgotten
+    applied: int = 0  # steps
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What is done with one step, and why."""
+
+    verdict: Verdict
+    z: float  # of the log norm; nan before there are statistics, inf for a non-finite norm
+    reason: str = ""
+
+    @property
+    def code(self) -> float:
+        """The verdict as a number, for metrics: 0 apply, 1 clip, 2 skip, 3 rollback, 4 stop."""
+        return float(VERDICTS.index(self.verdict))
+
+
+class GuardStop(RuntimeError):
+    """The guard gave up; the message says what was seen."""
+
+
+class Guard:
+    """The state machine with its state, for a loop that asks once a step."""
+
+    def __init__(self, rules: GuardRules) -> None:
+        self.rules, self.state = rules, GuardState()
+        self.norm, self.last = math.nan, Judgement("apply", math.nan)
+
+    def judge(self, norm: float, rollbacks: int) -> None:
+        """Judge a step; ``last`` is the judgement."""
+        self.norm = norm
+        self.last, self.state = judge(norm, self.state, self.rules, rollbacks)
+
+
+def z_score(norm: float, state: GuardState, rules: GuardRules) -> float:
+    """How far the log norm is above its running mean, in running standard deviations."""
+    if not math.isfinite(norm):
+        return math.inf
+    if state.seen < 2:
+        return math.nan
+    deviation = max(math.sqrt(state.variance), rules.min_deviation)
+    return (math.log(max(norm, 1e-30)) - state.mean) / deviation
+
+
+def judge(norm: float, state: GuardState, rules: GuardRules, rollbacks: int = 0) -> tuple[Judgement, GuardState]:
+    """One step.
+
+    Args:
+        norm: global gradient norm, all-reduced; NaN or infinite where a gradient is.
+        state: before the step.
+        rules: thresholds.
+        rollbacks: how often the run was rolled back already (from the ledger, which no checkpoint resets).
+
+    Returns:
+        The judgement and the state after it.
+    """
+    z = z_score(norm, state, rules)
+    finite = math.isfinite(norm)
+    spike = finite and state.seen >= rules.warmup and z > rules.z_spike
+    bad = spike or not finite
+    state = _count(state, bad)
+    if finite:
+        state = _learn(norm, state, rules, limit=rules.z_spike if spike else None)
+    if not bad:
+        return Judgement("apply", z), replace(state, applied=state.applied + 1)
+
+    what = f"gradient norm {norm:.4g}" + (f", {z:.1f} deviations above the usual" if spike else "")
+    if state.bad_recent > rules.max_bad_share * WINDOW:
+        return Judgement("stop", z, f"{what}; {state.bad_recent:.0f} bad steps of the last {WINDOW}"), state
+    if state.bad_in_row >= rules.rollback_after:
+        if rollbacks >= rules.max_rollbacks:
+            return Judgement("stop", z, f"{what}; {state.bad_in_row} in a row after {rollbacks} roll-backs"), state
+        return Judgement("rollback", z, f"{what}; {state.bad_in_row} bad steps in a row"), state
+    if finite and rules.on_spike == "clip":
+        return Judgement("clip", z, what), replace(state, applied=state.applied + 1)
+    return Judgement("skip", z, what), state
+
+
+def _count(state: GuardState, bad: bool) -> GuardState:
+    recent = state.bad_recent * (1.0 - 1.0 / WINDOW) + bad
+    return replace(state, bad_in_row=state.bad_in_row + 1 if bad else 0, bad_recent=recent)
+
+
+def _learn(norm: float, state: GuardState, rules: GuardRules, limit: float | None) -> GuardState:
+    """Update the running mean and variance; the first norms weigh equally, as in a plain average."""
+    value = math.log(max(norm, 1e-30))
+    if limit is not None:
+        value = min(value, state.mean + limit * max(math.sqrt(state.variance), rules.min_deviation))
+    seen = state.seen + 1
+    rate = max(1.0 / seen, 1.0 - rules.memory)
+    delta = value - state.mean
+    variance = (1.0 - rate) * (state.variance + rate * delta * delta)
+    return replace(state, seen=seen, mean=state.mean + rate * delta, variance=variance)

@@ -1,0 +1,173 @@
+"""Labeled crystals in memory, for everything downstream: from a data set of shards, or straight from a database."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import gemmi
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from cdssl_dist.batch import GraphBatch, collate, widen
+from cdssl_dist.loader import DataSet
+from sharding.block import decode
+from sharding.crystal import SYMBOLS, Crystal, Refusal, reduced_formula
+from sharding.graph import Multigraphs, build, concatenate
+from sharding.manifest import DataSetError
+from sharding.progress import Progress
+from sharding.sources import ReadOptions, open_source, parse_records
+
+DALTON_PER_CUBIC_ANGSTROM: Final = 1.66053906660  # in g/cm³ (CODATA 2018)
+CRYSTALS_AT_ONCE: Final = 512
+_ATOMIC_WEIGHT: Final = np.array([0.0] + [gemmi.Element(z).weight for z in range(1, len(SYMBOLS))])  # Da
+
+
+@dataclass(frozen=True)
+class Labeled:
+    """Crystals with one number each."""
+
+    graphs: Multigraphs
+    target: NDArray[np.float64]  # (n,)
+    groups: list[str]  # crystals of one group never straddle a split
+    name: str  # of the target
+    unit: str
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def batch(self, index: NDArray[np.int64], device: torch.device) -> tuple[GraphBatch, torch.Tensor]:
+        """Some of the crystals as one batch, and their targets (n,) f32."""
+        target = torch.from_numpy(self.target[index]).float().to(device)
+        return batch_of(self.graphs.take(index), device), target
+
+
+def batch_of(graphs: Multigraphs, device: torch.device) -> GraphBatch:
+    """Multigraphs as one batch, without padding to a static shape; the last graph of the batch is padding."""
+    arrays = {name: getattr(graphs, name) for name in _BATCHED}
+    return widen(collate([arrays], [(0, 0)]).to(device))
+
+
+_BATCHED: Final = (
+    "n_atoms",
+    "n_edges",
+    "lattice",
+    "atomic_numbers",
+    "positions",
+    "edge_src",
+    "edge_dst",
+    "edge_shift",
+)
+
+
+def volume(graphs: Multigraphs) -> NDArray[np.float64]:
+    """Å³ of each cell: (G,)."""
+    return np.abs(np.linalg.det(graphs.lattice.astype(np.float64)))
+
+
+def density(graphs: Multigraphs) -> NDArray[np.float64]:
+    """Mass density of each crystal, g/cm³, from its cell and the standard atomic weights: (G,)."""
+    mass = _ATOMIC_WEIGHT[graphs.atomic_numbers]
+    starts = np.concatenate([[0], np.cumsum(graphs.n_atoms, dtype=np.int64)[:-1]])
+    return DALTON_PER_CUBIC_ANGSTROM * np.add.reduceat(mass, starts) / volume(graphs)
+
+
+def volume_per_atom(graphs: Multigraphs) -> NDArray[np.float64]:
+    """Å³ per atom: (G,)."""
+    return volume(graphs) / graphs.n_atoms
+
+
+# Targets that need no label: name → how it is computed, and its unit.
+COMPUTED: Final[dict[str, tuple[Callable[[Multigraphs], NDArray[np.float64]], str]]] = {
+    "computed:density": (density, "g/cm³"),
+    "computed:volume_per_atom": (volume_per_atom, "Å³/atom"),
+}
+
+
+def load_labeled(path: str, target: str, cutoff: float, split: str | None = None) -> Labeled:
+    """Crystals that have a target.
+
+    Args:
+        path: a data set of shards, or anything that ``cdssl shard`` reads.
+        target: a label or column, or one of ``COMPUTED``.
+        cutoff: of the encoder that will see them, Å.
+        split: which split of a data set of shards; all of them where left out.
+
+    Raises:
+        DataSetError: where the target does not exist, no crystal has it, or the cutoff is another one.
+    """
+    if Path(path, "manifest.json").exists() or Path(path).is_dir():
+        graphs, groups, unit = _from_shards(path, target, cutoff, split)
+    else:
+        graphs, groups, unit = _from_source(path, target, cutoff)
+    if target in COMPUTED:
+        compute, unit = COMPUTED[target]
+        values = compute(graphs)
+    else:
+        values = graphs.labels[target].astype(np.float64)
+    known = np.flatnonzero(np.isfinite(values))
+    if len(known) == 0:
+        raise DataSetError(f"{path}: no crystal has a finite value of {target!r}")
+    return Labeled(graphs.take(known), values[known], [groups[i] for i in known], target, unit)
+
+
+def _from_shards(path: str, target: str, cutoff: float, split: str | None) -> tuple[Multigraphs, list[str], str]:
+    data = DataSet(path)
+    manifest = data.manifest
+    if abs(manifest.cutoff - cutoff) > 1e-6:
+        raise DataSetError(
+            f"{path}: graphs with a cutoff of {manifest.cutoff} Å, the encoder wants {cutoff} Å; "
+            f"shard again with --cutoff {cutoff}"
+        )
+    if target not in COMPUTED and target not in manifest.labels:
+        raise DataSetError(f"{path}: no label {target!r}; {_known(manifest.labels)}")
+    splits = [split] if split else [s for s, c in manifest.splits.items() if c["blocks"]]
+    blocks = [int(b) for s in splits for b in data.table(s).block]
+    graphs = concatenate([decode(data.read(b)) for b in blocks])
+    table = pq.read_table(Path(path) / "graphs.parquet", columns=["key", "group"])
+    group_of = dict(zip(table["key"].to_pylist(), table["group"].to_pylist(), strict=True))
+    unit = manifest.labels.get(target, {}).get("unit", "")
+    return graphs, [group_of[key] for key in graphs.keys], unit
+
+
+def _from_source(path: str, target: str, cutoff: float) -> tuple[Multigraphs, list[str], str]:
+    labels = {} if target in COMPUTED else {target: target}
+    source = open_source(path, ReadOptions(labels=labels))
+    parts: list[Multigraphs] = []
+    groups: list[str] = []
+    refused = 0
+    with Progress("read", "crystals") as progress:
+        for crystals, unreadable in _batches(parse_records(source, source.records())):
+            graphs, bad = build(crystals, cutoff, tuple(labels))
+            refused += unreadable + len(bad)
+            parts.append(graphs)
+            groups += [c.group or reduced_formula(c.atomic_numbers) for i, c in enumerate(crystals) if i not in bad]
+            progress.add(len(graphs))
+    if refused:
+        print(f"{path}: {refused} inputs cannot be used; `cdssl shard` lists them with their reasons")
+    if not parts or sum(len(p) for p in parts) == 0:
+        raise DataSetError(f"{path}: no crystal can be used ({refused} were refused)")
+    return concatenate(parts), groups, source.units.get(target, "unknown unit")
+
+
+def _batches(items: Iterator[Crystal | Refusal]) -> Iterator[tuple[list[Crystal], int]]:
+    crystals: list[Crystal] = []
+    refused = 0
+    for item in items:
+        if isinstance(item, Refusal):
+            refused += 1
+        else:
+            crystals.append(item)
+        if len(crystals) == CRYSTALS_AT_ONCE:
+            yield crystals, refused
+            crystals, refused = [], 0
+    yield crystals, refused
+
+
+def _known(names: dict[str, dict[str, str]]) -> str:
+    listed = ", ".join([*names, *COMPUTED])
+    return f"known are {listed} (labels are carried along by cdssl shard --label NAME=COLUMN)"

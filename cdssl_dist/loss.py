@@ -1,0 +1,105 @@
+"""The pretext loss and the figures that tell what it is worth, all as sums that add up over packs and ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BINS = 512  # of the displaced distance, in the reference of skill_edge
+
+# Order of the sums in a vector of figures; each is over scored edges and features.
+SUMS = ("edges", "squared", "absolute", "noisy", "mean", "single")
+
+
+def squared_error(predicted: Tensor, target: Tensor, scored: Tensor) -> Tensor:
+    """Σ over scored edges and features of (ê − e)², f32."""
+    error = (predicted - target) * scored[:, None]
+    return (error * error).sum()
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """What can be said of a clean embedding without messages: fitted on training packs."""
+
+    mean: Tensor  # (M,) the mean embedding
+    table: Tensor  # (BINS, M) the mean embedding given the bin of the displaced distance
+    end: float  # Å, upper end of the last bin
+
+    def predict(self, displaced: Tensor) -> Tensor:
+        """Best function of the displaced distance alone: (E,) Å → (E, M)."""
+        return self.table.index_select(0, bin_of(displaced, self.end))
+
+
+def bin_of(distance: Tensor, end: float) -> Tensor:
+    """(E,) Å → (E,) i64 bin."""
+    return (distance * (BINS / end)).long().clamp(0, BINS - 1)
+
+
+def baseline_sums(target: Tensor, displaced: Tensor, scored: Tensor, end: float) -> Tensor:
+    """What a baseline is fitted from: (BINS, M + 1) f64, sums of embeddings and, last, counts. Adds up over packs."""
+    weighted = torch.cat([target, torch.ones_like(target[:, :1])], dim=1) * scored[:, None]
+    sums = torch.zeros(BINS, weighted.shape[1], dtype=torch.float64, device=target.device)
+    return sums.index_add(0, bin_of(displaced, end), weighted.double())
+
+
+def fit_baseline(sums: Tensor, end: float) -> Baseline:
+    """The baseline from the sums over all fitting packs. Empty bins predict the overall mean."""
+    total = sums.sum(dim=0)
+    mean = total[:-1] / total[-1].clamp(min=1)
+    counts = sums[:, -1:]
+    table = torch.where(counts > 0, sums[:, :-1] / counts.clamp(min=1), mean)
+    return Baseline(mean.float(), table.float(), end)
+
+
+def figures(
+    predicted: Tensor, target: Tensor, noisy: Tensor, displaced: Tensor, scored: Tensor, baseline: Baseline
+) -> Tensor:
+    """The sums behind all metrics, in the order of ``SUMS``: (6,) f64.
+
+    Args:
+        predicted, target, noisy: (E, M) ê, e(d) and e(d̃).
+        displaced: (E,) d̃, Å.
+        scored: (E,) bool.
+        baseline: see above.
+    """
+    weight = scored[:, None]
+
+    def squares(guess: Tensor) -> Tensor:
+        error = (guess - target) * weight
+        return (error * error).sum().double()
+
+    absolute = ((predicted - target).abs() * weight).sum().double()
+    return torch.stack(
+        [
+            scored.sum().double(),
+            squares(predicted),
+            absolute,
+            squares(noisy),
+            squares(baseline.mean),
+            squares(baseline.predict(displaced)),
+        ]
+    )
+
+
+def metrics_of(sums: Tensor, features: int) -> dict[str, float]:
+    """Metrics from summed figures: divided once, at the end.
+
+    Returns:
+        ``loss`` (per scored edge), ``mae`` (per feature), ``r2`` against the mean embedding, ``skill`` against the
+        noisy embedding handed back, ``skill_edge`` against the best function of the displaced distance alone.
+    """
+    edges, squared, absolute, noisy, mean, single = (float(v) for v in sums)
+    edges = max(edges, 1.0)
+
+    def skill(reference: float) -> float:
+        return 1.0 - squared / reference if reference > 0 else float("nan")
+
+    return {
+        "loss": squared / edges,
+        "mae": absolute / (edges * features),
+        "r2": skill(mean),
+        "skill": skill(noisy),
+        "skill_edge": skill(single),
+    }

@@ -1,0 +1,73 @@
+"""Pretrain an encoder: the story of a run.
+
+python -m cdssl_dist.pretrain --config configs/pretrain/base.yaml data.path=FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from cdssl_dist import cluster, registry, tracking
+from cdssl_dist.commands import Parser, command
+from cdssl_dist.config import Config, load
+from sharding.manifest import Manifest, read_manifest
+
+PREEMPTED = 75  # the exit code of a run that was stopped and saved: run it again
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, register the encoder, say what came out."""
+    parser = Parser(
+        "cdssl pretrain", "Pretrain a crystal encoder on a data set of shards, on the workers of a Ray cluster."
+    )
+    parser.add_argument("--config", help="YAML file; the packaged configs/pretrain/base.yaml where left out")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file's"
+    )
+    args = parser.parse_args(argv)
+    return pretrain(load(args.config, args.overrides))
+
+
+def pretrain(config: Config) -> int:
+    """Run one pretraining, from where it stopped before; returns the exit code."""
+    manifest = read_manifest(config.data_path)
+    config = prepare(config)
+    folder = Path(config.run)
+
+    with tracking.follow(folder, config, params=about(manifest), tags={"data_digest": manifest.digest}) as tracked:
+        complete = cluster.launch(config)
+    if not complete:
+        print(f"stopped with its state saved; run the same command again to go on ({folder})", file=sys.stderr)
+        return PREEMPTED
+
+    print(f"encoder: {folder / 'encoder.safetensors'}")
+    if config.registry.name:
+        uri = tracking.tracking_uri(config.tracking.uri, folder.parent)
+        registered = registry.register(folder, config.registry.name, uri, tracked.run_id)
+        print(registered)
+    return 0
+
+
+def prepare(config: Config) -> Config:
+    """Absolute paths, since workers have folders of their own, and the run folder with its configuration."""
+    folder = Path(config.run).resolve()
+    data = config.data.model_copy(update={"path": str(Path(config.data_path).resolve())})
+    config = config.model_copy(update={"run": str(folder), "data": data})
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    return config
+
+
+def about(manifest: Manifest) -> dict[str, str]:
+    """What a run's record says of its data."""
+    counts = {f"data.{split}.{name}": str(n) for split, c in manifest.splits.items() for name, n in c.items()}
+    return counts | {"data.digest": manifest.digest, "data.cutoff": str(manifest.cutoff)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

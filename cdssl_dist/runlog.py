@@ -1,0 +1,125 @@
+"""The run folder: what a run writes as it goes, and the ledger that no checkpoint resets."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sharding.manifest import write_atomically
+
+
+class RunLog:
+    """Appends to ``metrics.jsonl`` and ``events.jsonl``, rewrites ``status.json``; rank 0 only.
+
+    Args:
+        folder: of the run.
+        cursor: lines of steps at or after it are from a life that did not reach a checkpoint, and are cut.
+        echo: also print what is said to people.
+    """
+
+    def __init__(self, folder: Path, cursor: int, echo: bool = True) -> None:
+        self.folder, self.echo = folder, echo
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "events.jsonl"):
+            _cut(folder / name, cursor)
+        self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)
+        self._events = open(folder / "events.jsonl", "a", buffering=1)
+        self._train = open(folder / "train.log", "a", buffering=1)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics; ``step`` is the number of consumed steps."""
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._metrics.write(json.dumps({"step": step, "time": _now(), **finite}) + "\n")
+
+    def event(self, step: int, kind: str, **about: Any) -> None:
+        """Something that happened once: a verdict, a checkpoint, a roll-back."""
+        self._events.write(json.dumps({"step": step, "time": _now(), "event": kind, **about}, default=str) + "\n")
+        if kind != "checkpoint":
+            self.say(f"step {step}: {kind}: " + ", ".join(f"{k} {v}" for k, v in about.items() if k != "packs"))
+
+    def status(self, **about: Any) -> None:
+        """What the run is doing, for whoever asks."""
+        write_atomically(self.folder / "status.json", json.dumps({"time": _now(), **about}, indent=1).encode())
+
+    def say(self, line: str) -> None:
+        """A line for people: into ``train.log``, which the driver of a cluster run prints as it grows."""
+        self._train.write(line + "\n")
+        if self.echo:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Sync and close."""
+        for file in (self._metrics, self._events, self._train):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+
+
+def _now() -> int:
+    """Milliseconds since the epoch, as MLflow counts."""
+    return time.time_ns() // 1_000_000
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a JSON-lines file; a torn last line is not one."""
+    if not path.exists():
+        return []
+    *whole, _ = path.read_text().split("\n")
+    return [json.loads(line) for line in whole if line]
+
+
+def _cut(path: Path, cursor: int) -> None:
+    kept = [line for line in read_lines(path) if line["step"] <= cursor]
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """Weights went back to a checkpoint; data went on."""
+
+    to: int  # cursor of the checkpoint that was loaded
+    resumed_at: int  # cursor from which the run went on
+    reason: str
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What the guard did that must outlive a roll-back and a kill; ``guard-ledger.json``."""
+
+    rollbacks: list[Rollback] = field(default_factory=list)
+
+    def resume_point(self, cursor: int) -> int | None:
+        """Where to go on from a checkpoint at ``cursor``; None where the checkpoint was rolled back over.
+
+        A roll-back from b to a makes checkpoints between the two worthless, and sends those up to a on to b.
+        """
+        for rollback in reversed(self.rollbacks):
+            if cursor >= rollback.resumed_at:
+                return cursor
+            if cursor > rollback.to:
+                return None
+            if cursor == rollback.to:
+                return rollback.resumed_at
+        return cursor
+
+    def with_rollback(self, rollback: Rollback) -> Ledger:
+        """One more."""
+        return Ledger([*self.rollbacks, rollback])
+
+    def write(self, folder: Path) -> None:
+        """Synced before anything is reloaded, so that a kill cannot forget it."""
+        write_atomically(folder / "guard-ledger.json", json.dumps(asdict(self), indent=1).encode())
+
+    @staticmethod
+    def read(folder: Path) -> Ledger:
+        """The ledger of a run; empty for a new one."""
+        path = folder / "guard-ledger.json"
+        if not path.exists():
+            return Ledger()
+        return Ledger([Rollback(**r) for r in json.loads(path.read_text())["rollbacks"]])

@@ -1,0 +1,297 @@
+"""The training loop of one rank: the same code under Ray, under a bare launcher and in tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from cdssl_dist import __version__, checkpoint
+from cdssl_dist.batch import widen
+from cdssl_dist.checkpoint import Checkpoint, Progress
+from cdssl_dist.config import Config
+from cdssl_dist.edges import GaussianExpansion
+from cdssl_dist.engine import Engine, EngineSettings, init_distributed
+from cdssl_dist.evaluate import Validation, fit_reference
+from cdssl_dist.export import EncoderCard, write_encoder
+from cdssl_dist.guard import Guard, GuardRules, GuardStop
+from cdssl_dist.loader import DataSet, Loader, Step
+from cdssl_dist.loss import SUMS, metrics_of
+from cdssl_dist.megnet import PretextModel
+from cdssl_dist.perf import Meter
+from cdssl_dist.plan import EpochPlan
+from cdssl_dist.pretext import Denoising
+from cdssl_dist.runlog import Ledger, Rollback, RunLog
+from cdssl_dist.schedule import learning_rate
+
+
+def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False, echo: bool = True) -> bool:
+    """Train, from the newest checkpoint of the run folder where there is one.
+
+    Rank, world size and rendezvous come from the environment (``RANK``, ``WORLD_SIZE``, …).
+
+    Args:
+        config: of the run.
+        stop_requested: asked once a step on every rank; when any says yes, all save and return.
+        echo: print progress, beside writing it to ``train.log``.
+
+    Returns:
+        True when the run is complete, False when it was asked to stop.
+
+    Raises:
+        GuardStop: where the guard gives up.
+        CheckpointError: where the run folder holds another run.
+    """
+    device = _device(config)
+    torch.set_num_threads(config.engine.threads)
+    init_distributed(device)
+    trainer = Trainer(config, device, stop_requested, echo)
+    trainer.resume()
+    trainer.run()
+    return trainer.finish()
+
+
+class Trainer:
+    """One rank of a run: everything that a step needs, and what changes from step to step.
+
+    Attributes:
+        cursor: consumed steps.
+        guard: judges the gradient norm of each step, on all ranks alike.
+        stopping: some rank was asked to stop.
+    """
+
+    def __init__(
+        self, config: Config, device: torch.device, stop_requested: Callable[[], bool], echo: bool = True
+    ) -> None:
+        self.config, self.device, self.stop_requested, self.echo = config, device, stop_requested, echo
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.folder = Path(config.run)
+        self.checkpoints = self.folder / "checkpoints"
+
+        self.data = DataSet(config.data_path)
+        k, per_step = config.data.blocks_per_pack, config.data.packs_per_step
+        self.plan = EpochPlan(self.data.table("train"), config.noise.seed, k, per_step)
+        end = self.data.manifest.cutoff + config.graph.margin
+        expansion = GaussianExpansion(config.graph.centers, end, config.graph.gamma)
+        self.task = Denoising(expansion, config.noise.range, config.noise.seed)
+        self.reference = fit_reference(
+            self.data, replace(self.plan, last="pad"), self.task, config.tracking.baseline_packs, device
+        )
+        self.validation = Validation(self.data, self.task, self.reference, k, per_step, config.data.val_packs, device)
+
+        torch.manual_seed(config.model.seed)
+        self.size = config.model.model_dump(exclude={"seed"})
+        settings = EngineSettings(
+            stage=config.engine.stage,
+            precision=config.engine.precision,
+            micro_steps=self.plan.micro_steps(self.world_size),
+            extra=config.engine.deepspeed,
+            **config.optim.model_dump(exclude={"lr"}),
+        )
+        model = PretextModel(edge_features=expansion.centers, **self.size)
+        self.engine = Engine(model, settings, device, self._decide)
+        self.meter = Meter(device, config.engine.precision)
+
+        self.cursor = 0
+        self.ledger = Ledger.read(self.folder)
+        self.guard = Guard(GuardRules(**config.guard.model_dump()))
+        self.stopping = False
+        self.lr = 0.0
+        self.metrics: dict[str, float] = {}  # of the last validation
+
+    # -- the story of a run -------------------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint, if there is one."""
+        if found := checkpoint.newest(self.checkpoints, self.ledger):
+            self._load(found)
+        self.log = RunLog(self.folder, self.cursor, echo=self.echo) if self.rank == 0 else None
+        if self.log and found:
+            self.log.say(f"resumed from step {self.cursor}")
+
+    def run(self) -> None:
+        """Step until the end, a stop request, or the guard's word; after a roll-back the loader starts anew."""
+        while self.cursor < self.config.schedule.steps and not self.stopping:
+            with self._loader() as steps:
+                for step in self.meter.timed(steps):
+                    sums = self._step(step)
+                    self.cursor = step.number + 1
+                    if self.guard.last.verdict != "apply":
+                        self._tell(step)
+                    if self.guard.last.verdict == "rollback":
+                        self._roll_back()
+                        break
+                    self._after(sums)
+                    if self.stopping:
+                        break
+
+    def finish(self) -> bool:
+        """Export the encoder, or say that the run was stopped; returns whether it is complete."""
+        complete = not self.stopping
+        if complete and not self.metrics:  # a finished run, started again
+            self._validate()
+        weights = self.engine.weights()
+        if self.log:
+            if complete:
+                write_encoder(self.folder, weights, self._card())
+            self._status("done" if complete else "stopped", self.metrics)
+            self.log.close()
+        dist.barrier()
+        return complete
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def _step(self, step: Step) -> torch.Tensor | None:
+        """Forward and backward over this rank's packs; returns the sums behind the metrics when they are due."""
+        due = (step.number + 1) % self.config.tracking.every == 0
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device) if due else None
+        # DeepSpeed divides by micro-steps and averages over ranks; the loss is per scored edge of the whole step.
+        scale = self.world_size * len(step.packs) / max(step.edges, 1)
+        for raw in step.packs:
+            batch = widen(raw.to(self.device))
+            reference = self.reference if due else None
+            squared, figures = self.meter.counted(self.task.loss, self.engine.module, batch, reference)
+            if sums is not None and figures is not None:
+                sums += figures
+            self.engine.backward(squared * scale)
+            self.meter.add(raw)
+        return sums
+
+    def _decide(self, norm: float) -> float | None:
+        """The engine's question, once a step on all ranks: the learning rate to apply it with, or None."""
+        # The norm was reduced already, so all ranks judge alike; what they do not share is who was asked to stop.
+        self.guard.judge(norm, rollbacks=len(self.ledger.rollbacks))
+        asked = torch.tensor([float(self.stop_requested())], device=self.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        self.stopping = bool(asked.item())
+        if self.guard.last.verdict not in ("apply", "clip"):
+            return None
+        before = self.guard.state.applied - 1
+        rate = learning_rate(before, peak=self.config.optim.lr, **self.config.schedule.model_dump())
+        self.lr = rate * self.config.guard.rollback_lr ** len(self.ledger.rollbacks)
+        return self.lr
+
+    def _after(self, sums: torch.Tensor | None) -> None:
+        """What is due after a consumed step: metrics, validation, checkpoint."""
+        config = self.config
+        if sums is not None:
+            self._report(sums)
+        if self.cursor % config.tracking.validate_every == 0 or self.cursor == config.schedule.steps:
+            self._validate()
+        if self.cursor % config.checkpoint.every == 0 or self.cursor == config.schedule.steps or self.stopping:
+            kept = config.checkpoint
+            checkpoint.save(self.checkpoints, self.engine, self._progress(), kept.keep, kept.quiet)
+            if self.log:
+                self.log.event(self.cursor, "checkpoint")
+            self.meter.restart()
+
+    def _report(self, sums: torch.Tensor) -> None:
+        """A line of training metrics: of this step, over all ranks."""
+        dist.all_reduce(sums)
+        figures = {f"train/{name}": v for name, v in metrics_of(sums, self.task.expansion.centers).items()}
+        rates = self.meter.rates(self.world_size)
+        guard = {"guard/norm": self.guard.norm, "guard/z": self.guard.last.z, "guard/verdict": self.guard.last.code}
+        if self.log:
+            self.log.metrics(self.cursor, {**figures, **guard, **rates, "lr": self.lr})
+            self._status("training", {**figures, **rates})
+            self.log.say(
+                f"step {self.cursor}/{self.config.schedule.steps}"
+                f"  loss {figures['train/loss']:.4f}  skill {figures['train/skill']:+.3f}"
+                f"  skill_edge {figures['train/skill_edge']:+.3f}  norm {self.guard.norm:.3g}"
+                f"  {rates['perf/edges_s']:,.0f} edges/s"
+                f"  {(self.config.schedule.steps - self.cursor) * self.meter.seconds_per_step:.0f} s left"
+            )
+
+    def _validate(self) -> None:
+        self.metrics = {f"val/{name}": v for name, v in self.validation.run(self.engine.module).items()}
+        if self.log:
+            self.log.metrics(self.cursor, self.metrics)
+            self.log.say(f"step {self.cursor}  " + "  ".join(f"{n} {v:.4f}" for n, v in self.metrics.items()))
+        self.meter.restart()
+
+    def _tell(self, step: Step) -> None:
+        """An event for each verdict that is not plainly to apply; a stop ends the run."""
+        last = self.guard.last
+        if self.log:
+            packs = [[int(self.plan.table.block[e.index]) for e in pack] for pack in self.plan.step(step.number)]
+            about = {"norm": self.guard.norm, "z": last.z, "reason": last.reason, "packs": packs}
+            self.log.event(step.number, last.verdict, **about)
+        if last.verdict == "stop":
+            raise GuardStop(f"step {step.number}: {last.reason}")
+
+    def _roll_back(self) -> None:
+        """Weights back to the newest checkpoint from before the trouble; data goes on. The ledger first."""
+        trouble = self.cursor - self.config.guard.rollback_after
+        good = checkpoint.newest(self.checkpoints, self.ledger, before=trouble - self.config.checkpoint.quiet)
+        reason = self.guard.last.reason
+        if good is None:
+            raise GuardStop(f"{reason}; there is no good checkpoint to go back to")
+        self.ledger = self.ledger.with_rollback(Rollback(good.progress.cursor, self.cursor, reason))
+        if self.rank == 0:
+            self.ledger.write(self.folder)
+        dist.barrier()
+        self._load(good)
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def _load(self, found: Checkpoint) -> None:
+        checkpoint.check_fits(found, self._progress())
+        self.engine.load(found.folder)
+        self.guard.state = found.progress.guard
+        self.cursor = self.ledger.resume_point(found.progress.cursor) or found.progress.cursor
+
+    def _progress(self) -> Progress:
+        config = self.config
+        return Progress(
+            cursor=self.cursor,
+            guard=self.guard.state,
+            data_digest=self.data.manifest.digest,
+            config_digest=config.digest(),
+            config=config.model_dump(mode="json"),
+            world_size=self.world_size,
+        )
+
+    def _loader(self) -> Loader:
+        return Loader(
+            self.data,
+            self.plan,
+            self.data.shape("train", self.plan.blocks_per_pack),
+            rank=self.rank,
+            world_size=self.world_size,
+            first=self.cursor,
+            last=self.config.schedule.steps,
+            prefetch=self.config.data.prefetch,
+            pin=self.device.type == "cuda",
+        )
+
+    def _status(self, state: str, figures: dict[str, float]) -> None:
+        assert self.log is not None
+        steps = self.config.schedule.steps
+        self.log.status(state=state, step=self.cursor, steps=steps, world_size=self.world_size, **figures)
+
+    def _card(self) -> EncoderCard:
+        expansion = self.task.expansion
+        return EncoderCard(
+            cutoff=self.data.manifest.cutoff,
+            centers=expansion.centers,
+            end=expansion.end,
+            gamma=expansion.gamma,
+            model=self.size,
+            sigma=self.task.sigma,
+            precision=self.config.engine.precision,
+            data_digest=self.data.manifest.digest,
+            validation_digest=self.validation.digest(),
+            config_digest=self.config.digest(),
+            metrics=self.metrics,
+            sources=self.data.manifest.sources,
+            code_version=__version__,
+        )
+
+
+def _device(config: Config) -> torch.device:
+    cuda = config.engine.device == "cuda" or (config.engine.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")

@@ -1,0 +1,94 @@
+"""``cdssl shard``: crystal databases → a data set of shards."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from sharding.block import Budget
+from sharding.manifest import Manifest
+from sharding.pipeline import ShardSettings, shard
+from sharding.sources import ReadOptions, open_source
+
+DEFAULT = ShardSettings()
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        "cdssl shard",
+        description="Turn crystal databases into shards of precomputed periodic multigraphs.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("sources", nargs="+", metavar="SOURCE", help="a file, or a scheme such as aflow:")
+    p.add_argument("--out", required=True, help="folder of the data set; must not hold one yet")
+    p.add_argument("--cutoff", type=float, default=DEFAULT.cutoff, help="of edges, Å")
+    p.add_argument("--label", action="append", default=[], metavar="NAME=COLUMN", help="carry a column along")
+    p.add_argument("--val", type=float, default=DEFAULT.val, help="share of the groups for validation")
+    p.add_argument("--test", type=float, default=DEFAULT.test, help="share of the groups for testing")
+    p.add_argument("--seed", type=int, default=DEFAULT.seed, help="of splits and order")
+    p.add_argument("--block-edges", type=int, default=DEFAULT.budget.edges, help="directed edges of a block at most")
+    p.add_argument("--block-atoms", type=int, default=DEFAULT.budget.atoms, help="atoms of a block at most")
+    p.add_argument("--block-graphs", type=int, default=DEFAULT.budget.graphs, help="graphs of a block at most")
+    p.add_argument("--blocks-per-shard", type=int, default=DEFAULT.blocks_per_shard, help="blocks of a tar file")
+    p.add_argument("--limit", type=int, help="read this many crystals of each source")
+    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that convert")
+    p.add_argument("--strict", action="store_true", help="end at the first crystal that is refused")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Shard, and say what came out."""
+    p = parser()
+    args = p.parse_args(argv)
+    try:
+        labels = dict(_pair(text) for text in args.label)
+        settings = ShardSettings(
+            cutoff=args.cutoff,
+            budget=Budget(args.block_edges, args.block_atoms, args.block_graphs),
+            blocks_per_shard=args.blocks_per_shard,
+            val=args.val,
+            test=args.test,
+            seed=args.seed,
+            labels=labels,
+            strict=args.strict,
+        )
+        options = ReadOptions(labels=labels, limit=args.limit)
+        manifest = shard([open_source(s, options) for s in args.sources], args.out, settings, args.workers)
+    except (ValueError, OSError) as why:
+        print(f"error: {why}", file=sys.stderr)
+        return 2 if isinstance(why, ValueError) else 1
+    print(summary(manifest, args.out))
+    return 0
+
+
+def summary(manifest: Manifest, folder: str) -> str:
+    """What is in a data set, in a few lines."""
+    lines = [f"{folder}: {sum(c['graphs'] for c in manifest.splits.values()):,} crystals, cutoff {manifest.cutoff} Å"]
+    for split, c in manifest.splits.items():
+        if c["graphs"]:
+            fill = c["edges"] / (c["blocks"] * manifest.budget.edges)
+            lines.append(
+                f"  {split:5}  {c['graphs']:>9,} crystals  {c['atoms']:>11,} atoms  {c['edges']:>13,} directed edges"
+                f"  {c['blocks']:>7,} blocks, {fill:.1%} full"
+            )
+    size = sum(s["size"] for s in manifest.shards)
+    edges = sum(c["edges"] for c in manifest.splits.values())
+    lines.append(f"  {len(manifest.shards)} shards, {size / 1e6:,.1f} MB, {size / edges:.2f} bytes per directed edge")
+    refused = ", ".join(f"{n} {code}" for code, n in manifest.quarantined.items())
+    lines.append(f"  quarantined: {refused or 'none'}")
+    lines.append(f"  digest {manifest.digest}")
+    return "\n".join(lines)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, column = text.partition("=")
+    if not name or not equals or not column:
+        raise ValueError(f"--label {text}: must be NAME=COLUMN")
+    return name, column
+
+
+if __name__ == "__main__":
+    sys.exit(main())

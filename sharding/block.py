@@ -1,0 +1,114 @@
+"""The unit of storage: multigraphs up to a budget, as one safetensors member of a tar shard.
+
+Format version 1; the table of arrays is in ``docs/format.md``. Arrays are little-endian, graphs stand one after the
+other, edges are the half list of ``graph.Multigraphs``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from sharding.graph import Multigraphs, offsets
+
+LABEL_PREFIX: Final = "y."
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What one block may hold at most. A pack of k blocks never exceeds k budgets, so its padded shape is known."""
+
+    edges: int = 65_536  # directed edges
+    atoms: int = 4_096
+    graphs: int = 1_024
+
+
+class BlockError(ValueError):
+    """A block that cannot be decoded; the message says what is wrong with it."""
+
+
+def encode(graphs: Multigraphs, index_dtype: Any) -> bytes:
+    """Serialise a block.
+
+    Args:
+        graphs: what it holds.
+        index_dtype: of the edge indices, u8 or u16; one width for a whole data set.
+    """
+    keys = [key.encode() for key in graphs.keys]
+    arrays = {
+        "n_atoms": graphs.n_atoms.astype(np.uint32),
+        "n_edges": graphs.n_edges.astype(np.uint32),
+        "lattice": graphs.lattice.astype(np.float32),
+        "atomic_numbers": graphs.atomic_numbers.astype(np.uint8),
+        "positions": graphs.positions.astype(np.float32),
+        "edge_src": graphs.edge_src.astype(index_dtype),
+        "edge_dst": graphs.edge_dst.astype(index_dtype),
+        "edge_shift": graphs.edge_shift.astype(np.int8),
+        "key": np.frombuffer(b"".join(keys), np.uint8),
+        "key_offsets": offsets(np.array([len(key) for key in keys], np.uint32)).astype(np.uint32),
+    }
+    arrays |= {LABEL_PREFIX + name: values.astype(np.float32) for name, values in graphs.labels.items()}
+    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+
+
+_DTYPES: Final = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I8": np.int8, "F32": np.float32}
+
+
+def decode_arrays(data: bytes | memoryview) -> dict[str, NDArray[Any]]:
+    """The arrays of a block, as views of ``data``: nothing is copied.
+
+    Raises:
+        BlockError: where ``data`` is no safetensors file of the format's types.
+    """
+    view = memoryview(data)
+    try:
+        header_size = int.from_bytes(view[:8], "little")
+        header = json.loads(bytes(view[8 : 8 + header_size]))
+        header.pop("__metadata__", None)
+        arrays = {}
+        for name, entry in header.items():
+            begin, end = (8 + header_size + at for at in entry["data_offsets"])
+            array = np.frombuffer(view[begin:end], _DTYPES[entry["dtype"]])
+            arrays[name] = array.reshape(entry["shape"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as why:
+        raise BlockError(f"not a block: {why}") from why
+    return arrays
+
+
+def decode(data: bytes | memoryview) -> Multigraphs:
+    """Parse a block, whole, with its keys and labels.
+
+    Raises:
+        BlockError: where it is not a block of the format, or its arrays contradict one another.
+    """
+    arrays = decode_arrays(data)
+    try:
+        blob, at = arrays["key"].tobytes(), arrays["key_offsets"]
+        graphs = Multigraphs(
+            keys=[blob[a:b].decode() for a, b in zip(at[:-1].tolist(), at[1:].tolist(), strict=True)],
+            n_atoms=arrays["n_atoms"],
+            n_edges=arrays["n_edges"],
+            lattice=arrays["lattice"],
+            atomic_numbers=arrays["atomic_numbers"],
+            positions=arrays["positions"],
+            edge_src=arrays["edge_src"],
+            edge_dst=arrays["edge_dst"],
+            edge_shift=arrays["edge_shift"],
+            labels={n.removeprefix(LABEL_PREFIX): v for n, v in arrays.items() if n.startswith(LABEL_PREFIX)},
+        )
+    except (KeyError, UnicodeDecodeError) as why:
+        raise BlockError(f"not a block: {why}") from why
+    consistent = (
+        len(graphs.keys) == len(graphs.n_atoms) == len(graphs.n_edges) == len(graphs.lattice)
+        and int(graphs.n_atoms.sum()) == len(graphs.atomic_numbers) == len(graphs.positions)
+        and int(graphs.n_edges.sum()) == len(graphs.edge_src) == len(graphs.edge_dst) == len(graphs.edge_shift)
+        and all(len(values) == len(graphs) for values in graphs.labels.values())
+    )
+    if not consistent:
+        raise BlockError("not a block: the lengths of its arrays contradict one another")
+    return graphs

@@ -1,0 +1,109 @@
+"""The record that every source yields: one crystal, or the reason why an input is not one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+MIN_VOLUME_PER_ATOM: Final = 1.5  # Å³
+MAX_VOLUME_PER_ATOM: Final = 500.0  # Å³
+
+# fmt: off
+SYMBOLS: Final = (  # the index is the atomic number; index 0 is no element
+    "X H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr "
+    "Rb Sr Y Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu "
+    "Hf Ta W Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg "
+    "Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og"
+).split()
+# fmt: on
+ATOMIC_NUMBER: Final = {symbol: z for z, symbol in enumerate(SYMBOLS) if z} | {"D": 1, "T": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Crystal:
+    """One ordered periodic structure, as read: not wrapped, not checked.
+
+    The name leaves ``Structure`` to pymatgen, whose class users hold in the same scripts.
+    """
+
+    key: str  # unique inside a data set, e.g. "mp-149"
+    lattice: NDArray[np.float64]  # (3, 3) | rows are the cell vectors, Å
+    positions: NDArray[np.float64]  # (n_atoms, 3) | Cartesian, Å
+    atomic_numbers: NDArray[np.uint8]  # (n_atoms,)
+    labels: Mapping[str, float] = field(default_factory=dict)  # name → value, NaN where missing
+    group: str | None = None  # crystals of one group never straddle a split
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One input that did not become a graph: a line of ``quarantine.jsonl``."""
+
+    key: str  # of the crystal, or "" where not even that could be read
+    source: str  # as named by the user
+    position: str  # where in the source: a row, a member, a line
+    code: str  # one of the documented reason codes
+    text: str  # for people
+
+
+class RefusedError(ValueError):
+    """Raised by readers and builders for one input that cannot be used."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+        self.text = text
+
+
+def atomic_numbers(symbols: list[str]) -> NDArray[np.uint8]:
+    """Atomic numbers of element symbols.
+
+    Raises:
+        RefusedError: ``species`` where a symbol is no element (dummy or unknown species).
+    """
+    try:
+        return np.array([ATOMIC_NUMBER[s] for s in symbols], dtype=np.uint8)
+    except KeyError as unknown:
+        raise RefusedError("species", f"{unknown.args[0]!r} is not a chemical element") from None
+
+
+def check(crystals: Sequence[Crystal]) -> dict[int, RefusedError]:
+    """What no crystal can be: index of the crystal → reason, for those to refuse.
+
+    Reason codes: ``unparsable`` (shapes), ``no_atoms``, ``not_finite``, ``species``, ``singular_cell``, ``volume``.
+    """
+    refused: dict[int, RefusedError] = {}
+    for i, c in enumerate(crystals):
+        n = len(c.atomic_numbers)
+        if n == 0:
+            refused[i] = RefusedError("no_atoms", "the cell holds no atoms")
+        elif c.positions.shape != (n, 3) or c.lattice.shape != (3, 3):
+            refused[i] = RefusedError("unparsable", "the numbers of species and of positions differ")
+        elif not (math.isfinite(c.lattice.sum()) and math.isfinite(c.positions.sum())):
+            refused[i] = RefusedError("not_finite", "a cell vector or a position is NaN or infinite")
+        elif c.atomic_numbers.min() < 1 or c.atomic_numbers.max() >= len(SYMBOLS):
+            refused[i] = RefusedError("species", "an atomic number is outside 1–118")
+    rest = [i for i in range(len(crystals)) if i not in refused]
+    lattice = np.array([crystals[i].lattice for i in rest]).reshape(-1, 3, 3)
+    volume = np.abs(np.linalg.det(lattice))
+    box = np.prod(np.linalg.norm(lattice, axis=2), axis=1)
+    per_atom = volume / np.array([len(crystals[i].atomic_numbers) for i in rest])
+    for i, singular, v in zip(rest, volume <= 1e-6 * box, per_atom, strict=True):
+        if singular:
+            refused[i] = RefusedError("singular_cell", "the cell vectors are linearly dependent")
+        elif not MIN_VOLUME_PER_ATOM <= v <= MAX_VOLUME_PER_ATOM:
+            limits = f"{MIN_VOLUME_PER_ATOM}–{MAX_VOLUME_PER_ATOM} Å³"
+            refused[i] = RefusedError("volume", f"{v:.3g} Å³ per atom is outside {limits}")
+    return refused
+
+
+def reduced_formula(numbers: NDArray[np.uint8]) -> str:
+    """Formula divided by the greatest common divisor, elements in alphabetical order (as OPTIMADE writes it)."""
+    found, counts = np.unique(numbers, return_counts=True)
+    divisor = int(np.gcd.reduce(counts))
+    parts = sorted((SYMBOLS[int(z)], int(n) // divisor) for z, n in zip(found, counts, strict=True))
+    return "".join(symbol + (str(n) if n > 1 else "") for symbol, n in parts)

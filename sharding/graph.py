@@ -1,0 +1,289 @@
+"""Crystals → periodic multigraphs: every image of every atom within the cutoff, ties included.
+
+The neighbour search is exact for any cell, however skewed or thin. For atoms i, j it lists the integer shifts n with
+‖x_j + nL − x_i‖ ≤ r as lattice points in a ball (Fincke and Pohst 1985): in axes where L is upper triangular, n_a is
+bounded by the first coordinate alone, n_b by the second given n_a, and n_c by the third. Few shifts are tried that are
+not edges, no image box has to be guessed, and the shifts come out in lexicographic order, which is the order stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sharding.crystal import Crystal, RefusedError, check
+from sharding.jit import compiled
+
+Array = NDArray[Any]
+
+TIE: Final = 1e-8  # Å; a pair at exactly the cutoff is inside, whatever the rounding of its coordinates
+MIN_DISTANCE: Final = 0.5  # Å
+MAX_SHIFT: Final = 127  # image shifts are stored as i8
+MAX_ATOMS: Final = 65_535  # edges are stored as 16-bit indices
+
+
+@dataclass(frozen=True, slots=True)
+class Multigraphs:
+    """Multigraphs of G crystals, N atoms and E half edges, as flat arrays: one graph after the other.
+
+    A pair (i, j, n) and its mirror (j, i, −n) are one half edge. Kept is the one with src < dst, or, between an atom
+    and its own image, n lexicographically > 0. Sorted by (src, dst, n) inside a graph.
+    """
+
+    keys: list[str]  # (G,)
+    n_atoms: NDArray[np.uint32]  # (G,)
+    n_edges: NDArray[np.uint32]  # (G,) | half edges
+    lattice: NDArray[np.float32]  # (G, 3, 3) | rows, Å
+    atomic_numbers: NDArray[np.uint8]  # (N,)
+    positions: NDArray[np.float32]  # (N, 3) | Cartesian, wrapped into the cell, Å
+    edge_src: NDArray[np.unsignedinteger]  # (E,) | index inside the graph
+    edge_dst: NDArray[np.unsignedinteger]  # (E,)
+    edge_shift: NDArray[np.int8]  # (E, 3) | image of dst, in cells
+    labels: dict[str, NDArray[np.float32]]  # name → (G,), NaN where missing
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def scored_edges(self) -> NDArray[np.int64]:
+        """Half edges that are not between an atom and its own image, per graph: (G,)."""
+        return segment_sum(self.edge_src != self.edge_dst, self.n_edges)
+
+    def take(self, graphs: NDArray[np.int64]) -> Multigraphs:
+        """The graphs with these indices, in this order."""
+        atoms = ranges(offsets(self.n_atoms)[graphs], self.n_atoms[graphs])
+        edges = ranges(offsets(self.n_edges)[graphs], self.n_edges[graphs])
+        return Multigraphs(
+            keys=[self.keys[i] for i in graphs],
+            n_atoms=self.n_atoms[graphs],
+            n_edges=self.n_edges[graphs],
+            lattice=self.lattice[graphs],
+            atomic_numbers=self.atomic_numbers[atoms],
+            positions=self.positions[atoms],
+            edge_src=self.edge_src[edges],
+            edge_dst=self.edge_dst[edges],
+            edge_shift=self.edge_shift[edges],
+            labels={name: values[graphs] for name, values in self.labels.items()},
+        )
+
+
+def concatenate(parts: Sequence[Multigraphs]) -> Multigraphs:
+    """Several sets of graphs as one; all must carry the same labels."""
+    return Multigraphs(
+        keys=[key for part in parts for key in part.keys],
+        labels={name: np.concatenate([p.labels[name] for p in parts]) for name in parts[0].labels},
+        **{name: np.concatenate([getattr(p, name) for p in parts]) for name in _ARRAYS},
+    )
+
+
+_ARRAYS: Final = (
+    "n_atoms",
+    "n_edges",
+    "lattice",
+    "atomic_numbers",
+    "positions",
+    "edge_src",
+    "edge_dst",
+    "edge_shift",
+)
+
+
+def offsets(counts: NDArray[Any]) -> NDArray[np.int64]:
+    """Where each segment begins: (G,) → (G + 1,), the last is the total."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def ranges(starts: NDArray[Any], counts: NDArray[Any]) -> NDArray[np.int64]:
+    """The integers start … start + count − 1 of every segment, one segment after the other."""
+    counts = counts.astype(np.int64)
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
+
+
+def segment_sum(values: NDArray[Any], counts: NDArray[Any]) -> NDArray[np.int64]:
+    """Sum of the values of each segment, empty segments included: (G,)."""
+    total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+    return np.diff(total[offsets(counts)])
+
+
+def upper_triangular(lattice: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Rotate cells so that c lies on the third axis and b in the plane of the last two.
+
+    Args:
+        lattice: (..., 3, 3) rows, Å.
+
+    Returns:
+        The rotated lattices, upper triangular with a positive diagonal, and Q with ``rotated = lattice @ Q``. Q may
+        hold a reflection, which changes no distance.
+    """
+    q, r = np.linalg.qr(np.swapaxes(lattice[..., ::-1, :], -1, -2))  # columns c, b, a
+    sign = np.sign(np.diagonal(r, axis1=-2, axis2=-1))
+    q, r = q * sign[..., None, :], r * sign[..., :, None]
+    return np.ascontiguousarray(np.swapaxes(r, -1, -2)[..., ::-1, ::-1]), q[..., ::-1]
+
+
+@compiled
+def _search(
+    cells: Array,
+    points: Array,
+    starts: Array,
+    cutoff: float,
+    src: Array,
+    dst: Array,
+    shift: Array,
+    n_edges: Array,
+    nearest: Array,
+    widest: Array,
+) -> int:
+    """List the half edges of every crystal; once the arrays are full, only count.
+
+    Args:
+        cells: (G, 3, 3) upper triangular lattices, rows, Å.
+        points: (N, 3) wrapped positions in the same axes, Å.
+        starts: (G + 1,) first atom of each crystal.
+        cutoff: Å, the tie tolerance already added.
+        src, dst, shift: filled in order.
+        n_edges: (G,) set to the number of half edges.
+        nearest: (N,) set to the squared distance to the nearest neighbour, inf without one.
+        widest: (G,) set to the largest component of a shift.
+
+    Returns:
+        The number of half edges of all crystals.
+    """
+    capacity = len(src)
+    limit = cutoff * cutoff
+    slack = 1e-9 * (1.0 + cutoff)  # an interval end rounded inwards must not lose a tie
+    count = 0
+    nearest[:] = np.inf
+    for g in range(len(cells)):
+        a0, a1, a2 = cells[g, 0, 0], cells[g, 0, 1], cells[g, 0, 2]
+        b1, b2, c2 = cells[g, 1, 1], cells[g, 1, 2], cells[g, 2, 2]
+        before = count
+        widest[g] = 0
+        for i in range(starts[g], starts[g + 1]):
+            for j in range(i, starts[g + 1]):
+                x0 = points[j, 0] - points[i, 0]
+                y0 = points[j, 1] - points[i, 1]
+                z0 = points[j, 2] - points[i, 2]
+                low_a = int(np.ceil((-cutoff - x0 - slack) / a0))
+                high_a = int(np.floor((cutoff - x0 + slack) / a0))
+                if i == j:
+                    low_a = 0  # of ±n only one is kept
+                for na in range(low_a, high_a + 1):
+                    x = x0 + na * a0
+                    room = np.sqrt(max(limit - x * x, 0.0)) + slack
+                    y1 = y0 + na * a1
+                    z1 = z0 + na * a2
+                    low_b = int(np.ceil((-room - y1) / b1))
+                    high_b = int(np.floor((room - y1) / b1))
+                    if i == j and na == 0:
+                        low_b = 0
+                    for nb in range(low_b, high_b + 1):
+                        y = y1 + nb * b1
+                        left = np.sqrt(max(limit - x * x - y * y, 0.0)) + slack
+                        z2 = z1 + nb * b2
+                        low_c = int(np.ceil((-left - z2) / c2))
+                        high_c = int(np.floor((left - z2) / c2))
+                        if i == j and na == 0 and nb == 0:
+                            low_c = 1
+                        for nc in range(low_c, high_c + 1):
+                            z = z2 + nc * c2
+                            squared = x * x + y * y + z * z
+                            if squared > limit:
+                                continue
+                            if count < capacity:
+                                src[count] = i - starts[g]
+                                dst[count] = j - starts[g]
+                                shift[count, 0] = na
+                                shift[count, 1] = nb
+                                shift[count, 2] = nc
+                            count += 1
+                            nearest[i] = min(nearest[i], squared)
+                            nearest[j] = min(nearest[j], squared)
+                            widest[g] = max(widest[g], abs(na), abs(nb), abs(nc))
+        n_edges[g] = count - before
+    return count
+
+
+def build(
+    crystals: Sequence[Crystal], cutoff: float, label_names: Sequence[str] = ()
+) -> tuple[Multigraphs, dict[int, RefusedError]]:
+    """The multigraphs of a batch of crystals, and what was refused.
+
+    Args:
+        crystals: as read; unwrapped atoms are fine.
+        cutoff: Å; a pair at exactly the cutoff is an edge.
+        label_names: the labels to carry along, NaN where a crystal has none.
+
+    Returns:
+        The graphs of the good crystals, in order, and index → reason for the others: those of ``crystal.check``,
+        ``too_many_atoms`` (over 65,535), ``too_close`` (two atoms under 0.5 Å), ``isolated_atom`` (an atom without an
+        edge) and ``shift_range`` (an image shift beyond ±127).
+    """
+    refused = check(crystals)
+    for i, crystal in enumerate(crystals):
+        if i not in refused and len(crystal.atomic_numbers) > MAX_ATOMS:
+            text = f"{len(crystal.atomic_numbers)} atoms; an edge's index reaches {MAX_ATOMS}"
+            refused[i] = RefusedError("too_many_atoms", text)
+    kept = [i for i in range(len(crystals)) if i not in refused]
+    good = [crystals[i] for i in kept]
+    n_atoms = np.array([len(c.atomic_numbers) for c in good], np.uint32)
+    lattice = np.array([c.lattice for c in good], np.float64).reshape(-1, 3, 3)
+    positions = np.concatenate([np.empty((0, 3)), *(c.positions for c in good)])
+    fractional = _apply(positions, np.linalg.inv(lattice), n_atoms)
+    fractional -= np.floor(fractional)
+    fractional[fractional >= 1.0] = 0.0  # a tiny negative number plus one
+    positions = _apply(fractional, lattice, n_atoms)
+    cells, rotation = upper_triangular(lattice)
+    starts = offsets(n_atoms)
+
+    n_edges = np.empty(len(good), np.uint32)
+    widest = np.empty(len(good), np.int64)
+    nearest = np.empty(len(positions))
+    density = n_atoms / np.abs(np.linalg.det(lattice))
+    capacity = int((n_atoms * density).sum() * 2.2 * cutoff**3) + 4096  # half of 4/3 π r³ each, and some room
+    while True:
+        src = np.empty(capacity, np.uint16)
+        dst = np.empty(capacity, np.uint16)
+        shift = np.empty((capacity, 3), np.int16)
+        points = _apply(positions, rotation, n_atoms)
+        count = _search(cells, points, starts, cutoff + TIE, src, dst, shift, n_edges, nearest, widest)
+        if count <= capacity:
+            break
+        capacity = count
+
+    fine = []
+    closest = np.sqrt(np.minimum.reduceat(nearest, starts[:-1])) if good else nearest
+    farthest = np.maximum.reduceat(nearest, starts[:-1]) if good else nearest
+    for g, i in enumerate(kept):
+        if closest[g] < MIN_DISTANCE:
+            text = f"two atoms are {closest[g]:.3g} Å apart, less than {MIN_DISTANCE} Å"
+            refused[i] = RefusedError("too_close", text)
+        elif not np.isfinite(farthest[g]):
+            refused[i] = RefusedError("isolated_atom", f"an atom has no neighbour within {cutoff} Å")
+        elif widest[g] > MAX_SHIFT:
+            text = f"an image shift of {widest[g]} cells; the format holds ±{MAX_SHIFT}"
+            refused[i] = RefusedError("shift_range", text)
+        else:
+            fine.append(g)
+    graphs = Multigraphs(
+        keys=[c.key for c in good],
+        n_atoms=n_atoms,
+        n_edges=n_edges,
+        lattice=lattice.astype(np.float32),
+        atomic_numbers=np.concatenate([np.empty(0, np.uint8), *(c.atomic_numbers for c in good)]),
+        positions=positions.astype(np.float32),
+        edge_src=src[:count],
+        edge_dst=dst[:count],
+        edge_shift=shift[:count].astype(np.int8),
+        labels={n: np.array([c.labels.get(n, np.nan) for c in good], np.float32) for n in label_names},
+    )
+    return graphs if len(fine) == len(good) else graphs.take(np.array(fine, np.int64)), refused
+
+
+def _apply(vectors: NDArray[np.float64], matrices: NDArray[Any], counts: NDArray[np.uint32]) -> NDArray[np.float64]:
+    """Row vectors times the matrix of their graph: (N, 3), (G, 3, 3) → (N, 3)."""
+    return np.einsum("ni,nij->nj", vectors, np.repeat(matrices, counts, axis=0))

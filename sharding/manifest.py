@@ -1,0 +1,134 @@
+"""The manifest of a data set, and the table of its blocks: all that a reader needs to know.
+
+``manifest.json`` is written last. A folder without one is not a data set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sharding.block import Budget
+
+FORMAT: Final = "cdssl-shards"
+VERSION: Final = 1
+SPLITS: Final = ("train", "val", "test")
+
+BLOCK_SCHEMA: Final = pa.schema(
+    [
+        ("block", pa.uint32()),  # number, unique in the data set; names the member and keys the noise
+        ("shard", pa.uint32()),  # index into the manifest's shards
+        ("offset", pa.uint64()),  # of the block's bytes in the shard
+        ("size", pa.uint32()),  # bytes
+        ("split", pa.uint8()),  # index into SPLITS
+        ("graphs", pa.uint32()),
+        ("atoms", pa.uint32()),
+        ("edges", pa.uint32()),  # directed
+        ("scored_edges", pa.uint32()),  # directed, between different atoms
+        ("xxh3", pa.uint64()),  # of the block's bytes
+    ]
+)
+
+
+class DataSetError(ValueError):
+    """A folder that is not a data set, or one that was damaged: said in one line."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a data set is; see ``docs/format.md``."""
+
+    graph: dict[str, Any]  # cutoff and tie tolerance, Å; index dtype
+    budget: Budget
+    seed: int
+    splits: dict[str, dict[str, int]]  # split → blocks, graphs, atoms, edges, scored_edges
+    sources: list[dict[str, str]]  # name, licence, cite
+    labels: dict[str, dict[str, str]]  # label → unit, column
+    quarantined: dict[str, int]  # reason code → count
+    shards: list[dict[str, Any]]  # name, size, sha256
+    tables: dict[str, str]  # file → sha256
+    format: str = FORMAT
+    version: int = VERSION
+    digest: str = field(default="")
+
+    @property
+    def cutoff(self) -> float:
+        """Å."""
+        return float(self.graph["cutoff"])
+
+    def compute_digest(self) -> str:
+        """SHA-256 of all that defines the data: no time, host, path or worker count is in it."""
+        return _digest(asdict(self))
+
+    def write(self, folder: Path) -> Manifest:
+        """Write ``manifest.json``, synced and renamed into place; returns the manifest with its digest."""
+        content = asdict(self) | {"digest": self.compute_digest()}
+        write_atomically(folder / "manifest.json", json.dumps(content, indent=1, sort_keys=True).encode())
+        return read_manifest(folder)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write to a temporary name, sync, rename: a reader sees all of it or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """The digest of a manifest's content, whatever it says its digest is."""
+    rest = {k: v for k, v in content.items() if k != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read and check ``manifest.json``.
+
+    Raises:
+        DataSetError: where there is none, it is of a newer version, or its digest is wrong.
+    """
+    path = Path(folder) / "manifest.json"
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        hint = "the sharding was not finished" if Path(folder).is_dir() else "there is no such folder"
+        raise DataSetError(f"{folder}: not a data set, manifest.json is missing ({hint})") from None
+    except (ValueError, OSError) as why:
+        raise DataSetError(f"{path}: unreadable manifest ({why})") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DataSetError(f"{path}: not the manifest of a {FORMAT} data set")
+    if content["version"] > VERSION:
+        raise DataSetError(
+            f"{path}: format version {content['version']}; this program reads up to {VERSION}: update it"
+        )
+    if content.get("digest") != _digest(content):
+        raise DataSetError(
+            f"{path}: the digest does not match the content; the manifest was changed by hand or damaged"
+        )
+    content["budget"] = Budget(**content["budget"])
+    return Manifest(**content)
+
+
+def read_blocks(folder: str | Path, manifest: Manifest) -> pa.Table:
+    """The table of blocks, checked against the manifest.
+
+    Raises:
+        DataSetError: where it is missing or not the one the manifest names.
+    """
+    path = Path(folder) / "blocks.parquet"
+    try:
+        data = path.read_bytes()
+    except OSError as why:
+        raise DataSetError(f"{path}: cannot be read ({why.strerror})") from None
+    if hashlib.sha256(data).hexdigest() != manifest.tables["blocks.parquet"]:
+        raise DataSetError(f"{path}: its SHA-256 is not the one in the manifest; it belongs to another data set")
+    return pq.read_table(pa.BufferReader(data), schema=BLOCK_SCHEMA)

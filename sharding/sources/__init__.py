@@ -1,0 +1,149 @@
+"""Where crystals come from: a registry in which a new source is one function.
+
+A *source* is a generator of records. A record is cheap to make (a slice of a file, a row, a crystal) and is turned
+into crystals by ``parse`` in a worker process, where the time goes. Records come in an order that depends on the
+source alone; that order numbers the work, so that a rerun finds what an earlier run has done.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sharding.crystal import Crystal, Refusal, RefusedError
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One piece of a source, not parsed yet."""
+
+    position: str  # where in the source, for the quarantine
+    payload: Any  # what ``parse`` takes; travels to another process
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """What a user may say about reading; the same for all sources."""
+
+    labels: dict[str, str] = field(default_factory=dict)  # label name → column in the source, dotted where nested
+    limit: int | None = None  # read this many crystals, then stop
+    occupancy: Literal["refuse", "majority"] = "refuse"  # of a disordered crystal: the crystal, or its rarer species
+    max_record_bytes: int = 256 * 2**20  # of one crystal, decompressed: guards against decompression bombs
+
+
+class SourceError(ValueError):
+    """A source that cannot be opened: the user's mistake, said in one line."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened source.
+
+    Attributes:
+        name: as the user wrote it, for the quarantine and the manifest (no absolute path).
+        licence: of the data, where the source states one.
+        cite: how to cite it.
+        units: label name → unit, where the source states them.
+        records: makes a new iterator of records.
+        parse: record → crystals; raises ``RefusedError`` for a record that is no crystal.
+    """
+
+    name: str
+    records: Callable[[], Iterator[Record]]
+    parse: Callable[[Record], Iterable[Crystal | Refusal]]
+    licence: str = "unknown"
+    cite: str = ""
+    units: dict[str, str] = field(default_factory=dict)
+
+
+Opener = Callable[[str, ReadOptions], Source]
+
+# The registry. A module is imported when its scheme or ending is met, so that no user pays for readers not used.
+# A module of the first two kinds has one public function ``open_source(spec, options) -> Source``.
+_BY_SCHEME: dict[str, str] = {
+    "aflow": "aflow",
+    "mp": "materials_project",
+    "optimade": "optimade_api",
+}
+_BY_ENDING: dict[str, str] = {
+    ".aselmdb": "ase_db",
+    ".db": "ase_db",
+    ".parquet": "optimade",
+}
+# Formats that are read forward come alone, compressed, in folders and in archives, so they give two functions,
+# ``split(stream, where, options)`` and ``parse(piece, options)``; ``files`` does the rest.
+FORMATS: dict[str, str] = {
+    ".cif": "cif",
+    ".mcif": "cif",
+    ".csv": "table",
+    ".json": "json_files",
+    ".jsonl": "json_lines",
+    ".ndjson": "json_lines",
+    ".contcar": "poscar",
+    ".poscar": "poscar",
+    ".vasp": "poscar",
+    ".extxyz": "xyz",
+    ".xyz": "xyz",
+}
+ARCHIVES: dict[str, str] = {".tar": "tar", ".tgz": "tar", ".tbz2": "tar", ".txz": "tar", ".zip": "zip"}
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+
+
+def open_source(spec: str, options: ReadOptions | None = None) -> Source:
+    """Open what the user named.
+
+    Args:
+        spec: a scheme with what it takes (``aflow:``, ``optimade:https://…``), or the path or the URL of a file or a
+            folder.
+        options: which columns are labels, and how much to read.
+
+    Raises:
+        SourceError: where no reader knows the name, or the file is missing.
+    """
+    options = options or ReadOptions()
+    scheme = spec.split(":", 1)[0] if ":" in spec else ""
+    if scheme in _BY_SCHEME:
+        return load(_BY_SCHEME[scheme]).open_source(spec, options)  # type: ignore[no-any-return]
+    if "://" not in spec and not os.path.exists(spec):
+        raise SourceError(f"{spec}: no such file")
+    ending = os.path.splitext(spec.lower())[1]
+    return load(_BY_ENDING.get(ending, "files")).open_source(spec, options)  # type: ignore[no-any-return]
+
+
+def known() -> str:
+    """The schemes and endings that have a reader, for a message."""
+    schemes = ", ".join(f"{scheme}:" for scheme in _BY_SCHEME)
+    endings = ", ".join(sorted({*_BY_ENDING, *FORMATS, *ARCHIVES}))
+    return f"{schemes}; {endings}, POSCAR, CONTCAR, also with {', '.join(COMPRESSIONS)}; and folders of them"
+
+
+def payload(record: Record) -> list[Crystal]:
+    """The ``parse`` of sources whose records are crystals already. A function, since it travels to workers."""
+    return [record.payload]
+
+
+def from_crystals(crystals: Iterable[Crystal], name: str = "python", **about: Any) -> Source:
+    """A source of crystals that a Python program made; ``about`` may give licence, cite and units."""
+    return Source(
+        name=name,
+        records=lambda: (Record(str(i), crystal) for i, crystal in enumerate(crystals)),
+        parse=payload,
+        **about,
+    )
+
+
+def parse_records(source: Source, records: Iterable[Record]) -> Iterator[Crystal | Refusal]:
+    """Parse, and turn what cannot be parsed into refusals: one bad record loses nothing else."""
+    for record in records:
+        try:
+            yield from source.parse(record)
+        except RefusedError as why:
+            yield Refusal("", source.name, record.position, why.code, why.text[:300])
+
+
+def load(module: str) -> Any:
+    """A module of this package, by name."""
+    return importlib.import_module(f"sharding.sources.{module}")
