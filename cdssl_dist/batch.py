@@ -90,6 +90,7 @@ def collate(
     blocks: Sequence[dict[str, NDArray[Any]]],
     numbers: Sequence[tuple[int, int]],
     shape: PackShape | None = None,
+    index_dtype: Any = np.uint16,
 ) -> RawPack:
     """Join decoded blocks into one pack and pad it.
 
@@ -97,6 +98,7 @@ def collate(
         blocks: arrays as ``sharding.block.decode_arrays`` gives them; may be empty when ``shape`` is given.
         numbers: (block number, epoch) of each.
         shape: what to pad to; nothing but the one padding graph and atom where left out.
+        index_dtype: of the edge indices of the data set.
 
     Raises:
         ValueError: where the blocks do not fit into the shape.
@@ -108,7 +110,6 @@ def collate(
     left = (shape.graphs - sum(graphs), shape.atoms - sum(atoms), shape.half_edges - sum(edges))
     if left[0] < 1 or left[1] < 1 or left[2] < 0:
         raise ValueError(f"a pack of {sum(graphs)} graphs, {sum(atoms)} atoms, {sum(edges)} half edges exceeds {shape}")
-    index_dtype = blocks[0]["edge_src"].dtype if blocks else np.uint16
 
     def joined(name: str, rows: int, dtype: Any, tail: tuple[int, ...] = ()) -> Tensor:
         out = np.zeros((rows, *tail), dtype)

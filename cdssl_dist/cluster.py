@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +27,11 @@ POLL: Final = 1.0  # s
 
 
 class ClusterError(RuntimeError):
-    """The cluster could not run the job; said in a few lines."""
+    """The cluster could not run the job, or the guard stopped it; said in a few lines."""
+
+
+class RunError(ValueError):
+    """A run folder that belongs to another run."""
 
 
 def launch(config: Config) -> bool:
@@ -40,12 +45,14 @@ def launch(config: Config) -> bool:
 
     Raises:
         ClusterError: where workers failed more often than allowed, or the guard stopped the run.
+        RunError: where the run folder holds another run.
     """
     folder = Path(config.run)
     stop = folder / STOP_FILE
     stop.unlink(missing_ok=True)
-    with _stop_on_signal(stop), _printed(folder / "train.log"):
-        _start_ray(config)
+    _start_ray(config)
+    # After Ray has started, which takes SIGTERM for itself.
+    with _stop_on_signal(stop), _printed(folder / "train.log"), ThreadPoolExecutor(1) as waiting:
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -68,7 +75,8 @@ def launch(config: Config) -> bool:
             ),
         )
         try:
-            trainer.fit()
+            # In a thread, so that Ray leaves Ctrl-C to us.
+            waiting.submit(trainer.fit).result()
         except Exception as why:
             raise ClusterError(_short(why)) from None
         finally:
@@ -76,6 +84,8 @@ def launch(config: Config) -> bool:
     status = json.loads((folder / "status.json").read_text())
     if status["state"] == "failed":
         raise ClusterError(status["reason"])
+    if status["state"] == "refused":
+        raise RunError(status["reason"])
     return bool(status["state"] == "done")
 
 
@@ -84,6 +94,7 @@ def _worker(content: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
+    from cdssl_dist.checkpoint import CheckpointError
     from cdssl_dist.guard import GuardStop
     from cdssl_dist.train_loop import train
 
@@ -94,10 +105,11 @@ def _worker(content: dict[str, Any]) -> None:
         os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
     try:
         train(config, stop_requested=asked, echo=False)
-    except GuardStop as why:
+    except (GuardStop, CheckpointError) as why:
         # All ranks raise it alike, and a restart would only meet it again: it is an outcome, not a failure of a worker.
         if dist.get_rank() == 0:
-            (folder / "status.json").write_text(json.dumps({"state": "failed", "reason": str(why)}))
+            state = "failed" if isinstance(why, GuardStop) else "refused"
+            (folder / "status.json").write_text(json.dumps({"state": state, "reason": str(why)}))
 
 
 class _Throttled:

@@ -7,15 +7,17 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
+RUNS = Path("runs")  # where results go, and the registry where no other is named
 
 
 class Parser(argparse.ArgumentParser):
     """A parser named as the user calls it; what is shown by default is in the help."""
 
-    def __init__(self, prog: str, description: str, **more: Any) -> None:
+    def __init__(self, prog: str, description: str = "", **more: Any) -> None:
         super().__init__(prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **more)
 
 

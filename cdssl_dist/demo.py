@@ -33,6 +33,7 @@ def steps(source: str, limit: int | None, seed: int) -> list[tuple[str, list[str
     finetune = ["finetune", "--encoder", "models:/cdssl-encoder@champion", "--registry", REGISTRY]
     # Crystals that pretraining has not seen, so that the comparison is fair.
     finetune += ["--data", f"{HOME}/shards", "--split", "val", "--target", TARGET, "--epochs", "40", "--train", "0.4"]
+    finetune += ["--batch-size", "8", "--lr", "3e-3"]
     finetune += ["--seed", str(seed), "--out", f"{HOME}/finetune"]
     return [
         ("shard the crystals into graphs", shard),

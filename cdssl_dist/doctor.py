@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from cdssl_dist.commands import Parser, command
+from cdssl_dist.commands import RUNS, Parser, command
+from cdssl_dist.tracking import redact, tracking_uri
 
 PACKAGES: Final = ("torch", "torch-geometric", "deepspeed", "ray", "webdataset", "pymatgen", "mlflow", "numba", "gemmi")
 
@@ -78,9 +79,7 @@ def _auth() -> str:
 
 
 def _tracking() -> str:
-    from cdssl_dist import registry
-
-    return f"registry: {registry.registry_uri(None)}"
+    return f"registry at {redact(tracking_uri(None, RUNS))}"
 
 
 CHECKS: Final[dict[str, Callable[[], str]]] = {

@@ -22,11 +22,13 @@ import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import RidgeCV
 
-from cdssl_dist.commands import Parser, command
+from cdssl_dist import registry
+from cdssl_dist.commands import RUNS, Parser, command
 from cdssl_dist.export import EncoderCard, read_encoder
 from cdssl_dist.heads import PropertyModel
 from cdssl_dist.labeled import COMPUTED, Labeled, load_labeled
 from cdssl_dist.megnet import N_ELEMENTS, MEGNet
+from cdssl_dist.tracking import tracking_uri
 from sharding.graph import offsets
 from sharding.progress import Progress
 
@@ -208,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cdssl finetune", "Fine-tune a pretrained encoder on labeled crystals, beside the same network from scratch."
     )
     p.add_argument("--encoder", default="models:/cdssl-encoder@champion", help="models:/NAME@ALIAS, or a folder")
-    p.add_argument("--registry", help="MLflow URI; MLFLOW_TRACKING_URI where left out")
+    p.add_argument("--registry", help="MLflow URI; MLFLOW_TRACKING_URI, else runs/mlflow.db, where left out")
     p.add_argument("--data", required=True, help="a data set of shards, or a file or source that cdssl shard reads")
     p.add_argument("--split", choices=("train", "val", "test"), help="use this split of a data set of shards only")
     p.add_argument("--target", required=True, help=f"a label or column, or one of {', '.join(COMPUTED)}")
@@ -223,9 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--out", default="runs/finetune", help="folder for results")
     args = p.parse_args(argv)
 
-    from cdssl_dist import registry  # imports MLflow: seconds that --help should not take
-
-    folder = registry.pull(args.encoder, registry.registry_uri(args.registry))
+    folder = registry.pull(args.encoder, tracking_uri(args.registry, RUNS))
     encoder, card = read_encoder(folder)
     data = load_labeled(args.data, args.target, card.cutoff, args.split)
     split = split_by_group(data.groups, args.train, args.val, args.seed)

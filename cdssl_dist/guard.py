@@ -102,7 +102,7 @@ def judge(norm: float, state: GuardState, rules: GuardRules, rollbacks: int = 0)
     bad = spike or not finite
     state = _count(state, bad)
     if finite:
-        state = _learn(norm, state, rules, limit=rules.z_spike if spike else None)
+        state = _learn(norm, state, rules)
     if not bad:
         return Judgement("apply", z), replace(state, applied=state.applied + 1)
 
@@ -123,11 +123,16 @@ def _count(state: GuardState, bad: bool) -> GuardState:
     return replace(state, bad_in_row=state.bad_in_row + 1 if bad else 0, bad_recent=recent)
 
 
-def _learn(norm: float, state: GuardState, rules: GuardRules, limit: float | None) -> GuardState:
-    """Update the running mean and variance; the first norms weigh equally, as in a plain average."""
+def _learn(norm: float, state: GuardState, rules: GuardRules) -> GuardState:
+    """Update the running mean and variance; the first norms weigh equally, as in a plain average.
+
+    After the warm-up a norm enters clipped on both sides: neither a spike nor a vanishing norm (a step without scored
+    edges has none) may widen the statistics so far that the next spike goes unseen.
+    """
     value = math.log(max(norm, 1e-30))
-    if limit is not None:
-        value = min(value, state.mean + limit * max(math.sqrt(state.variance), rules.min_deviation))
+    if state.seen >= rules.warmup:
+        reach = rules.z_spike * max(math.sqrt(state.variance), rules.min_deviation)
+        value = min(max(value, state.mean - reach), state.mean + reach)
     seen = state.seen + 1
     rate = max(1.0 / seen, 1.0 - rules.memory)
     delta = value - state.mean

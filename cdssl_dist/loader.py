@@ -87,13 +87,18 @@ class DataSet:
     def pack(self, entries: Sequence[Entry], table: BlockTable, shape: PackShape | None) -> RawPack:
         """Read and join the blocks of one pack."""
         numbers = [(int(table.block[e.index]), e.epoch) for e in entries]
-        return collate([decode_arrays(self.read(block)) for block, _ in numbers], numbers, shape)
+        blocks = [decode_arrays(self.read(block)) for block, _ in numbers]
+        return collate(blocks, numbers, shape, np.dtype(self.manifest.graph["index_dtype"]))
 
     def _map(self, shard: int) -> mmap.mmap:
         with self._lock:
             if shard not in self._maps:
-                with open(self.folder / self.manifest.shards[shard]["name"], "rb") as file:
-                    self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                path = self.folder / self.manifest.shards[shard]["name"]
+                try:
+                    with open(path, "rb") as file:
+                        self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                except (OSError, ValueError) as why:  # ValueError: the file is empty
+                    raise DataSetError(f"{path}: the shard was lost after the start ({why})") from None
             return self._maps[shard]
 
 
@@ -167,7 +172,7 @@ class Loader:
 
     def _step(self, number: int) -> Step:
         packs = [self.data.pack(self.plan.pack(number, lane), self.plan.table, self.shape) for lane in self.lanes]
-        packs += [collate([], [], self.shape) for _ in range(self.micro - len(packs))]
+        packs += [self.data.pack([], self.plan.table, self.shape) for _ in range(self.micro - len(packs))]
         return Step(number, self.plan.edges_of(number), [pack.pin() for pack in packs] if self.pin else packs)
 
     def _put(self, item: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-SHARDS_MIXED: Final = 4  # consecutive shards of an epoch whose blocks are shuffled together
+SHARDS_MIXED: Final = 4  # consecutive shards of a lane whose blocks are shuffled together
 
 Last = Literal["carry", "pad", "drop"]
 
@@ -88,29 +88,16 @@ class EpochPlan:
             return -(-(step + 1) * full // n) - 1
         return step // self.steps_before(1)
 
-    def order(self, epoch: int) -> NDArray[np.int32]:
-        """The order of the blocks in an epoch: (n,) indices into the table.
-
-        Shards are shuffled, and the blocks of a few consecutive shards among one another: each shard is read once,
-        and the neighbours of a block change from epoch to epoch.
-        """
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The order of the blocks in an epoch: (n,) indices into the table; shards shuffled, and blocks in each."""
         return _order(self, epoch)
 
-    def _segment(self, epoch: int, at: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Epochs and table indices at positions of an epoch's segment; index −1 is an empty place."""
-        n = len(self.table)
-        if self.last != "carry":
-            index = np.full(len(at), -1, np.int64)
-            inside = at < n
-            index[inside] = self.order(epoch)[at[inside]]
-            return np.full(len(at), epoch), index
-        stream = self.steps_before(epoch) * self.blocks_per_step + at
-        epochs, inner = stream // n, stream % n
-        index = np.empty(len(at), np.int64)
-        for e in np.unique(epochs):
-            mine = epochs == e
-            index[mine] = self.order(int(e))[inner[mine]]
-        return epochs, index
+    def segment(self, epoch: int) -> NDArray[np.int64]:
+        """All places of the steps of an epoch, lane after lane: (P·k·steps,).
+
+        A place holds ``epoch · n + index`` of a block, or −1 where it is empty.
+        """
+        return _segment(self, epoch)
 
     def pack(self, step: int, lane: int) -> list[Entry]:
         """The blocks of one pack; fewer than k, or none, only where the last step of an epoch is padded."""
@@ -118,8 +105,8 @@ class EpochPlan:
         first = self.steps_before(epoch)
         lane_length = (self.steps_before(epoch + 1) - first) * self.blocks_per_pack
         begin = lane * lane_length + (step - first) * self.blocks_per_pack
-        epochs, index = self._segment(epoch, np.arange(begin, begin + self.blocks_per_pack))
-        return [Entry(int(e), int(i)) for e, i in zip(epochs, index, strict=True) if i >= 0]
+        places = self.segment(epoch)[begin : begin + self.blocks_per_pack]
+        return [Entry(*divmod(int(place), len(self.table))) for place in places if place >= 0]
 
     def step(self, step: int) -> list[list[Entry]]:
         """All P packs of a step."""
@@ -147,18 +134,66 @@ class EpochPlan:
         p = self.packs_per_step
         return range(rank * p // world_size, (rank + 1) * p // world_size)
 
+    def read_amplification(self, epoch: int, readers: int) -> float:
+        """How often a shard is read in an epoch, on average, when ``readers`` nodes each read the lanes they own."""
+        places = self.segment(epoch).reshape(self.packs_per_step, -1)
+        read = 0
+        for reader in range(readers):
+            mine = places[list(self.lanes(reader, readers))]
+            read += len(np.unique(self.table.shard[mine[mine >= 0] % len(self.table)]))
+        return read / len(np.unique(self.table.shard))
+
+
+def _random(plan: EpochPlan, epoch: int, use: str) -> np.random.Philox:
+    """A source of random words; its raw output is the same in every version of numpy."""
+    hashed = hashlib.blake2b(f"{plan.seed}/{epoch}/{use}".encode(), digest_size=16).digest()
+    return np.random.Philox(key=np.frombuffer(hashed, np.uint64))
+
+
+def _shuffle_inside(groups: NDArray[np.int64], source: np.random.Philox) -> NDArray[np.int64]:
+    """The order that sorts by group, at random inside each: (n,). One sort, of 64-bit words."""
+    return np.argsort((groups.astype(np.uint64) << np.uint64(36)) | (source.random_raw(len(groups)) >> np.uint64(28)))
+
 
 @lru_cache(maxsize=4)
-def _order(plan: EpochPlan, epoch: int) -> NDArray[np.int32]:
-    """See ``EpochPlan.order``. Philox's raw output is the same in every version of numpy."""
-    hashed = hashlib.blake2b(f"{plan.seed}/{epoch}".encode(), digest_size=16).digest()
-    source = np.random.Philox(key=np.frombuffer(hashed, np.uint64))
-    shard = plan.table.shard
-    names, dense = np.unique(shard, return_inverse=True)
+def _order(plan: EpochPlan, epoch: int) -> NDArray[np.int64]:
+    """See ``EpochPlan.order``."""
+    source = _random(plan, epoch, "shards")
+    names, dense = np.unique(plan.table.shard, return_inverse=True)
     place = np.empty(len(names), np.int64)  # of each shard in this epoch
     place[np.argsort(source.random_raw(len(names)), kind="stable")] = np.arange(len(names))
-    within = source.random_raw(len(shard))
-    return np.lexsort((within, place[dense] // SHARDS_MIXED)).astype(np.int32)
+    return _shuffle_inside(place[dense], source)
+
+
+@lru_cache(maxsize=2)
+def _segment(plan: EpochPlan, epoch: int) -> NDArray[np.int64]:
+    """See ``EpochPlan.segment``.
+
+    Blocks are shuffled once more in windows of a few shards inside each lane, so that a block's neighbours change from
+    epoch to epoch and yet no lane reads more shards.
+    """
+    n, p = len(plan.table), plan.packs_per_step
+    first, end = plan.steps_before(epoch), plan.steps_before(epoch + 1)
+    size = (end - first) * plan.blocks_per_step
+    if plan.last == "carry":
+        stream = first * plan.blocks_per_step + np.arange(size)
+        epochs, inner = np.divmod(stream, n)
+        places = np.empty(size, np.int64)
+        for e in range(int(epochs[0]), int(epochs[-1]) + 1) if size else ():
+            mine = epochs == e
+            places[mine] = e * n + plan.order(e)[inner[mine]]
+    else:
+        places = np.full(size, -1, np.int64)
+        used = min(size, n)
+        places[:used] = epoch * n + plan.order(epoch)[:used]
+    if size == 0:
+        return places
+    lane, within = np.divmod(np.arange(size), size // p)
+    window = max(SHARDS_MIXED * n // len(np.unique(plan.table.shard)), 1)
+    windows = lane * (size // p // window + 1) + within // window
+    empty = places < 0  # stay behind the blocks of their lane
+    order = _shuffle_inside(2 * windows + empty if empty.any() else windows, _random(plan, epoch, "lanes"))
+    return places[order]
 
 
 def table_of(blocks: Any, split: int) -> BlockTable:

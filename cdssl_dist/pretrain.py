@@ -14,7 +14,8 @@ import yaml
 from cdssl_dist import cluster, registry, tracking
 from cdssl_dist.commands import Parser, command
 from cdssl_dist.config import Config, load
-from sharding.manifest import Manifest, read_manifest
+from cdssl_dist.loader import DataSet
+from sharding.manifest import Manifest
 
 PREEMPTED = 75  # the exit code of a run that was stopped and saved: run it again
 
@@ -35,11 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def pretrain(config: Config) -> int:
     """Run one pretraining, from where it stopped before; returns the exit code."""
-    manifest = read_manifest(config.data_path)
+    data = DataSet(config.data_path)  # opened here first: what is missing is said before a cluster is started
+    data.table("train"), data.table("val")
     config = prepare(config)
     folder = Path(config.run)
 
-    with tracking.follow(folder, config, params=about(manifest), tags={"data_digest": manifest.digest}) as tracked:
+    with tracking.follow(
+        folder, config, params=about(data.manifest), tags={"data_digest": data.manifest.digest}
+    ) as tracked:
         complete = cluster.launch(config)
     if not complete:
         print(f"stopped with its state saved; run the same command again to go on ({folder})", file=sys.stderr)

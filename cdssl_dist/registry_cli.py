@@ -2,44 +2,53 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
 from collections.abc import Sequence
 
 from cdssl_dist import registry
-from cdssl_dist.commands import Parser, command
+from cdssl_dist.commands import RUNS, Parser, command
+from cdssl_dist.registry import Version
+from cdssl_dist.tracking import tracking_uri
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """One action on the registry."""
     p = Parser("cdssl registry", "Look at registered encoders and choose the champion.")
-    p.add_argument("--registry", help="MLflow URI; MLFLOW_TRACKING_URI where left out")
+    p.add_argument("--registry", help="MLflow URI; MLFLOW_TRACKING_URI, else runs/mlflow.db, where left out")
     actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
-    for action, what in (("list", "versions, newest first"), ("show", "one version, whole")):
-        actions.add_parser(action, help=what).add_argument("name", nargs="?", default="cdssl-encoder")
-    actions.choices["show"].add_argument("version", nargs="?", default="champion", help="a number or an alias")
-    pull = actions.add_parser("pull", help="download an encoder, verified, and print where it is")
-    pull.add_argument("ref", nargs="?", default="models:/cdssl-encoder@champion")
+    name, ref = {"nargs": "?", "default": "cdssl-encoder"}, {"nargs": "?", "default": "models:/cdssl-encoder@champion"}
+    actions.add_parser("list", help="all versions, newest first").add_argument("name", **name)
+    actions.add_parser("show", help="everything that is known of a version").add_argument("ref", **ref)
+    actions.add_parser("pull", help="download an encoder, verified, and print where it is").add_argument("ref", **ref)
     promote = actions.add_parser("promote", help="make a version the champion")
-    promote.add_argument("name")
     promote.add_argument("version", type=int)
-    rollback = actions.add_parser("rollback", help="make the previous champion the champion again")
-    rollback.add_argument("name")
+    promote.add_argument("name", **name)
+    actions.add_parser("rollback", help="make the previous champion the champion again").add_argument("name", **name)
     args = p.parse_args(argv)
 
-    uri = registry.registry_uri(args.registry)
+    uri = tracking_uri(args.registry, RUNS)
     if args.action == "list":
-        for line in registry.list_versions(args.name, uri):
-            print(line)
+        for version in registry.list_versions(args.name, uri):
+            print(line(version))
     elif args.action == "show":
-        print(registry.show(args.name, args.version, uri))
+        version = registry.show(args.ref, uri)
+        print(line(version), *(f"  {key:20} {value}" for key, value in sorted(version.tags.items())), sep="\n")
     elif args.action == "pull":
         print(registry.pull(args.ref, uri))
     elif args.action == "promote":
-        print(registry.promote(args.name, args.version, uri))
+        print(line(registry.promote(args.name, args.version, uri)))
     else:
-        print(registry.rollback(args.name, uri))
+        print(line(registry.rollback(args.name, uri)))
     return 0
+
+
+def line(version: Version) -> str:
+    """One version in a line."""
+    made = datetime.datetime.fromtimestamp(version.created / 1000).isoformat(" ", "minutes")
+    aliases = ", ".join(version.aliases)
+    return f"{version.uri:28} {made}  skill_edge {version.tags.get('skill_edge', '?')}  {aliases}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Crystal databases → data sets of shards. See docs/format.md."""

@@ -57,27 +57,46 @@ def encode(graphs: Multigraphs, index_dtype: Any) -> bytes:
 
 
 _DTYPES: Final = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I8": np.int8, "F32": np.float32}
+_INDEX: Final = ("U8", "U16")
+_FORMAT: Final[dict[str, tuple[tuple[str, ...], list[int]]]] = {  # name → types, and shape after the first axis
+    "n_atoms": (("U32",), []),
+    "n_edges": (("U32",), []),
+    "lattice": (("F32",), [3, 3]),
+    "atomic_numbers": (("U8",), []),
+    "positions": (("F32",), [3]),
+    "edge_src": (_INDEX, []),
+    "edge_dst": (_INDEX, []),
+    "edge_shift": (("I8",), [3]),
+    "key": (("U8",), []),
+    "key_offsets": (("U32",), []),
+}
+_LABEL: Final[tuple[tuple[str, ...], list[int]]] = (("F32",), [])
 
 
 def decode_arrays(data: bytes | memoryview) -> dict[str, NDArray[Any]]:
     """The arrays of a block, as views of ``data``: nothing is copied.
 
+    The header is parsed here and not by safetensors, which copies every array: this runs for each block of each step.
+
     Raises:
-        BlockError: where ``data`` is no safetensors file of the format's types.
+        BlockError: where ``data`` is no safetensors file, or an array is missing or not of the format's type and shape.
     """
     view = memoryview(data)
     try:
-        header_size = int.from_bytes(view[:8], "little")
-        header = json.loads(bytes(view[8 : 8 + header_size]))
+        body = 8 + int.from_bytes(view[:8], "little")
+        header = json.loads(bytes(view[8:body]))
         header.pop("__metadata__", None)
-        arrays = {}
-        for name, entry in header.items():
-            begin, end = (8 + header_size + at for at in entry["data_offsets"])
-            array = np.frombuffer(view[begin:end], _DTYPES[entry["dtype"]])
-            arrays[name] = array.reshape(entry["shape"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as why:
+        return {name: _array(view[body:], name, header[name]) for name in header.keys() | _FORMAT.keys()}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as why:
         raise BlockError(f"not a block: {why}") from why
-    return arrays
+
+
+def _array(body: memoryview, name: str, entry: dict[str, Any]) -> NDArray[Any]:
+    dtypes, tail = _LABEL if name.startswith(LABEL_PREFIX) else _FORMAT[name]
+    shape, (begin, end) = entry["shape"], entry["data_offsets"]
+    if entry["dtype"] not in dtypes or shape[1:] != tail or not 0 <= begin <= end <= len(body):
+        raise ValueError(f"{name} is {entry['dtype']} {shape}, not what the format says")
+    return np.frombuffer(body[begin:end], _DTYPES[entry["dtype"]]).reshape(shape)
 
 
 def decode(data: bytes | memoryview) -> Multigraphs:
@@ -88,9 +107,8 @@ def decode(data: bytes | memoryview) -> Multigraphs:
     """
     arrays = decode_arrays(data)
     try:
-        blob, at = arrays["key"].tobytes(), arrays["key_offsets"]
         graphs = Multigraphs(
-            keys=[blob[a:b].decode() for a, b in zip(at[:-1].tolist(), at[1:].tolist(), strict=True)],
+            keys=_keys(arrays["key"].tobytes(), arrays["key_offsets"].astype(np.int64)),
             n_atoms=arrays["n_atoms"],
             n_edges=arrays["n_edges"],
             lattice=arrays["lattice"],
@@ -101,7 +119,7 @@ def decode(data: bytes | memoryview) -> Multigraphs:
             edge_shift=arrays["edge_shift"],
             labels={n.removeprefix(LABEL_PREFIX): v for n, v in arrays.items() if n.startswith(LABEL_PREFIX)},
         )
-    except (KeyError, UnicodeDecodeError) as why:
+    except ValueError as why:
         raise BlockError(f"not a block: {why}") from why
     consistent = (
         len(graphs.keys) == len(graphs.n_atoms) == len(graphs.n_edges) == len(graphs.lattice)
@@ -112,3 +130,10 @@ def decode(data: bytes | memoryview) -> Multigraphs:
     if not consistent:
         raise BlockError("not a block: the lengths of its arrays contradict one another")
     return graphs
+
+
+def _keys(text: bytes, at: NDArray[np.int64]) -> list[str]:
+    if len(at) == 0 or at[0] != 0 or at[-1] != len(text) or (np.diff(at) < 0).any():
+        raise ValueError("the key offsets do not divide the keys")
+    ends = at.tolist()
+    return [text[a:b].decode() for a, b in zip(ends[:-1], ends[1:], strict=True)]

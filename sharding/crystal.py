@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -10,6 +9,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+MIN_DISTANCE: Final = 0.5  # Å between atoms
+MIN_HEIGHT: Final = 0.01  # Å between the layers of a cell; below, its vectors are as good as dependent
 MIN_VOLUME_PER_ATOM: Final = 1.5  # Å³
 MAX_VOLUME_PER_ATOM: Final = 500.0  # Å³
 
@@ -37,6 +38,7 @@ class Crystal:
     atomic_numbers: NDArray[np.uint8]  # (n_atoms,)
     labels: Mapping[str, float] = field(default_factory=dict)  # name → value, NaN where missing
     group: str | None = None  # crystals of one group never straddle a split
+    position: str = ""  # where in its source, for the quarantine
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,8 @@ def atomic_numbers(symbols: list[str]) -> NDArray[np.uint8]:
 def check(crystals: Sequence[Crystal]) -> dict[int, RefusedError]:
     """What no crystal can be: index of the crystal → reason, for those to refuse.
 
-    Reason codes: ``unparsable`` (shapes), ``no_atoms``, ``not_finite``, ``species``, ``singular_cell``, ``volume``.
+    Reason codes: ``unparsable`` (shapes), ``no_atoms``, ``not_finite``, ``key``, ``species``, ``too_close``,
+    ``singular_cell``, ``volume``.
     """
     refused: dict[int, RefusedError] = {}
     for i, c in enumerate(crystals):
@@ -83,22 +86,36 @@ def check(crystals: Sequence[Crystal]) -> dict[int, RefusedError]:
             refused[i] = RefusedError("no_atoms", "the cell holds no atoms")
         elif c.positions.shape != (n, 3) or c.lattice.shape != (3, 3):
             refused[i] = RefusedError("unparsable", "the numbers of species and of positions differ")
-        elif not (math.isfinite(c.lattice.sum()) and math.isfinite(c.positions.sum())):
+        elif not (np.isfinite(c.lattice).all() and np.isfinite(c.positions).all()):
             refused[i] = RefusedError("not_finite", "a cell vector or a position is NaN or infinite")
+        elif not _is_text(c.key):
+            refused[i] = RefusedError("key", "the key is empty or not UTF-8 text")
         elif c.atomic_numbers.min() < 1 or c.atomic_numbers.max() >= len(SYMBOLS):
             refused[i] = RefusedError("species", "an atomic number is outside 1–118")
     rest = [i for i in range(len(crystals)) if i not in refused]
     lattice = np.array([crystals[i].lattice for i in rest]).reshape(-1, 3, 3)
     volume = np.abs(np.linalg.det(lattice))
-    box = np.prod(np.linalg.norm(lattice, axis=2), axis=1)
+    length = np.linalg.norm(lattice, axis=2)
+    faces = np.linalg.norm(np.cross(lattice, np.roll(lattice, -1, axis=1)), axis=2)
+    height = volume / np.maximum(faces.max(axis=1), 1e-300)  # Å between the closest layers of the cell
+    dependent = (volume <= 1e-6 * length.prod(axis=1)) | ((height < MIN_HEIGHT) & (length.min(axis=1) >= MIN_DISTANCE))
     per_atom = volume / np.array([len(crystals[i].atomic_numbers) for i in rest])
-    for i, singular, v in zip(rest, volume <= 1e-6 * box, per_atom, strict=True):
+    for i, singular, shortest, v in zip(rest, dependent, length.min(axis=1), per_atom, strict=True):
         if singular:
-            refused[i] = RefusedError("singular_cell", "the cell vectors are linearly dependent")
+            refused[i] = RefusedError("singular_cell", "the cell vectors are (nearly) linearly dependent")
+        elif shortest < MIN_DISTANCE:
+            refused[i] = RefusedError("too_close", f"an atom and its own image are {shortest:.3g} Å apart")
         elif not MIN_VOLUME_PER_ATOM <= v <= MAX_VOLUME_PER_ATOM:
             limits = f"{MIN_VOLUME_PER_ATOM}–{MAX_VOLUME_PER_ATOM} Å³"
             refused[i] = RefusedError("volume", f"{v:.3g} Å³ per atom is outside {limits}")
     return refused
+
+
+def _is_text(key: str) -> bool:
+    try:
+        return bool(key.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def reduced_formula(numbers: NDArray[np.uint8]) -> str:

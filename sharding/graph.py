@@ -15,13 +15,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from sharding.crystal import Crystal, RefusedError, check
+from sharding.crystal import MIN_DISTANCE, Crystal, RefusedError, check
 from sharding.jit import compiled
 
 Array = NDArray[Any]
 
 TIE: Final = 1e-8  # Å; a pair at exactly the cutoff is inside, whatever the rounding of its coordinates
-MIN_DISTANCE: Final = 0.5  # Å
 MAX_SHIFT: Final = 127  # image shifts are stored as i8
 MAX_ATOMS: Final = 65_535  # edges are stored as 16-bit indices
 

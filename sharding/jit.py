@@ -12,5 +12,10 @@ except ImportError:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile with numba, cached on disk and free of the interpreter's lock."""
-    return function if numba is None else numba.njit(cache=True, nogil=True)(function)
+    """Compile with numba, free of the interpreter's lock, and cached on disk where there is a place that can be written."""
+    if numba is None:
+        return function
+    try:
+        return numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # no place for the cache: a container with a read-only root
+        return numba.njit(nogil=True)(function)

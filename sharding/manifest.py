@@ -106,10 +106,9 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise DataSetError(f"{path}: unreadable manifest ({why})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataSetError(f"{path}: not the manifest of a {FORMAT} data set")
-    if content["version"] > VERSION:
-        raise DataSetError(
-            f"{path}: format version {content['version']}; this program reads up to {VERSION}: update it"
-        )
+    version = content.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise DataSetError(f"{path}: format version {version}; this program reads up to {VERSION}: update it")
     if content.get("digest") != _digest(content):
         raise DataSetError(
             f"{path}: the digest does not match the content; the manifest was changed by hand or damaged"

@@ -66,6 +66,7 @@ class Spill:
     keys: list[str]
     groups: list[str]
     formulas: list[str]
+    positions: list[str]
     volumes: list[float]  # Å³
     source: str
     refusals: list[Refusal]
@@ -140,12 +141,12 @@ def convert_records(task: tuple[Source, list[Record], Path, ShardSettings]) -> S
         (crystals if isinstance(item, Crystal) else refusals).append(item)  # type: ignore[arg-type]
     graphs, refused = build(crystals, settings.cutoff, tuple(settings.labels))
     for i, why in sorted(refused.items()):
-        refusals.append(Refusal(crystals[i].key, source.name, records[0].position, why.code, why.text))
+        refusals.append(Refusal(crystals[i].key, source.name, crystals[i].position, why.code, why.text))
     kept = [c for i, c in enumerate(crystals) if i not in refused]
     fits = (graphs.n_edges.astype(np.int64) * 2 <= settings.budget.edges) & (graphs.n_atoms <= settings.budget.atoms)
     for i in np.flatnonzero(~fits).tolist():
         text = f"{2 * graphs.n_edges[i]} edges and {graphs.n_atoms[i]} atoms do not fit into a block; raise its budget"
-        refusals.append(Refusal(graphs.keys[i], source.name, records[0].position, "oversized", text))
+        refusals.append(Refusal(graphs.keys[i], source.name, kept[i].position, "oversized", text))
     if not fits.all():
         graphs = graphs.take(np.flatnonzero(fits))
         kept = [c for c, fit in zip(kept, fits, strict=True) if fit]
@@ -157,6 +158,7 @@ def convert_records(task: tuple[Source, list[Record], Path, ShardSettings]) -> S
         keys=graphs.keys,
         groups=[c.group or formula for c, formula in zip(kept, formulas, strict=True)],
         formulas=formulas,
+        positions=[c.position for c in kept],
         volumes=np.abs(np.linalg.det(graphs.lattice.astype(np.float64))).tolist(),
         source=source.name,
         refusals=refusals,
@@ -219,7 +221,7 @@ def choose(spills: list[Spill], settings: ShardSettings) -> tuple[dict[str, Chos
         for g, key in enumerate(spill.keys):
             if key in seen:
                 text = f"{key!r} was met before, in {spills[seen[key][0]].source}; the first one is kept"
-                duplicates.append(Refusal(key, spill.source, f"key {key}", "duplicate_key", text))
+                duplicates.append(Refusal(key, spill.source, spill.positions[g], "duplicate_key", text))
             else:
                 seen[key] = (s, g)
     members: dict[str, list[str]] = {split: [] for split in SPLITS}

@@ -3,14 +3,19 @@
 A *source* is a generator of records. A record is cheap to make (a slice of a file, a row, a crystal) and is turned
 into crystals by ``parse`` in a worker process, where the time goes. Records come in an order that depends on the
 source alone; that order numbers the work, so that a rerun finds what an earlier run has done.
+
+What cannot be read is refused, with one of these reasons: ``unparsable``; ``truncated``, the source ends too early or
+is damaged from there on; ``too_large``; ``species``, unknown elements; ``partial_occupancy``; ``no_atoms``;
+``singular_cell``; ``not_periodic``, a molecule.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from sharding.crystal import Crystal, Refusal, RefusedError
@@ -106,11 +111,11 @@ def open_source(spec: str, options: ReadOptions | None = None) -> Source:
     options = options or ReadOptions()
     scheme = spec.split(":", 1)[0] if ":" in spec else ""
     if scheme in _BY_SCHEME:
-        return load(_BY_SCHEME[scheme]).open_source(spec, options)  # type: ignore[no-any-return]
+        return load(_BY_SCHEME[scheme]).open_source(spec, options)
     if "://" not in spec and not os.path.exists(spec):
         raise SourceError(f"{spec}: no such file")
     ending = os.path.splitext(spec.lower())[1]
-    return load(_BY_ENDING.get(ending, "files")).open_source(spec, options)  # type: ignore[no-any-return]
+    return load(_BY_ENDING.get(ending, "files")).open_source(spec, options)
 
 
 def known() -> str:
@@ -125,11 +130,16 @@ def payload(record: Record) -> list[Crystal]:
     return [record.payload]
 
 
+def numbered(crystals: Iterable[Crystal]) -> Iterator[Record]:
+    """Crystals as records."""
+    return (Record(str(i), crystal) for i, crystal in enumerate(crystals))
+
+
 def from_crystals(crystals: Iterable[Crystal], name: str = "python", **about: Any) -> Source:
     """A source of crystals that a Python program made; ``about`` may give licence, cite and units."""
     return Source(
         name=name,
-        records=lambda: (Record(str(i), crystal) for i, crystal in enumerate(crystals)),
+        records=functools.partial(numbered, crystals),
         parse=payload,
         **about,
     )
@@ -139,7 +149,9 @@ def parse_records(source: Source, records: Iterable[Record]) -> Iterator[Crystal
     """Parse, and turn what cannot be parsed into refusals: one bad record loses nothing else."""
     for record in records:
         try:
-            yield from source.parse(record)
+            for item in source.parse(record):
+                placed = not isinstance(item, Crystal) or item.position
+                yield item if placed else replace(item, position=record.position)
         except RefusedError as why:
             yield Refusal("", source.name, record.position, why.code, why.text[:300])
 

@@ -8,6 +8,7 @@ There are no random numbers, so that the sequence is the same everywhere.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import logging
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharding.crystal import SYMBOLS, Crystal, reduced_formula
-from sharding.sources import ReadOptions, Record, Source, SourceError, payload
+from sharding.sources import ReadOptions, Record, Source, SourceError, numbered, payload
 
 if TYPE_CHECKING:  # at run time pymatgen is imported where it is needed: other sources do without it
     from pymatgen.core.composition import Composition
@@ -69,11 +70,15 @@ def open_source(spec: str, options: ReadOptions) -> Source:
     count = int(wanted) if options.limit is None else min(int(wanted), options.limit)
     return Source(
         name=spec,
-        records=lambda: (Record(str(number), crystal) for number, crystal in enumerate(crystals(count))),
+        records=functools.partial(_records, count),
         parse=payload,
         licence="MIT (pymatgen)",
         cite=CITE,
     )
+
+
+def _records(count: int) -> Iterator[Record]:
+    return numbered(crystals(count))
 
 
 def crystals(count: int) -> Iterator[Crystal]:

@@ -1,88 +1,148 @@
 """Parquet tables in OPTIMADE property names, as LeMat-Bulk and others ship them.
 
-Columns: ``id``, ``lattice_vectors``, ``cartesian_site_positions``, ``species_at_sites``; any numeric column may be a
-label. Schema metadata ``licence``, ``cite`` are carried into the manifest.
+Columns: ``id`` (or another of ``KEYS``), ``lattice_vectors``, ``cartesian_site_positions``, ``species_at_sites``, and
+``species`` where sites may be disordered; any numeric column may be a label. Carried into the manifest are ``licence``
+and ``cite`` from the schema metadata, and the unit of a label from its field's metadata or from the JSON object
+``units`` in the schema's.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
+import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sharding.crystal import Crystal, Refusal, RefusedError, atomic_numbers
-from sharding.sources import ReadOptions, Record, Source, SourceError
+from sharding.sources import ReadOptions, Record, Source, SourceError, dialects
+from sharding.sources.pieces import IDS, key_of, number, refusal
+from sharding.sources.streams import base_name, opened, redacted
 
-COLUMNS: Final = ("id", "lattice_vectors", "cartesian_site_positions", "species_at_sites")
+SITES: Final = ("lattice_vectors", "cartesian_site_positions", "species_at_sites")
+KEYS: Final = (*IDS, "immutable_id")
 ROWS_PER_RECORD: Final = 512
+VECTORS: Final = pa.list_(pa.list_(pa.float64()))
 
 
 def open_source(spec: str, options: ReadOptions) -> Source:
     """Open one Parquet file; it is streamed, a slice of rows a record."""
     try:
-        schema = pq.read_schema(spec)
+        with opened(spec) as file:
+            schema = pq.read_schema(file)
     except (pa.ArrowException, OSError) as why:
-        raise SourceError(f"{spec}: not a readable Parquet file ({why})") from None
-    missing = [name for name in (*COLUMNS, *options.labels.values()) if name not in schema.names]
+        raise SourceError(f"{redacted(spec)}: not a readable Parquet file ({why})") from None
+    there = schema.names
+    missing = [name for name in (*SITES, *options.labels.values()) if name not in there]
     if missing:
-        raise SourceError(f"{spec}: no column {', '.join(missing)}; it has {', '.join(schema.names[:40])}")
-    about = {k.decode(): v.decode() for k, v in (schema.metadata or {}).items()}
-    name = os.path.basename(spec)
+        raise SourceError(f"{redacted(spec)}: no column {', '.join(missing)}; it has {', '.join(there[:40])}")
+    key = next((name for name in KEYS if name in there), None)
+    if key is None:
+        raise SourceError(f"{redacted(spec)}: no column of ids, which would be {', '.join(KEYS)}")
+    species = ["species"] if "species" in there else []
+    columns = list(dict.fromkeys([key, *SITES, *species, *options.labels.values()]))
+    about = {k.decode(): v.decode("utf-8", "replace") for k, v in (schema.metadata or {}).items()}
+    name = base_name(spec)
     return Source(
         name=name,
-        records=functools.partial(_records, spec, options),
-        parse=functools.partial(_parse, name, options),
+        records=functools.partial(_records, spec, name, columns, options),
+        parse=functools.partial(_parse, name, key, options),
         licence=about.get("licence", about.get("license", "unknown")),
         cite=about.get("cite", ""),
+        units=_units(schema, about, options),
     )
 
 
-def _records(path: str, options: ReadOptions) -> Iterator[Record]:
-    columns = [*COLUMNS, *options.labels.values()]
-    row = 0
-    with pq.ParquetFile(path, memory_map=True) as table:
-        for batch in table.iter_batches(ROWS_PER_RECORD, columns=columns):
-            if options.limit is not None:
-                batch = batch.slice(0, max(options.limit - row, 0))
-            if batch.num_rows == 0:
+def _units(schema: pa.Schema, about: dict[str, str], options: ReadOptions) -> dict[str, str]:
+    """Label → unit, where the table states it in a form that a program can read."""
+    try:
+        listed = orjson.loads(about.get("units", "{}"))
+    except orjson.JSONDecodeError:
+        listed = {}  # prose
+    units = {}
+    for label, column in options.labels.items():
+        own = (schema.field(column).metadata or {}).get(b"unit", b"").decode("utf-8", "replace")
+        unit = own or (listed.get(column) if isinstance(listed, dict) else None)
+        if isinstance(unit, str) and unit:
+            units[label] = unit
+    return units
+
+
+def _records(spec: str, name: str, columns: list[str], options: ReadOptions) -> Iterator[Record]:
+    with opened(spec) as file:
+        table = pq.ParquetFile(spec if "://" not in spec else file, memory_map="://" not in spec)
+        first, left = 0, options.limit
+        for group in range(table.num_row_groups):
+            row = first
+            first += table.metadata.row_group(group).num_rows
+            try:
+                for batch in table.iter_batches(ROWS_PER_RECORD, row_groups=[group], columns=columns):
+                    if left is not None:
+                        batch = batch.slice(0, left)
+                        left -= batch.num_rows
+                    if batch.num_rows:
+                        yield Record(f"row {row}", (row, batch))
+                    row += batch.num_rows
+            except (pa.ArrowException, OSError) as why:  # a damaged page: the next row group may be whole
+                text = f"rows {row} to {first - 1} cannot be read: {why}"
+                yield Record(f"row {row}", refusal("", name, f"row {row}", "truncated", text))
+            if left == 0:
                 return
-            yield Record(f"row {row}", (row, batch))
-            row += batch.num_rows
 
 
-def _parse(source: str, options: ReadOptions, record: Record) -> Iterator[Crystal | Refusal]:
+def _parse(source: str, key: str, options: ReadOptions, record: Record) -> Iterator[Crystal | Refusal]:
+    if isinstance(record.payload, Refusal):
+        yield record.payload
+        return
     first, batch = record.payload
-    keys = batch.column("id").to_pylist()
+    stem = source.removesuffix(".parquet")
+    keys = batch.column(key).to_pylist()
     lattices = _rows(batch.column("lattice_vectors"))
     positions = _rows(batch.column("cartesian_site_positions"))
-    species = batch.column("species_at_sites").to_pylist()
+    names = batch.column("species_at_sites").to_pylist()
+    species = None if _ordered(batch) else batch.column("species").to_pylist()
     labels = {name: batch.column(column).to_pylist() for name, column in options.labels.items()}
-    for i, key in enumerate(keys):
+    for i, given in enumerate(keys):
+        name = key_of({"id": given}, stem)
         try:
-            if key is None or lattices[i] is None or positions[i] is None or species[i] is None:
+            if name is None or lattices[i] is None or positions[i] is None or names[i] is None:
                 raise RefusedError("unparsable", "a required column is null")
-            yield Crystal(
-                key=str(key),
-                lattice=lattices[i],
-                positions=positions[i],
-                atomic_numbers=atomic_numbers(species[i]),
-                labels={n: float(v[i]) for n, v in labels.items() if v[i] is not None},
-            )
-        except (RefusedError, ValueError) as why:
+            values = {label: number(column[i]) for label, column in labels.items()}
+            found = {label: value for label, value in values.items() if value is not None}
+            if species is None:
+                crystal = Crystal(name, lattices[i], positions[i], atomic_numbers(names[i]), found)
+            else:
+                entry = dict(zip(SITES, (lattices[i], positions[i], names[i]), strict=True)) | {"species": species[i]}
+                crystal = dialects.optimade(entry, name, found, options)
+            yield replace(crystal, position=f"row {first + i}")
+        except (RefusedError, ValueError, KeyError, TypeError) as why:
             code = why.code if isinstance(why, RefusedError) else "unparsable"
-            yield Refusal(str(key or ""), source, f"row {first + i}", code, str(why))
+            yield refusal(name or "", source, f"row {first + i}", code, str(why))
+
+
+def _ordered(batch: pa.RecordBatch) -> bool:
+    """Whether every species of every row is one element, under its own name: then the names at sites say it all."""
+    if "species" not in batch.schema.names:
+        return True
+    species = batch.column("species").flatten()
+    symbols, shares = species.field("chemical_symbols"), species.field("concentration")
+    if len(species) == 0 or not pc.all(pc.equal(pc.list_value_length(symbols), 1)).as_py():
+        return len(species) == 0
+    same = pc.all(pc.equal(symbols.flatten(), species.field("name"))).as_py()
+    return bool(same and pc.all(pc.equal(shares.flatten(), 1.0)).as_py() and not species.null_count)
 
 
 def _rows(column: Any) -> list[Any]:
     """A column of lists of 3-vectors as one (n, 3) float64 array a row, None where null or ragged."""
+    column = column.cast(VECTORS)  # lists of fixed size and large lists too
     rows: list[Any] = [None] * len(column)
     inner = column.values  # lists of lists: the vectors of all rows
-    numbers = np.asarray(inner.values.cast(pa.float64()).fill_null(np.nan), np.float64)
+    numbers = np.asarray(inner.values.fill_null(np.nan), np.float64)
     ends, starts = np.asarray(column.offsets[1:]), np.asarray(column.offsets[:-1])
     at = np.asarray(inner.offsets)
     valid = np.asarray(column.is_valid())

@@ -1,0 +1,215 @@
+"""Files in any text format, alone or compressed, in folders and in archives: one stream of pieces for all of them.
+
+An archive is read from front to back and nothing of it is written to disk, so its paths are names and no more. Files
+of a folder come in the order of their names. What has an ending that no reader knows is not an input: a README between
+the CIFs is passed over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import posixpath
+from collections.abc import Generator, Iterator
+from typing import Any, Final
+
+from sharding.crystal import Crystal, Refusal
+from sharding.sources import (
+    _BY_ENDING,
+    ARCHIVES,
+    FORMATS,
+    ReadOptions,
+    Record,
+    Source,
+    SourceError,
+    known,
+    load,
+)
+from sharding.sources.archives import Member, tar_members, zip_members
+from sharding.sources.pieces import Fault, Piece, batched, parsed
+from sharding.sources.streams import (
+    DamagedError,
+    Stream,
+    TooLargeError,
+    base_name,
+    decompressed,
+    filesystem,
+    opened,
+    redacted,
+    uncompressed_name,
+)
+
+VASP_NAMES: Final = ("POSCAR", "CONTCAR")
+
+
+def open_source(spec: str, options: ReadOptions) -> Source:
+    """Open a file, a folder or an archive of files.
+
+    Raises:
+        SourceError: where there is no reader for it, it cannot be opened, or a table has no such columns.
+    """
+    name = base_name(spec)
+    if not _is_folder(spec):
+        module = format_of(name)
+        if module is None and _archive_kind(name) is None:
+            raise SourceError(f"{redacted(spec)}: no reader for this kind of source; known are {known()}")
+        with opened(spec) as file:
+            if module is not None and hasattr(load(module), "check"):
+                load(module).check(decompressed(Stream(file.read), name), redacted(spec), options)
+    return Source(
+        name=name,
+        records=functools.partial(_records, spec, name, options),
+        parse=functools.partial(_parse, name, options),
+    )
+
+
+def format_of(path: str) -> str | None:
+    """The module that reads a file, by its name; None where there is none."""
+    base = posixpath.basename(uncompressed_name(path))
+    if base.startswith(VASP_NAMES):
+        return "poscar"
+    return FORMATS.get(os.path.splitext(base.lower())[1])
+
+
+def _archive_kind(path: str) -> str | None:
+    return ARCHIVES.get(os.path.splitext(uncompressed_name(path).lower())[1])
+
+
+def _records(spec: str, name: str, options: ReadOptions) -> Iterator[Record]:
+    with contextlib.closing(_pieces(spec, name, options)) as pieces:
+        yield from batched(pieces, name, options)
+
+
+def _parse(name: str, options: ReadOptions, record: Record) -> Iterator[Crystal | Refusal]:
+    return parsed(_parse_piece, name, options, record.payload)
+
+
+def _parse_piece(piece: Piece, options: ReadOptions) -> Iterator[Crystal | Fault]:
+    return load(piece.format).parse(piece, options)
+
+
+def _pieces(spec: str, name: str, options: ReadOptions) -> Generator[Piece | Fault]:
+    if not _is_folder(spec):
+        with opened(spec) as file:
+            yield from _file_pieces(file, name, "", options)
+        return
+    empty = True
+    for path, relative in _walk(spec):
+        if format_of(relative) is None and _archive_kind(relative) is None:
+            continue
+        empty = False
+        try:
+            with opened(path) as file:
+                yield from _file_pieces(file, relative, relative, options)
+        except SourceError as why:
+            yield Fault(relative, "unparsable", str(why))
+    if empty:
+        others = sorted(ending for ending in _BY_ENDING)
+        raise SourceError(
+            f"{redacted(spec)}: no file in this folder has a reader that works in folders; name files of "
+            f"{', '.join(others)} one by one; known are {known()}"
+        )
+
+
+def _file_pieces(file: Any, path: str, where: str, options: ReadOptions) -> Iterator[Piece | Fault]:
+    """The pieces of one file or archive; ``where`` goes before every position."""
+    if format_of(path) is not None:
+        yield from _stream_pieces(Stream(file.read), path, where, options)
+        return
+    if _archive_kind(path) == "zip":
+        members = zip_members(file)
+    else:
+        members = tar_members(decompressed(Stream(file.read), path))
+    empty = True
+    try:
+        for member in members:
+            if isinstance(member, Fault):
+                empty = False
+                yield member._replace(position=posixpath.join(where, member.position))
+                continue
+            inside = posixpath.join(where, member.path)
+            if _hidden(member.path):
+                continue
+            if format_of(member.path) is not None:
+                empty = False
+                yield from _member_pieces(member, inside, options)
+            elif _archive_kind(member.path) is not None:
+                yield Fault(inside, "unparsable", "is an archive inside an archive, which is not read")
+        if empty:
+            yield Fault(where, "unparsable", f"no file in the archive has a reader; known are {known()}")
+    except DamagedError as why:
+        yield Fault(where, "truncated", f"the archive cannot be read to its end: {why}")
+
+
+def _member_pieces(member: Member, where: str, options: ReadOptions) -> Iterator[Piece | Fault]:
+    if member.stream is None:
+        yield Fault(where, "unparsable", f"is {member.kind}, which is not followed")
+    else:
+        yield from _stream_pieces(member.stream, member.path, where, options)
+
+
+def _stream_pieces(stream: Stream, path: str, where: str, options: ReadOptions) -> Iterator[Piece | Fault]:
+    """The pieces of one stream in a text format, and a fault where it ends too early or is too large."""
+    module = format_of(path) or ""
+    key = _key(path)
+    try:
+        for piece in load(module).split(decompressed(stream, path), key, options):
+            position = f"{where}: {piece.position}" if where and piece.position else where or piece.position or path
+            if isinstance(piece, Piece):
+                yield Piece(piece.key, position, piece.text, piece.stem, piece.named, piece.columns, module, piece.last)
+            else:
+                yield piece._replace(position=position)
+    except TooLargeError as why:
+        yield Fault(where, "too_large", str(why), key)
+    except DamagedError as why:
+        yield Fault(where, "truncated", f"cannot be read to its end: {why}", key)
+
+
+def _key(path: str) -> str:
+    """The stem of a file's name; of a POSCAR, which has no name of its own, the path of its folder."""
+    folder, base = posixpath.split(uncompressed_name(path))
+    if base in VASP_NAMES:
+        return folder.strip("./") or base
+    if base.startswith(VASP_NAMES):
+        return base
+    return os.path.splitext(base)[0]
+
+
+def _hidden(path: str) -> bool:
+    """Files that systems leave behind: ``.DS_Store``, ``__MACOSX/._x.cif``."""
+    return any((part.startswith(".") and part.strip(".")) or part == "__MACOSX" for part in path.split("/"))
+
+
+def _is_folder(spec: str) -> bool:
+    if "://" not in spec:
+        return os.path.isdir(spec)
+    if format_of(base_name(spec)) is not None or _archive_kind(base_name(spec)) is not None:
+        return False  # not asked: a web server has no folders
+    system, path = filesystem(spec)
+    return bool(system.isdir(path))
+
+
+def _walk(spec: str) -> Iterator[tuple[str, str]]:
+    """The files of a folder and below, by name: what to open, and the path inside the folder.
+
+    Links to files are followed, since the folder is the user's own, and links to folders are not: they may go round.
+    """
+    if "://" in spec:
+        system, root = filesystem(spec)
+        for path in sorted(system.find(root)):
+            relative = path[len(root) :].lstrip("/")
+            if not _hidden(relative):
+                yield system.unstrip_protocol(path), relative
+        return
+
+    def refuse(why: OSError) -> None:
+        raise SourceError(f"{spec}: a folder cannot be read ({why})")
+
+    for folder, folders, names in os.walk(spec, onerror=refuse):
+        folders.sort()
+        for name in sorted(names):
+            path = os.path.join(folder, name)
+            relative = os.path.relpath(path, spec).replace(os.sep, "/")
+            if not _hidden(relative):
+                yield path, relative

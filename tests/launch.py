@@ -1,0 +1,50 @@
+"""A bare launcher: a function on several ranks, each a process of its own, without Ray."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _enter(rank: int, world_size: int, port: int, results: Any, function: Callable[..., Any], args: tuple) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    try:
+        results.put((rank, True, function(*args)))
+    except BaseException:
+        results.put((rank, False, traceback.format_exc()))
+
+
+def launch(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 180) -> list[Any]:
+    """What the function, which must be importable, returns on each rank."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    port = free_port()
+    ranks = [
+        context.Process(target=_enter, args=(r, world_size, port, results, function, args)) for r in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        answers = {}
+        for _ in ranks:
+            rank, good, answer = results.get(timeout=timeout)
+            assert good, f"rank {rank}:\n{answer}"
+            answers[rank] = answer
+        return [answers[r] for r in range(world_size)]
+    finally:
+        for process in ranks:
+            process.join(5)
+            if process.is_alive():
+                process.kill()

@@ -1,0 +1,124 @@
+"""The commands as a user meets them: help, errors of one line, and a real run on a Ray cluster of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cdssl_dist.cli import COMMANDS
+from cdssl_dist.export import read_card
+from cdssl_dist.runlog import read_lines
+
+PYTHON = sys.executable
+
+
+def cdssl(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k not in ("CDSSL_DATA", "MLFLOW_TRACKING_URI")} | more
+    command = [PYTHON, "-m", "cdssl_dist.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name: str) -> None:
+    answer = cdssl(name, "--help")
+    assert answer.returncode == 0
+    assert answer.stdout.startswith(f"usage: cdssl {name}")
+
+
+def test_the_list_of_commands() -> None:
+    answer = cdssl("--help")
+    assert answer.returncode == 0
+    assert all(name in answer.stdout for name in COMMANDS)
+    assert cdssl("pretrian").returncode == 2
+
+
+def wrong(answer: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert answer.returncode == 2, answer.stderr
+    assert "Traceback" not in answer.stderr
+    line = answer.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
+
+
+def test_a_missing_data_path_is_one_clear_line() -> None:
+    answer = subprocess.run(
+        [PYTHON, "-m", "cdssl_dist.pretrain"],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "CDSSL_DATA"},
+    )
+    wrong(answer, "data.path", "CDSSL_DATA")
+    assert len(answer.stderr.strip().splitlines()) == 1
+
+
+def test_errors_name_what_is_wrong(tmp_path: Path, data_folder: Path) -> None:
+    wrong(cdssl("pretrain", "optim.lrr=1"), "optim.lrr", "did you mean 'lr'")
+    wrong(cdssl("pretrain", "optim.lr=fast"), "optim.lr")
+    wrong(cdssl("pretrain", f"data.path={tmp_path}"), "manifest.json is missing")
+    wrong(cdssl("pretrain", "--config", str(tmp_path / "none.yaml")), "none.yaml", "cannot be read")
+    wrong(cdssl("pretrain", "cluster.workers=9", f"data.path={data_folder}"), "packs_per_step")
+    wrong(cdssl("shard", str(tmp_path / "none.parquet"), "--out", str(tmp_path / "out")), "none.parquet")
+    damaged = tmp_path / "damaged.parquet"
+    damaged.write_bytes(b"PAR1 not really")
+    wrong(cdssl("shard", str(damaged), "--out", str(tmp_path / "out")), "damaged.parquet")
+    lacking = tmp_path / "lacking"
+    shutil.copytree(data_folder, lacking)
+    next(lacking.glob("train-*.tar")).unlink()
+    answer = cdssl("finetune", "--encoder", str(tmp_path), "--data", str(lacking), "--target", "computed:density")
+    wrong(answer, "encoder.json")
+    wrong(cdssl("pretrain", f"data.path={lacking}", f"run={tmp_path}/run"), "the shard is missing")
+
+
+def alone() -> list[str]:
+    """The start of a command line that runs in a network namespace with nothing but loopback in it."""
+    unshare = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--net", "--map-root-user"]
+    probe = [*unshare, "sh", "-c", "ip link set lo up"]
+    if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip("no network namespace can be made here")
+    return [*unshare, "sh", "-c", 'ip link set lo up; exec "$@"', "sh"]
+
+
+@pytest.mark.netns
+@pytest.mark.server
+def test_a_run_on_ray_is_stopped_resumed_registered_and_finetuned(data_folder: Path, tmp_path: Path) -> None:
+    registry = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "CDSSL_CACHE": str(tmp_path / "cache")}
+    env = os.environ | registry | {"CDSSL_DATA": str(data_folder), "RAY_TMPDIR": "/tmp"}
+    run = tmp_path / "run"
+    settings = f"run={run} cluster.workers=2 data.packs_per_step=2 model.width=8 model.hidden=16 graph.centers=20"
+    settings += " schedule.steps=300 tracking.every=5 tracking.validate_every=300 checkpoint.every=300"
+    command = [*alone(), PYTHON, "-m", "cdssl_dist.pretrain", *settings.split()]
+
+    first = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(read_lines(run / "metrics.jsonl")) < 3 and time.monotonic() < deadline and first.poll() is None:
+        time.sleep(0.5)
+    first.send_signal(signal.SIGTERM)
+    _, said = first.communicate(timeout=60)
+    assert first.returncode == 75, said
+    assert "run the same command again" in said
+
+    other = subprocess.run([*command, "optim.lr=0.5"], env=env, capture_output=True, text=True, timeout=120)
+    wrong(other, "optim.lr: 0.002 → 0.5")
+
+    second = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
+    assert second.returncode == 0, second.stderr
+    assert "resumed from step" in second.stderr
+    steps = [line["step"] for line in read_lines(run / "metrics.jsonl") if "train/loss" in line]
+    assert steps == list(range(5, 301, 5))  # each once, over both lives
+    assert read_card(run).metrics["val/skill_edge"] < 1
+
+    tuned = cdssl(
+        *["finetune", "--data", str(data_folder), "--target", "computed:density", "--epochs", "2"],
+        *["--out", str(tmp_path / "tuned")],
+        **registry,
+    )
+    assert tuned.returncode == 0, tuned.stderr
+    assert {p.name for p in (tmp_path / "tuned").iterdir()} == {"parity.png", "predictions.parquet", "results.json"}

@@ -1,0 +1,391 @@
+"""Encoders by name: which is the champion, what is pulled, what is refused, and the pyfunc beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from cdssl_dist import registry
+from cdssl_dist.batch import collate, widen
+from cdssl_dist.edges import distances
+from cdssl_dist.export import EncoderCard, read_encoder, write_encoder
+from cdssl_dist.megnet import PretextModel, pooled
+from cdssl_dist.registry import RegistryError, list_versions, promote, pull, register, rollback, show
+from cdssl_dist.tracking import connect, experiment
+from sharding.crystal import Crystal
+from sharding.graph import build
+
+SIZE = {"width": 8, "hidden": 16, "blocks": 2}
+
+
+def write_encoder_to(
+    folder: Path, seed: int = 0, skill: float | None = 0.3, validation: str = "v", sigma: float = 0.3
+) -> Path:
+    """A small random encoder."""
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    card = EncoderCard(
+        cutoff=4.0,
+        centers=20,
+        end=5.0,
+        gamma=0.5,
+        model=SIZE,
+        sigma=(sigma, sigma),
+        precision="fp32",
+        data_digest="d" * 64,
+        validation_digest=validation,
+        config_digest="c" * 64,
+        metrics={} if skill is None else {"val/skill": 0.5, "val/skill_edge": skill},
+        sources=[{"name": "AFLOW", "licence": "CC-BY-4.0"}],
+        code_version="0.1.0",
+    )
+    write_encoder(folder, PretextModel(edge_features=20, **SIZE).state_dict(), card)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, registry.Registered]:
+    """A registry with one encoder. Not to be changed: ``uri`` gives a copy."""
+    home = tmp_path_factory.mktemp("registry")
+    (home / "empty").mkdir()
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    done = register(write_encoder_to(home / "encoder"), "crystals", f"sqlite:///{home}/mlflow.db")
+    assert os.environ.get("MLFLOW_TRACKING_URI") == before
+    return home, done
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "a home").mkdir()  # MLflow takes paths as URIs, and URIs as paths
+    return tmp_path / "a home"
+
+
+@pytest.fixture
+def home(root: Path, made: tuple[Path, registry.Registered], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the registry: artifacts of the first version are the original's, new ones are its own."""
+    shutil.copy(made[0] / "mlflow.db", root / "mlflow.db")
+    with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as database, database:
+        database.execute("UPDATE experiments SET artifact_location = ?", ((root / "mlartifacts").as_uri(),))
+    monkeypatch.setenv("CDSSL_CACHE", str(root / "cache"))
+    monkeypatch.chdir(root)
+    return root
+
+
+@pytest.fixture
+def uri(home: Path) -> str:
+    return f"sqlite:///{home}/mlflow.db"
+
+
+def model_folder(home: Path) -> Path:
+    (file,) = home.glob("mlartifacts/models/*/artifacts/MLmodel")
+    return file.parent
+
+
+def test_register_once(made: tuple[Path, registry.Registered], home: Path, uri: str) -> None:
+    done = made[1]
+    assert (done.version, done.aliases, done.uri, done.created) == (
+        1,
+        ("champion", "latest"),
+        "models:/crystals/1",
+        True,
+    )
+    again = register(made[0] / "encoder", "crystals", uri)
+    assert (again.version, again.aliases, again.created) == (1, ("champion", "latest"), False)
+    (version,) = list_versions("crystals", uri)
+    card = json.loads((made[0] / "encoder" / "encoder.json").read_text())
+    for tag in ("data_digest", "config_digest", "validation_digest", "code_version", "weights_sha256"):
+        assert version.tags[tag] == card[tag]
+    assert version.tags["skill_edge"] == "0.3" and version.tags["format"] == "cdssl-encoder 1"
+    assert not (home / "mlruns").exists() and not (home / "mlflow-run.json").exists()
+
+
+def test_the_champion_is_the_best_comparable_one(home: Path, uri: str) -> None:
+    def registered(number: int, **about: object) -> registry.Registered:
+        return register(write_encoder_to(home / str(number), number, **about), "crystals", uri)  # type: ignore[arg-type]
+
+    worse = registered(2, skill=0.2)
+    assert "champion" not in worse.aliases and "0.2000 is not above the 0.3000" in worse.reason
+    assert "validation_digest" in registered(3, skill=0.9, validation="other").reason
+    assert "sigma" in registered(4, skill=0.9, sigma=0.1).reason
+    assert "no skill_edge" in registered(5, skill=None).reason
+    assert show("models:/crystals@champion", uri).version == 1
+
+    better = registered(6, skill=0.4)
+    assert better.aliases == ("champion", "latest") and "version 1" in better.reason
+    assert show("models:/crystals@previous", uri).version == 1
+
+    assert promote("crystals", 3, uri).aliases == ("champion",)
+    assert show("models:/crystals@previous", uri).version == 6
+    assert rollback("crystals", uri).version == 6
+    assert show("models:/crystals@previous", uri).version == 3
+    assert rollback("crystals", uri).version == 3
+    # What somebody decided by hand is not undone by registering the same weights again.
+    again = register(home / "6", "crystals", uri)
+    assert again.version == 6 and again.aliases == ("latest", "previous")
+    assert [v.version for v in list_versions("crystals", uri)] == [6, 5, 4, 3, 2, 1]
+
+
+def test_lineage(home: Path, uri: str) -> None:
+    client = connect(uri)
+    run = client.create_run(experiment(client, uri, "pretraining")).info.run_id
+    done = register(write_encoder_to(home / "e", 7), "crystals", uri, run)
+    assert show(done.uri, uri).run_id == run
+    (output,) = client.get_run(run).outputs.model_outputs
+    model = client.get_logged_model(output.model_id)
+    assert model.source_run_id == run and model.status == "READY"
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "crystals", "version": 2}]
+    with pytest.raises(RegistryError, match="not found"):
+        register(write_encoder_to(home / "f", 8), "crystals", uri, "0" * 32)
+
+
+def test_pull(made: tuple[Path, registry.Registered], home: Path, uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = pull("models:/crystals@champion", uri)
+    assert folder.parent == home / "cache" / "encoders"
+    assert sorted(p.name for p in folder.iterdir()) == ["encoder.json", "encoder.safetensors"]
+    encoder, card = read_encoder(folder)
+    expected, _ = read_encoder(made[0] / "encoder")
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), expected.parameters(), strict=True))
+    assert pull(str(folder), uri) == folder
+
+    (folder / "encoder.safetensors").write_bytes(b"damaged")  # a cache is repaired
+    assert pull("models:/crystals/1", uri) == folder and read_encoder(folder)[1] == card
+
+    (home / "mlflow.db").unlink()
+    assert pull("models:/crystals@champion", uri) == folder
+    assert "version 1" in capsys.readouterr().err
+    assert not (home / "mlflow.db").exists()
+    with pytest.raises(RegistryError, match="no sound copy"):
+        pull("models:/crystals@previous", uri)
+    (folder / "encoder.safetensors").write_bytes(b"damaged")
+    with pytest.raises(RegistryError, match="no sound copy"):
+        pull("models:/crystals@champion", uri)
+
+
+def test_what_is_not_right_is_refused(home: Path, uri: str) -> None:
+    done = register(write_encoder_to(home / "e", 9), "crystals", uri)
+    stored = model_folder(home) / "artifacts"
+    sound = {name: (stored / name).read_bytes() for name in registry.FILES}
+    weights = load_file(str(stored / "encoder.safetensors"))
+    weights["element.weight"] += 1
+    save_file(weights, str(stored / "encoder.safetensors"))
+    with pytest.raises(RegistryError, match="SHA-256"):
+        pull(done.uri, uri)
+    # Both files changed so that they agree: the version's tags tell.
+    write_encoder_to(stored, 10)
+    with pytest.raises(RegistryError, match="tags"):
+        pull(done.uri, uri)
+    (stored / "encoder.safetensors").write_bytes(sound["encoder.safetensors"])
+    (stored / "encoder.json").write_bytes(sound["encoder.json"].replace(b'"cutoff": 4.0', b'"cutoff": 5.0'))
+    with pytest.raises(RegistryError, match="tags"):
+        pull(done.uri, uri)
+    (stored / "encoder.safetensors").unlink()
+    (stored / "encoder.pkl").write_bytes(pickle.dumps(weights))
+    with pytest.raises(RegistryError, match=r"encoder.safetensors cannot be downloaded .*pickled"):
+        pull(done.uri, uri)
+    assert not list((home / "cache").rglob("*.json")) and not list((home / "cache" / "encoders").iterdir())
+
+    # A pickle under another name, with a card that says so.
+    fake = write_encoder_to(home / "fake")
+    (fake / "encoder.safetensors").write_bytes(pickle.dumps(weights))
+    card = json.loads((fake / "encoder.json").read_text())
+    card["weights_sha256"] = registry._sha256(fake / "encoder.safetensors")
+    (fake / "encoder.json").write_text(json.dumps(card))
+    for use in (lambda: pull(str(fake), uri), lambda: register(fake, "crystals", uri)):
+        with pytest.raises(RegistryError, match="holds no encoder"):
+            use()
+
+    client = connect(uri)  # a version that somebody else registered
+    client.create_model_version("crystals", str(stored))
+    with pytest.raises(RegistryError, match="weights_sha256"):
+        pull("models:/crystals@latest", uri)
+    client.set_model_version_tag("crystals", "3", "weights_sha256", "../../../etc")
+    with pytest.raises(RegistryError, match="weights_sha256"):
+        pull("models:/crystals@latest", uri)
+
+
+@pytest.mark.parametrize(
+    ("ref", "said"),
+    [
+        ("models:/crystal@champion", "has no encoder 'crystal'; it has: crystals"),
+        ("models:/crystals@best", "no such version of 'crystals'; there are: 1 champion latest"),
+        ("models:/crystals/7", "there are: 1 champion latest"),
+        ("models:/crystals", "models:/NAME@ALIAS or models:/NAME/VERSION"),
+        ("nowhere", "nowhere: holds no encoder.safetensors"),
+    ],
+)
+def test_wrong_names(uri: str, ref: str, said: str) -> None:
+    with pytest.raises(RegistryError, match=said) as error:
+        pull(ref, uri)
+    assert "\n" not in str(error.value)
+
+
+def test_no_registry(home: Path) -> None:
+    with pytest.raises(RegistryError, match="MLFLOW_TRACKING_URI"):
+        list_versions("crystals", f"sqlite:///{home}/nowhere.db")
+    with pytest.raises(RegistryError, match="does not answer") as error:
+        pull("models:/crystals@champion", "http://me:password@127.0.0.1:9/")
+    assert "password" not in str(error.value)
+    with pytest.raises(RegistryError, match="no name"):
+        register(home / "any", "a/b", f"sqlite:///{home}/mlflow.db")
+
+
+def test_not_allowed(home: Path) -> None:
+    class Closed(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(401)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Closed) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(RegistryError, match="MLFLOW_TRACKING_USERNAME"):
+            pull("models:/crystals@champion", f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+
+
+def reference(folder: Path, crystals: list[Crystal]) -> np.ndarray:
+    """The embedding by the parts, one crystal at a time."""
+    encoder, card = read_encoder(folder)
+    rows = []
+    for crystal in crystals:
+        graphs, refused = build([crystal], card.cutoff)
+        assert not refused
+        names = ("n_atoms", "n_edges", "lattice", "atomic_numbers", "positions", "edge_src", "edge_dst", "edge_shift")
+        batch = widen(collate([{n: getattr(graphs, n) for n in names}], [(0, 0)]))
+        with torch.inference_mode():
+            states = encoder(card.expansion(distances(batch, batch.positions)), batch)
+            rows.append(pooled(*states, batch)[0].numpy())
+    return np.array(rows)
+
+
+def as_json(crystal: Crystal) -> dict[str, object]:
+    from sharding.crystal import SYMBOLS
+
+    species = [[{"element": SYMBOLS[z], "occu": 1}] for z in crystal.atomic_numbers]
+    sites = [{"species": s, "xyz": x} for s, x in zip(species, crystal.positions.tolist(), strict=True)]
+    return {"lattice": {"matrix": crystal.lattice.tolist()}, "sites": sites}
+
+
+CLEAN = """
+import json, sys
+
+FORBIDDEN = {"numba", "deepspeed", "ray", "torch_geometric", "webdataset", "pymatgen", "ase"}
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in FORBIDDEN:
+            raise ImportError(f"{name} is not installed here")
+
+repo, model, data, out = sys.argv[1:]
+sys.path[:] = [p for p in sys.path if not p.startswith(repo + "/") or "site-packages" in p]
+sys.meta_path[:] = [Blocker(), *(f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", ""))]
+import importlib.util
+assert importlib.util.find_spec("cdssl_dist") is None and importlib.util.find_spec("sharding") is None
+import mlflow, numpy, pandas
+loaded = mlflow.pyfunc.load_model(model)
+numpy.save(out, loaded.predict(pandas.DataFrame({"structure": json.load(open(data))})))
+ours = [m for n, m in sys.modules.items() if n.partition(".")[0] in ("cdssl_dist", "sharding")]
+assert ours and all(m.__file__.startswith(model) for m in ours), ours
+assert not FORBIDDEN & set(sys.modules)
+"""
+
+
+def test_the_pyfunc_needs_no_package_of_ours(
+    made: tuple[Path, registry.Registered], tmp_path: Path, aflow: list[Crystal], repo: Path
+) -> None:
+    from pymatgen.core import Lattice, Structure
+    from pymatgen.io.cif import CifWriter
+
+    model = tmp_path / "model"
+    shutil.copytree(model_folder(made[0]), model)
+    files = [p.relative_to(model).as_posix() for p in model.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    assert {Path(f).suffix for f in files} <= {"", ".py", ".json", ".yaml", ".txt", ".safetensors"}, files
+    assert not any(b"\x80\x04\x95" in (model / f).read_bytes() for f in files)  # how a pickle begins
+    code = {f for f in files if f.startswith("code/")}
+    assert "code/cdssl_dist/megnet.py" in code and "code/sharding/graph.py" in code
+    assert not {"code/cdssl_dist/config.py", "code/cdssl_dist/heads.py", "code/sharding/manifest.py"} & code
+    assert all("pydantic" not in (model / f).read_text() for f in code)  # which MLflow itself imports
+
+    crystals = sorted(aflow, key=lambda c: len(c.atomic_numbers))[:: len(aflow) // 12]
+    spinel = Structure.from_spacegroup(
+        "Fd-3m", Lattice.cubic(8.08), ["Mg", "Al", "O"], [[0] * 3, [5 / 8] * 3, [0.3874] * 3]
+    )
+    texts = [json.dumps(as_json(c)) for c in crystals] + [str(CifWriter(spinel, symprec=1e-3))]
+    crystals.append(Crystal("spinel", spinel.lattice.matrix, spinel.cart_coords, np.array(spinel.atomic_numbers)))
+    (tmp_path / "data.json").write_text(json.dumps(texts))
+    (tmp_path / "clean.py").write_text(CLEAN)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+    arguments = [str(repo), str(model), str(tmp_path / "data.json"), str(tmp_path / "out.npy")]
+    command = [sys.executable, str(tmp_path / "clean.py"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Warning: \x1b" not in done.stderr, done.stderr
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), reference(made[0] / "encoder", crystals), atol=1e-5)
+
+
+def test_a_loaded_pyfunc_hides_nothing_of_what_is_installed(made: tuple[Path, registry.Registered], repo: Path) -> None:
+    code = model_folder(made[0]) / "code"  # where MLflow lets imports begin
+    script = f"""
+import sys
+sys.dont_write_bytecode = True
+sys.path[:0] = [{str(code)!r}, {str(repo)!r}]
+import cdssl_dist, sharding.sources
+assert cdssl_dist.__file__.startswith({str(code)!r}) and sharding.sources.__file__.startswith({str(code)!r})
+import cdssl_dist.config, sharding.manifest, sharding.sources.aflow
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_the_pyfunc_takes_objects_and_names_what_it_refuses(
+    made: tuple[Path, registry.Registered], aflow: list[Crystal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ase import Atoms
+    from pymatgen.core import Structure
+
+    from cdssl_dist import pyfunc
+
+    monkeypatch.setattr(pyfunc, "HALF_EDGES", 500)  # several forward passes
+    folder = made[0] / "encoder"
+    model = pyfunc.CdsslEncoder()
+    model.load_context(
+        SimpleNamespace(artifacts={"weights": folder / "encoder.safetensors", "card": folder / "encoder.json"})
+    )
+    some = [c for c in aflow[:80] if not build([c], 4.0)[1]]
+    expected = reference(folder, some)
+    assert expected.shape == (len(some), 24)
+    atoms = [Atoms(c.atomic_numbers, c.positions, cell=c.lattice, pbc=True) for c in some]
+    structures = [Structure(c.lattice, c.atomic_numbers, c.positions, coords_are_cartesian=True) for c in some]
+    for given in (atoms, structures, [as_json(c) for c in some]):
+        np.testing.assert_allclose(model.predict(None, given), expected, atol=1e-5)  # type: ignore[arg-type]
+    np.testing.assert_allclose(model.predict(None, atoms[0]), expected[:1], atol=1e-5)  # type: ignore[arg-type]
+
+    half = as_json(some[0])
+    half["sites"][0]["species"][0]["occu"] = 0.5  # type: ignore[index]
+    far = Atoms("He", cell=[7, 7, 7], pbc=True)
+    bad = [half, "no cif", 5, far, "{}", Atoms("H2", positions=[[0, 0, 0], [0, 0, 1]])]
+    with pytest.raises(ValueError, match=r"6 of 7 structures .*row 0: .*row 1: .*row 2: .*row 3: .*row 5: ") as error:
+        model.predict(None, [*bad[:4], atoms[0], *bad[4:]])  # type: ignore[arg-type]
+    assert "no neighbour within 4.0" in str(error.value)
+    rows = model.predict(None, [*bad, atoms[0]], {"refused": "nan"})  # type: ignore[arg-type]
+    assert np.isnan(rows[:-1]).all() and np.isfinite(rows[-1]).all()
+    assert np.isnan(model.predict(None, bad, {"refused": "nan"})).all()  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="column 'structure' is missing"):
+        import pandas as pd
+
+        model.predict(None, pd.DataFrame({"cif": ["x"]}))
