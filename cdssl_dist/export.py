@@ -79,10 +79,13 @@ def read_card(folder: str | Path) -> EncoderCard:
         raise ExportError(f"{path}: not an encoder ({why})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ExportError(f"{path}: not the card of a {FORMAT}")
-    if content["version"] > VERSION:
-        raise ExportError(f"{path}: format version {content['version']}; this program reads up to {VERSION}: update it")
-    content["sigma"] = tuple(content["sigma"])
-    return EncoderCard(**content)
+    version = content.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise ExportError(f"{path}: format version {version}; this program reads up to {VERSION}: update it")
+    try:
+        return EncoderCard(**{**content, "sigma": tuple(content["sigma"])})
+    except (TypeError, KeyError) as why:
+        raise ExportError(f"{path}: a key is missing or unknown ({why})") from None
 
 
 def read_encoder(folder: str | Path) -> tuple[MEGNet, EncoderCard]:

@@ -28,7 +28,7 @@ from cdssl_dist.export import EncoderCard, read_encoder
 from cdssl_dist.heads import PropertyModel
 from cdssl_dist.labeled import COMPUTED, Labeled, load_labeled
 from cdssl_dist.megnet import N_ELEMENTS, MEGNet
-from cdssl_dist.tracking import tracking_uri
+from cdssl_dist.mlflow_server import tracking_uri
 from sharding.graph import offsets
 from sharding.progress import Progress
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import yaml
 
 from cdssl_dist import cluster, registry, tracking
-from cdssl_dist.commands import Parser, command
+from cdssl_dist.commands import FAILED, Parser, command
 from cdssl_dist.config import Config, load
 from cdssl_dist.loader import DataSet
+from cdssl_dist.mlflow_server import tracking_uri
 from sharding.manifest import Manifest
 
 PREEMPTED = 75  # the exit code of a run that was stopped and saved: run it again
@@ -51,9 +52,12 @@ def pretrain(config: Config) -> int:
 
     print(f"encoder: {folder / 'encoder.safetensors'}")
     if config.registry.name:
-        uri = tracking.tracking_uri(config.tracking.uri, folder.parent)
-        registered = registry.register(folder, config.registry.name, uri, tracked.run_id)
-        print(registered)
+        uri = tracking_uri(config.tracking.uri, folder.parent)
+        try:
+            print(registry.register(folder, config.registry.name, uri, tracked.run_id))
+        except registry.RegistryError as why:
+            print(f"error: not registered: {why}\nthe encoder is complete; run the same command again to register it")
+            return FAILED
     return 0
 
 

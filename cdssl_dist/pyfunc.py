@@ -7,12 +7,10 @@ reader of CIF where CIFs come. Whoever needs only the weights takes ``registry.p
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from io import StringIO
@@ -36,14 +34,6 @@ from sharding.sources import ReadOptions, dialects
 
 CHUNK: Final = 64  # crystals whose graphs are built at a time
 HALF_EDGES: Final = 32_768  # of one forward pass: bounds the memory
-REQUIREMENTS: Final = ("mlflow", "torch", "numpy", "safetensors", "gemmi")  # of whoever loads it
-EXAMPLE: Final = {  # caesium chloride
-    "lattice": {"a": 4.12, "b": 4.12, "c": 4.12, "alpha": 90, "beta": 90, "gamma": 90},
-    "sites": [
-        {"species": [{"element": "Cs", "occu": 1}], "abc": [0, 0, 0]},
-        {"species": [{"element": "Cl", "occu": 1}], "abc": [0.5, 0.5, 0.5]},
-    ],
-}
 
 
 class CdsslEncoder(PythonModel):  # type: ignore[misc]
@@ -188,66 +178,6 @@ def _parts(graphs: Multigraphs) -> Iterator[Multigraphs]:
     part = offsets(graphs.n_edges)[:-1] // HALF_EDGES
     for p in np.unique(part):
         yield graphs.take(np.flatnonzero(part == p))
-
-
-def save_model(path: Path, folder: Path, width: int, **about: Any) -> None:
-    """Write an encoder as an MLflow model: this file, the modules that it needs, and the two files of the encoder.
-
-    Args:
-        path: the folder to make.
-        folder: holds ``encoder.safetensors`` and ``encoder.json``.
-        width: of the encoder.
-        about: passed on to ``mlflow.pyfunc.save_model``.
-    """
-    import mlflow.pyfunc
-    from mlflow.models import ModelSignature
-    from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
-
-    here = Path(__file__)
-    with tempfile.TemporaryDirectory() as scratch:
-        for source in needed_sources():
-            copy = Path(scratch) / source.relative_to(here.parent.parent)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            text = source.read_text()
-            if source.name == "__init__.py":
-                # MLflow puts these copies before what is installed, of which the rest must stay importable.
-                text += "\n__path__ = __import__('pkgutil').extend_path(__path__, __name__)\n"
-            copy.write_text(text)
-        mlflow.pyfunc.save_model(
-            str(path),
-            python_model=str(here),
-            artifacts={"weights": str(folder / "encoder.safetensors"), "card": str(folder / "encoder.json")},
-            code_paths=[str(p) for p in sorted(Path(scratch).iterdir())],
-            pip_requirements=[f"{p}=={importlib.metadata.version(p).partition('+')[0]}" for p in REQUIREMENTS],
-            signature=ModelSignature(
-                Schema([ColSpec("string", "structure")]),
-                Schema([TensorSpec(np.dtype(np.float32), (-1, 3 * width))]),
-                ParamSchema([ParamSpec("refused", "string", "error")]),
-            ),
-            input_example=pd.DataFrame({"structure": [json.dumps(EXAMPLE)]}),
-            **about,
-        )
-
-
-def needed_sources() -> list[Path]:
-    """The files of our packages that this one imports, directly or not, wherever in a file the import stands."""
-    root = Path(__file__).parent.parent
-    found: set[Path] = set()
-    unread = [Path(__file__)]
-    while unread:
-        for node in ast.walk(ast.parse(unread.pop().read_text())):
-            if not isinstance(node, ast.ImportFrom):
-                continue
-            package, *rest = (node.module or "").split(".")
-            if package not in ("cdssl_dist", "sharding"):
-                continue
-            base = root.joinpath(package, *rest)
-            files = [base.with_suffix(".py"), *(base / f"{name.name}.py" for name in node.names)]
-            files += [folder / "__init__.py" for folder in (base, *base.parents) if root in folder.parents]
-            new = {file for file in files if file.exists()} - found
-            found |= new
-            unread += new
-    return sorted(found)
 
 
 set_model(CdsslEncoder())

@@ -22,7 +22,7 @@ from typing import Any, Final
 from safetensors import SafetensorError, safe_open
 
 from cdssl_dist.export import EncoderCard, ExportError, read_card
-from cdssl_dist.tracking import connect, experiment, http_limits, one_line, redact, say, sqlite_file
+from cdssl_dist.mlflow_server import connect, experiment, http_limits, one_line, redact, say, sqlite_file
 from sharding.manifest import write_atomically
 
 FILES: Final = ("encoder.safetensors", "encoder.json")
@@ -63,6 +63,10 @@ class Registered:
     uri: str  # what ``pull`` takes
     created: bool  # False where this very encoder had been registered before
     reason: str  # why it is the champion, or not
+
+    def __str__(self) -> str:
+        done = "registered as" if self.created else "is already"
+        return f"encoder {done} {self.uri} ({', '.join(self.aliases)}): {self.reason}"
 
 
 def register(folder: Path, name: str, uri: str, run_id: str | None = None) -> Registered:
@@ -313,7 +317,7 @@ def _create(
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
 
-    from cdssl_dist.pyfunc import save_model
+    from cdssl_dist.model_folder import save_model
 
     where = client.get_run(run_id).info.experiment_id if run_id else experiment(client, uri, name)
     model = client.create_logged_model(where, "encoder", run_id, tags, model_type="crystal-encoder")

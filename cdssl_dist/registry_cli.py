@@ -5,11 +5,12 @@ from __future__ import annotations
 import datetime
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from cdssl_dist import registry
 from cdssl_dist.commands import RUNS, Parser, command
+from cdssl_dist.mlflow_server import tracking_uri
 from cdssl_dist.registry import Version
-from cdssl_dist.tracking import tracking_uri
 
 
 @command
@@ -18,7 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = Parser("cdssl registry", "Look at registered encoders and choose the champion.")
     p.add_argument("--registry", help="MLflow URI; MLFLOW_TRACKING_URI, else runs/mlflow.db, where left out")
     actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
-    name, ref = {"nargs": "?", "default": "cdssl-encoder"}, {"nargs": "?", "default": "models:/cdssl-encoder@champion"}
+    name: dict[str, Any] = {"nargs": "?", "default": "cdssl-encoder"}
+    ref: dict[str, Any] = {"nargs": "?", "default": "models:/cdssl-encoder@champion"}
     actions.add_parser("list", help="all versions, newest first").add_argument("name", **name)
     actions.add_parser("show", help="everything that is known of a version").add_argument("ref", **ref)
     actions.add_parser("pull", help="download an encoder, verified, and print where it is").add_argument("ref", **ref)

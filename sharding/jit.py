@@ -12,7 +12,7 @@ except ImportError:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile with numba, free of the interpreter's lock, and cached on disk where there is a place that can be written."""
+    """Compile with numba, free of the interpreter's lock, and cached on disk where a place can be written."""
     if numba is None:
         return function
     try:

@@ -12,11 +12,11 @@ LAYERS = [
     {"batch", "noise", "edges", "megnet", "heads", "loss", "pretext"},
     {"loader", "runlog", "perf", "engine", "checkpoint", "evaluate", "export", "labeled"},
     {"train_loop"},
-    {"tracking", "registry", "pyfunc", "cluster"},
+    {"mlflow_server", "tracking", "registry", "pyfunc", "model_folder", "cluster"},
     {"commands", "pretrain", "finetune", "registry_cli", "demo", "doctor", "cli"},
 ]
 # foreign package → the modules that may import it
-KNOWN_BY = {"deepspeed": {"engine"}, "mlflow": {"tracking", "registry", "pyfunc"}, "ray": {"cluster"}}
+KNOWN_BY = {"deepspeed": {"engine"}, "mlflow": {"mlflow_server", "tracking", "registry", "pyfunc", "model_folder"}, "ray": {"cluster"}}
 NOT_IN = {
     "sharding": {"torch", "deepspeed", "mlflow", "cdssl_dist"},
     "layer 1": {"torch", "torch_geometric"},

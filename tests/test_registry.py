@@ -26,7 +26,7 @@ from cdssl_dist.edges import distances
 from cdssl_dist.export import EncoderCard, read_encoder, write_encoder
 from cdssl_dist.megnet import PretextModel, pooled
 from cdssl_dist.registry import RegistryError, list_versions, promote, pull, register, rollback, show
-from cdssl_dist.tracking import connect, experiment
+from cdssl_dist.mlflow_server import connect, experiment
 from sharding.crystal import Crystal
 from sharding.graph import build
 

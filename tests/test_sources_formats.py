@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import bz2
+import functools
 import gzip
 import io
 import json
 import lzma
 import pickle
 import tarfile
+import threading
 import zipfile
 from collections.abc import Callable
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +315,33 @@ def test_url(texts: dict[str, Any], structures: list[Structure]) -> None:
         open_source("memory://bucket/none.json")
     with pytest.raises(SourceError, match="install"):
         open_source("dropbox://bucket/none.json")
+
+
+@pytest.mark.server
+def test_web_server(texts: dict[str, Any], structures: list[Structure], tmp_path: Path) -> None:
+    """A plain one, which cannot give parts of a file."""
+    (tmp_path / "some.json.gz").write_bytes(gzip.compress(texts["list"][1].encode()))
+    (tmp_path / "cut.json").write_text(texts["list"][1])
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def copyfile(self, source: Any, outputfile: Any) -> None:
+            outputfile.write(source.read(5000) if "cut" in self.path else source.read())
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        assert_all_same(read(f"{url}/some.json.gz")[0], structures)
+        with pytest.raises(SourceError, match="cannot be opened"):
+            open_source(f"{url}/none.json")
+        with pytest.raises(SourceError, match="reading broke off"):  # and not: the file is cut
+            read(f"{url}/cut.json")
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_secrets_in_urls_are_not_shown() -> None:

@@ -6,6 +6,7 @@ here, and only their fields are decoded by ``tarfile``.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -109,7 +110,8 @@ def zip_members(file: Any) -> Iterator[Member | Fault]:
         archive = zipfile.ZipFile(file)
         _check_count(file, archive)
     except (zipfile.BadZipFile, OSError, ValueError, struct.error) as why:
-        file.seek(0)
+        with contextlib.suppress(ValueError, OSError):  # a server that cannot give parts of a file
+            file.seek(0)
         yield from _salvaged(Stream(file.read))
         raise DamagedError(f"the list of members is damaged ({why})") from None
     for info in archive.infolist():

@@ -37,6 +37,7 @@ from sharding.sources.streams import (
     filesystem,
     opened,
     redacted,
+    stream_of,
     uncompressed_name,
 )
 
@@ -54,9 +55,9 @@ def open_source(spec: str, options: ReadOptions) -> Source:
         module = format_of(name)
         if module is None and _archive_kind(name) is None:
             raise SourceError(f"{redacted(spec)}: no reader for this kind of source; known are {known()}")
-        with opened(spec) as file:
+        with opened(spec, forward=module is not None) as file:
             if module is not None and hasattr(load(module), "check"):
-                load(module).check(decompressed(Stream(file.read), name), redacted(spec), options)
+                load(module).check(decompressed(stream_of(file, spec), name), redacted(spec), options)
     return Source(
         name=name,
         records=functools.partial(_records, spec, name, options),
@@ -91,19 +92,21 @@ def _parse_piece(piece: Piece, options: ReadOptions) -> Iterator[Crystal | Fault
 
 def _pieces(spec: str, name: str, options: ReadOptions) -> Generator[Piece | Fault]:
     if not _is_folder(spec):
-        with opened(spec) as file:
-            yield from _file_pieces(file, name, "", options)
+        with opened(spec, forward=_archive_kind(name) != "zip") as file:
+            yield from _file_pieces(file, spec, name, "", options)
         return
     empty = True
     for path, relative in _walk(spec):
         if format_of(relative) is None and _archive_kind(relative) is None:
             continue
         empty = False
-        try:
-            with opened(path) as file:
-                yield from _file_pieces(file, relative, relative, options)
-        except SourceError as why:
-            yield Fault(relative, "unparsable", str(why))
+        with contextlib.ExitStack() as stack:
+            try:
+                file = stack.enter_context(opened(path, forward=_archive_kind(relative) != "zip"))
+            except SourceError as why:
+                yield Fault(relative, "unparsable", str(why))
+                continue
+            yield from _file_pieces(file, path, relative, relative, options)
     if empty:
         others = sorted(ending for ending in _BY_ENDING)
         raise SourceError(
@@ -112,15 +115,15 @@ def _pieces(spec: str, name: str, options: ReadOptions) -> Generator[Piece | Fau
         )
 
 
-def _file_pieces(file: Any, path: str, where: str, options: ReadOptions) -> Iterator[Piece | Fault]:
+def _file_pieces(file: Any, spec: str, path: str, where: str, options: ReadOptions) -> Iterator[Piece | Fault]:
     """The pieces of one file or archive; ``where`` goes before every position."""
     if format_of(path) is not None:
-        yield from _stream_pieces(Stream(file.read), path, where, options)
+        yield from _stream_pieces(stream_of(file, spec), path, where, options)
         return
     if _archive_kind(path) == "zip":
         members = zip_members(file)
     else:
-        members = tar_members(decompressed(Stream(file.read), path))
+        members = tar_members(decompressed(stream_of(file, spec), path))
     empty = True
     try:
         for member in members:

@@ -35,7 +35,9 @@ def open_source(spec: str, options: ReadOptions) -> Source:
     try:
         with opened(spec) as file:
             schema = pq.read_schema(file)
-    except (pa.ArrowException, OSError) as why:
+    except SourceError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as why:
         raise SourceError(f"{redacted(spec)}: not a readable Parquet file ({why})") from None
     there = schema.names
     missing = [name for name in (*SITES, *options.labels.values()) if name not in there]

@@ -130,9 +130,29 @@ class _File:
         """The owner closes the file."""
 
 
+def stream_of(file: Any, spec: str) -> Stream:
+    """The bytes of an open file.
+
+    A disk or a network that fails is not a damaged file: it raises ``SourceError``, so that no rest of a source is
+    taken for its end.
+    """
+
+    def read(n: int) -> bytes:
+        try:
+            return file.read(n)
+        except Exception as why:  # each kind of remote storage has errors of its own
+            raise SourceError(f"{redacted(spec)}: reading broke off ({type(why).__name__}: {why}); run again") from None
+
+    return Stream(read)
+
+
 @contextlib.contextmanager
-def opened(spec: str) -> Iterator[Any]:
-    """A seekable binary file of a path or a URL.
+def opened(spec: str, *, forward: bool = False) -> Iterator[Any]:
+    """A binary file of a path or a URL.
+
+    Args:
+        spec: the path or URL.
+        forward: the file is read from front to back; otherwise it can be sought in.
 
     Raises:
         SourceError: where it cannot be opened.
@@ -141,7 +161,9 @@ def opened(spec: str) -> Iterator[Any]:
         try:
             if "://" in spec:
                 system, path = filesystem(spec)
-                file = stack.enter_context(system.open(path, "rb"))
+                # in one request: many a web server cannot give a part of a file
+                whole = {"block_size": 0} if forward and spec.startswith("http") else {}
+                file = stack.enter_context(system.open(path, "rb", **whole))
             else:
                 if not stat.S_ISREG(os.stat(spec).st_mode):  # asked first: opening a pipe would wait for its writer
                     raise SourceError(f"{spec}: not a regular file")
@@ -156,7 +178,13 @@ def filesystem(url: str) -> tuple[Any, str]:
     import fsspec
 
     try:
-        return fsspec.core.url_to_fs(url)
+        options = {}
+        if url.startswith("http"):
+            import aiohttp
+
+            # the default ends any download after five minutes
+            options = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}}
+        return fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as why:  # fsspec's ImportError names the package to install
         raise SourceError(f"{redacted(url)}: {why}") from None
 

@@ -1,0 +1,83 @@
+"""MLflow servers: where they are, how to reach them, and what may be shown of their names."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # mlflow takes seconds to import
+    from mlflow import MlflowClient
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported, which is not yet
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # no tales of new tables
+
+
+def redact(text: str) -> str:
+    """Hide passwords and signatures in URIs, wherever they stand in the text."""
+    text = re.sub(r"(\w://)(?:[^/\s\"']*|[^/\s\"':@]+:[^\s\"']*)@", r"\1***@", text)
+    secret = r"(?i)([?&;][\w.-]*(?:token|sig|signature|key|secret|password|credential)=)[^&\s\"']+"
+    return re.sub(secret, r"\1***", text)
+
+
+def tracking_uri(config_uri: str | None, home: Path) -> str:
+    """Where MLflow is: the config's URI, else MLFLOW_TRACKING_URI, else ``mlflow.db`` in ``home``."""
+    return config_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve()}/mlflow.db"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite URI; None for a server."""
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client of a server or a SQLite file, which may be new."""
+    from mlflow import MlflowClient
+
+    if file := sqlite_file(uri):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def experiment(client: MlflowClient, uri: str, name: str) -> str:
+    """The id of an experiment, which is created where there is none; artifacts of a SQLite one lie beside its file."""
+    from mlflow.exceptions import MlflowException
+
+    if found := client.get_experiment_by_name(name):
+        return str(found.experiment_id)
+    file = sqlite_file(uri)
+    try:  # without a location MLflow would write into the current folder
+        return str(client.create_experiment(name, (file.resolve().parent / "mlartifacts").as_uri() if file else None))
+    except MlflowException:
+        if found := client.get_experiment_by_name(name):  # someone else was faster
+            return str(found.experiment_id)
+        raise
+
+
+@contextlib.contextmanager
+def http_limits(timeout: int, retries: int = 1) -> Iterator[None]:
+    """Fail in seconds where MLflow would block for four minutes; what the user has set stays."""
+    limits = {"TIMEOUT": str(timeout), "MAX_RETRIES": str(retries), "BACKOFF_FACTOR": "1"}
+    limits = {f"MLFLOW_HTTP_REQUEST_{name}": value for name, value in limits.items()}
+    ours = limits.keys() - os.environ.keys()
+    os.environ.update({name: limits[name] for name in ours})
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
+def say(line: str) -> None:
+    """A line for people."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def one_line(why: BaseException) -> str:
+    """An error of MLflow's for people: its first line, without credentials."""
+    return redact(str(why).strip().partition("\n")[0])[:200] or type(why).__name__

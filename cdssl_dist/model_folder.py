@@ -1,0 +1,81 @@
+"""An encoder as a folder that MLflow loads: ``pyfunc.py``, the modules that it needs, and the encoder's two files."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+import mlflow.pyfunc
+import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
+from mlflow.models import ModelSignature
+from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+
+PYFUNC: Final = Path(__file__).with_name("pyfunc.py")
+ROOT: Final = PYFUNC.parent.parent
+REQUIREMENTS: Final = ("mlflow", "torch", "numpy", "safetensors", "gemmi")  # of whoever loads it
+EXAMPLE: Final = {  # caesium chloride
+    "lattice": {"a": 4.12, "b": 4.12, "c": 4.12, "alpha": 90, "beta": 90, "gamma": 90},
+    "sites": [
+        {"species": [{"element": "Cs", "occu": 1}], "abc": [0, 0, 0]},
+        {"species": [{"element": "Cl", "occu": 1}], "abc": [0.5, 0.5, 0.5]},
+    ],
+}
+
+
+def save_model(path: Path, folder: Path, width: int, **about: Any) -> None:
+    """Write an encoder as an MLflow model: ``pyfunc.py``, the modules that it needs, and the two files of the encoder.
+
+    Args:
+        path: the folder to make.
+        folder: holds ``encoder.safetensors`` and ``encoder.json``.
+        width: of the encoder.
+        about: passed on to ``mlflow.pyfunc.save_model``.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        for source in needed_sources():
+            copy = Path(scratch) / source.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            text = source.read_text()
+            if source.name == "__init__.py":
+                # MLflow puts these copies before what is installed, of which the rest must stay importable.
+                text += "\n__path__ = __import__('pkgutil').extend_path(__path__, __name__)\n"
+            copy.write_text(text)
+        mlflow.pyfunc.save_model(
+            str(path),
+            python_model=str(PYFUNC),
+            artifacts={"weights": str(folder / "encoder.safetensors"), "card": str(folder / "encoder.json")},
+            code_paths=[str(p) for p in sorted(Path(scratch).iterdir())],
+            pip_requirements=[f"{p}=={importlib.metadata.version(p).partition('+')[0]}" for p in REQUIREMENTS],
+            signature=ModelSignature(
+                Schema([ColSpec("string", "structure")]),
+                Schema([TensorSpec(np.dtype(np.float32), (-1, 3 * width))]),
+                ParamSchema([ParamSpec("refused", "string", "error")]),
+            ),
+            input_example=pd.DataFrame({"structure": [json.dumps(EXAMPLE)]}),
+            **about,
+        )
+
+
+def needed_sources() -> list[Path]:
+    """The files of our packages that ``pyfunc.py`` imports, directly or not, wherever in a file the import stands."""
+    found: set[Path] = set()
+    unread = [PYFUNC]
+    while unread:
+        for node in ast.walk(ast.parse(unread.pop().read_text())):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            package, *rest = (node.module or "").split(".")
+            if package not in ("cdssl_dist", "sharding"):
+                continue
+            base = ROOT.joinpath(package, *rest)
+            files = [base.with_suffix(".py"), *(base / f"{name.name}.py" for name in node.names)]
+            files += [folder / "__init__.py" for folder in (base, *base.parents) if ROOT in folder.parents]
+            new = {file for file in files if file.exists()} - found
+            found |= new
+            unread += new
+    return sorted(found)
