@@ -1,8 +1,8 @@
 """The gradient guard: a pure state machine that looks at the norm of every step before it is applied.
 
 Statistics are of the logarithm of the norm, exponentially weighted. A non-finite norm is never applied and never
-enters the statistics; a spike enters clipped, so that a lasting rise is accepted after a while and not skipped for
-ever. Several bad steps in a row ask for a roll-back, too many in all for a stop.
+enters the statistics; a spike enters clipped, so that the statistics follow a moderate rise that lasts. Several bad
+steps in a row ask for a roll-back, too many in all, or too many roll-backs, for a stop: no rise is skipped for ever.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def judge(norm: float, state: GuardState, rules: GuardRules, rollbacks: int = 0)
     spike = finite and state.seen >= rules.warmup and z > rules.z_spike
     bad = spike or not finite
     state = _count(state, bad)
-    if finite:
+    if finite and norm > 0.0:  # a step without scored edges has no gradient, and says nothing of the others
         state = _learn(norm, state, rules)
     if not bad:
         return Judgement("apply", z), replace(state, applied=state.applied + 1)
@@ -126,8 +126,8 @@ def _count(state: GuardState, bad: bool) -> GuardState:
 def _learn(norm: float, state: GuardState, rules: GuardRules) -> GuardState:
     """Update the running mean and variance; the first norms weigh equally, as in a plain average.
 
-    After the warm-up a norm enters clipped on both sides: neither a spike nor a vanishing norm (a step without scored
-    edges has none) may widen the statistics so far that the next spike goes unseen.
+    After the warm-up a norm enters clipped on both sides: none may widen the statistics so far that the next spike goes
+    unseen.
     """
     value = math.log(max(norm, 1e-30))
     if state.seen >= rules.warmup:

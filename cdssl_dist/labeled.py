@@ -48,20 +48,7 @@ class Labeled:
 
 def batch_of(graphs: Multigraphs, device: torch.device) -> GraphBatch:
     """Multigraphs as one batch, without padding to a static shape; the last graph of the batch is padding."""
-    arrays = {name: getattr(graphs, name) for name in _BATCHED}
-    return widen(collate([arrays], [(0, 0)]).to(device))
-
-
-_BATCHED: Final = (
-    "n_atoms",
-    "n_edges",
-    "lattice",
-    "atomic_numbers",
-    "positions",
-    "edge_src",
-    "edge_dst",
-    "edge_shift",
-)
+    return widen(collate([graphs.arrays()], [(0, 0)]).to(device))
 
 
 def volume(graphs: Multigraphs) -> NDArray[np.float64]:

@@ -6,7 +6,7 @@ next pack, never swallowed in the thread.
 
 from __future__ import annotations
 
-import mmap
+import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -39,7 +39,7 @@ class DataSet:
         self.blocks = {name: np.asarray(table[name]).astype(np.int64) for name in table.column_names if name != "xxh3"}
         self.checksums = np.asarray(table["xxh3"])
         self._table: pa.Table = table
-        self._maps: dict[int, mmap.mmap] = {}
+        self._files: dict[int, int] = {}  # shard → file descriptor
         self._lock = threading.Lock()
         for shard in self.manifest.shards:
             path = self.folder / shard["name"]
@@ -68,14 +68,15 @@ class DataSet:
         k = blocks_per_pack
         return PackShape(k * largest["graphs"] + 1, k * largest["atoms"] + 1, k * largest["edges"] // 2)
 
-    def read(self, block: int) -> memoryview:
+    def read(self, block: int) -> bytes:
         """The verified bytes of one block.
 
         Raises:
             DataSetError: where they are not what the block table says.
         """
         shard, offset, size = (int(self.blocks[name][block]) for name in ("shard", "offset", "size"))
-        data = memoryview(self._map(shard))[offset : offset + size]
+        # Not mapped: a shard that is cut while it is read must be an error and not a bus error.
+        data = os.pread(self._file(shard), size, offset)
         if xxhash.xxh3_64_intdigest(data) != int(self.checksums[block]):
             name = self.manifest.shards[shard]["name"]
             raise DataSetError(
@@ -90,16 +91,26 @@ class DataSet:
         blocks = [decode_arrays(self.read(block)) for block, _ in numbers]
         return collate(blocks, numbers, shape, np.dtype(self.manifest.graph["index_dtype"]))
 
-    def _map(self, shard: int) -> mmap.mmap:
+    def _file(self, shard: int) -> int:
         with self._lock:
-            if shard not in self._maps:
+            if shard not in self._files:
                 path = self.folder / self.manifest.shards[shard]["name"]
                 try:
-                    with open(path, "rb") as file:
-                        self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                except (OSError, ValueError) as why:  # ValueError: the file is empty
-                    raise DataSetError(f"{path}: the shard was lost after the start ({why})") from None
-            return self._maps[shard]
+                    self._files[shard] = os.open(path, os.O_RDONLY)
+                except OSError as why:
+                    raise DataSetError(f"{path}: the shard was lost after the start ({why.strerror})") from None
+            return self._files[shard]
+
+    def close(self) -> None:
+        """Close the shards that were read."""
+        with self._lock:
+            for descriptor in self._files.values():
+                os.close(descriptor)
+            self._files.clear()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_files"):
+            self.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,7 +132,7 @@ class MEGNet(nn.Module):
         super().__init__()
         self.width, self.recompute = width, recompute
         self.element = nn.Embedding(N_ELEMENTS, ELEMENT_WIDTH)
-        self.initial_state = nn.Parameter(torch.zeros(1, ELEMENT_WIDTH))
+        self.initial_state = nn.Parameter(torch.randn(1, ELEMENT_WIDTH))  # not 0: what it is multiplied with must learn
         self.input_x = Dense(ELEMENT_WIDTH, hidden, width)
         self.input_u = Dense(edge_features, hidden, width)
         self.input_s = Dense(ELEMENT_WIDTH, hidden, width)

@@ -100,7 +100,7 @@ class EpochPlan:
         return _segment(self, epoch)
 
     def pack(self, step: int, lane: int) -> list[Entry]:
-        """The blocks of one pack; fewer than k, or none, only where the last step of an epoch is padded."""
+        """The blocks of one pack; fewer than k, or none, only with ``last='pad'``: in the last lanes and steps."""
         epoch = self.epoch_of(step)
         first = self.steps_before(epoch)
         lane_length = (self.steps_before(epoch + 1) - first) * self.blocks_per_pack
@@ -152,7 +152,8 @@ def _random(plan: EpochPlan, epoch: int, use: str) -> np.random.Philox:
 
 def _shuffle_inside(groups: NDArray[np.int64], source: np.random.Philox) -> NDArray[np.int64]:
     """The order that sorts by group, at random inside each: (n,). One sort, of 64-bit words."""
-    return np.argsort((groups.astype(np.uint64) << np.uint64(36)) | (source.random_raw(len(groups)) >> np.uint64(28)))
+    words = (groups.astype(np.uint64) << np.uint64(36)) | (source.random_raw(len(groups)) >> np.uint64(28))
+    return np.argsort(words, kind="stable")  # stable: ties are rare, but no two machines may break them differently
 
 
 @lru_cache(maxsize=4)
@@ -190,7 +191,7 @@ def _segment(plan: EpochPlan, epoch: int) -> NDArray[np.int64]:
         return places
     lane, within = np.divmod(np.arange(size), size // p)
     window = max(SHARDS_MIXED * n // len(np.unique(plan.table.shard)), 1)
-    windows = lane * (size // p // window + 1) + within // window
+    windows = lane * (size // p // window + 1) + within // window  # ascending: sorting by it keeps lanes together
     empty = places < 0  # stay behind the blocks of their lane
     order = _shuffle_inside(2 * windows + empty if empty.any() else windows, _random(plan, epoch, "lanes"))
     return places[order]

@@ -11,7 +11,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from io import StringIO
 from pathlib import Path
@@ -31,6 +31,7 @@ from cdssl_dist.megnet import MEGNet, pooled
 from sharding.crystal import Crystal, RefusedError
 from sharding.graph import Multigraphs, build, offsets
 from sharding.sources import ReadOptions, dialects
+from sharding.sources.pieces import Fault
 
 CHUNK: Final = 64  # crystals whose graphs are built at a time
 HALF_EDGES: Final = 32_768  # of one forward pass: bounds the memory
@@ -120,10 +121,12 @@ def read_crystal(item: Any, key: str) -> Crystal:
         raise RefusedError("unparsable", f"{type(why).__name__}: {' '.join(str(why).split())[:200]}") from None
     if len(found) != 1:
         raise RefusedError("unparsable", f"the text holds {len(found)} crystals, not one")
+    if not isinstance(found[0], Crystal):
+        raise RefusedError(found[0].code, found[0].text)
     return replace(found[0], key=key)
 
 
-def _read(item: Any, key: str) -> Iterator[Crystal]:
+def _read(item: Any, key: str) -> Iterable[Crystal | Fault]:
     if isinstance(item, str):
         if not item.lstrip().startswith("{"):
             return _read_cif(item, key)
@@ -138,7 +141,7 @@ def _read(item: Any, key: str) -> Iterator[Crystal]:
     return dialects.crystals(item, key, "", ReadOptions())
 
 
-def _read_cif(text: str, key: str) -> Iterator[Crystal]:
+def _read_cif(text: str, key: str) -> Iterable[Crystal | Fault]:
     """With the first of gemmi, pymatgen and ASE that is installed."""
     if importlib.util.find_spec("gemmi"):
         from sharding.sources import cif

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from sharding.block import Budget
+from sharding.executor import Executor, WorkerError
 from sharding.manifest import Manifest
-from sharding.pipeline import ShardSettings, shard
+from sharding.pipeline import shard
+from sharding.settings import ShardSettings
 from sharding.sources import ReadOptions, open_source
 
 DEFAULT = ShardSettings()
@@ -35,6 +37,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--blocks-per-shard", type=int, default=DEFAULT.blocks_per_shard, help="blocks of a tar file")
     p.add_argument("--limit", type=int, help="read this many crystals of each source")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that convert")
+    p.add_argument("--address", help="of a Ray cluster that converts, with --workers tasks at a time")
+    p.add_argument("--exclude", action="append", default=[], metavar="SOURCE", help="keep out twins of its crystals")
+    p.add_argument(
+        "--duplicates", choices=("keep", "exact", "near"), default=DEFAULT.duplicates, help="which repetitions to drop"
+    )
+    p.add_argument("--no-fingerprints", action="store_true", help="do not look for twins; split by formula")
+    p.add_argument(
+        "--occupancy",
+        choices=("refuse", "majority"),
+        default="refuse",
+        help="of a site with several species: refuse the crystal, or keep the commonest",
+    )
     p.add_argument("--strict", action="store_true", help="end at the first crystal that is refused")
     return p
 
@@ -53,11 +67,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             test=args.test,
             seed=args.seed,
             labels=labels,
+            fingerprints=not args.no_fingerprints,
+            duplicates="keep" if args.no_fingerprints else args.duplicates,
+        )
+        options = ReadOptions(labels=labels, limit=args.limit, occupancy=args.occupancy)
+        manifest = shard(
+            [open_source(s, options) for s in args.sources],
+            args.out,
+            settings,
+            Executor(args.workers, args.address),
+            exclude=[open_source(s, ReadOptions(occupancy=args.occupancy)) for s in args.exclude],
             strict=args.strict,
         )
-        options = ReadOptions(labels=labels, limit=args.limit)
-        manifest = shard([open_source(s, options) for s in args.sources], args.out, settings, args.workers)
-    except (ValueError, OSError) as why:
+    except (ValueError, OSError, WorkerError) as why:
         print(f"error: {why}", file=sys.stderr)
         return 2 if isinstance(why, ValueError) else 1
     print(summary(manifest, args.out))

@@ -56,7 +56,14 @@ def encode(graphs: Multigraphs, index_dtype: Any) -> bytes:
     return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
 
 
-_DTYPES: Final = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I8": np.int8, "F32": np.float32}
+_DTYPES: Final = {
+    "U8": np.uint8,
+    "U16": np.uint16,
+    "U32": np.uint32,
+    "U64": np.uint64,
+    "I8": np.int8,
+    "F32": np.float32,
+}
 _INDEX: Final = ("U8", "U16")
 _FORMAT: Final[dict[str, tuple[tuple[str, ...], list[int]]]] = {  # name → types, and shape after the first axis
     "n_atoms": (("U32",), []),
@@ -83,20 +90,35 @@ def decode_arrays(data: bytes | memoryview) -> dict[str, NDArray[Any]]:
     """
     view = memoryview(data)
     try:
-        body = 8 + int.from_bytes(view[:8], "little")
-        header = json.loads(bytes(view[8:body]))
-        header.pop("__metadata__", None)
-        return {name: _array(view[body:], name, header[name]) for name in header.keys() | _FORMAT.keys()}
+        header, body = _header(view)
+        for name in header.keys() | _FORMAT.keys():
+            dtypes, tail = _LABEL if name.startswith(LABEL_PREFIX) else _FORMAT[name]
+            if header[name]["dtype"] not in dtypes or header[name]["shape"][1:] != tail:
+                raise ValueError(f"{name} is {header[name]['dtype']} {header[name]['shape']}, not what the format says")
+        return {name: _array(body, entry) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as why:
         raise BlockError(f"not a block: {why}") from why
 
 
-def _array(body: memoryview, name: str, entry: dict[str, Any]) -> NDArray[Any]:
-    dtypes, tail = _LABEL if name.startswith(LABEL_PREFIX) else _FORMAT[name]
-    shape, (begin, end) = entry["shape"], entry["data_offsets"]
-    if entry["dtype"] not in dtypes or shape[1:] != tail or not 0 <= begin <= end <= len(body):
-        raise ValueError(f"{name} is {entry['dtype']} {shape}, not what the format says")
-    return np.frombuffer(body[begin:end], _DTYPES[entry["dtype"]]).reshape(shape)
+def views(data: Any) -> dict[str, NDArray[Any]]:
+    """The arrays of a safetensors file of our own making, as views of it."""
+    header, body = _header(memoryview(data))
+    return {name: _array(body, entry) for name, entry in header.items()}
+
+
+def _header(view: memoryview) -> tuple[dict[str, Any], memoryview]:
+    """The entries of a safetensors file, and the bytes that they point into."""
+    size = 8 + int.from_bytes(view[:8], "little")
+    header = json.loads(bytes(view[8:size]))
+    header.pop("__metadata__", None)
+    return header, view[size:]
+
+
+def _array(body: memoryview, entry: dict[str, Any]) -> NDArray[Any]:
+    begin, end = entry["data_offsets"]
+    if not 0 <= begin <= end <= len(body):
+        raise ValueError(f"bytes {begin} to {end} of {len(body)}")
+    return np.frombuffer(body[begin:end], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 def decode(data: bytes | memoryview) -> Multigraphs:

@@ -51,6 +51,15 @@ class Multigraphs:
         """Half edges that are not between an atom and its own image, per graph: (G,)."""
         return segment_sum(self.edge_src != self.edge_dst, self.n_edges)
 
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays of ``ARRAYS`` by name."""
+        return {name: getattr(self, name) for name in ARRAYS}
+
+    def slice(self, begin: int, end: int) -> Multigraphs:
+        """Graphs begin … end − 1, as views."""
+        labels = {name: values[begin:end] for name, values in self.labels.items()}
+        return Multigraphs(keys=self.keys[begin:end], labels=labels, **sliced(self.arrays(), begin, end))
+
     def take(self, graphs: NDArray[np.int64]) -> Multigraphs:
         """The graphs with these indices, in this order."""
         atoms = ranges(offsets(self.n_atoms)[graphs], self.n_atoms[graphs])
@@ -74,20 +83,24 @@ def concatenate(parts: Sequence[Multigraphs]) -> Multigraphs:
     return Multigraphs(
         keys=[key for part in parts for key in part.keys],
         labels={name: np.concatenate([p.labels[name] for p in parts]) for name in parts[0].labels},
-        **{name: np.concatenate([getattr(p, name) for p in parts]) for name in _ARRAYS},
+        **{name: np.concatenate([getattr(p, name) for p in parts]) for name in ARRAYS},
     )
 
 
-_ARRAYS: Final = (
-    "n_atoms",
-    "n_edges",
-    "lattice",
-    "atomic_numbers",
-    "positions",
-    "edge_src",
-    "edge_dst",
-    "edge_shift",
-)
+_PER_GRAPH: Final = ("n_atoms", "n_edges", "lattice")
+_PER_ATOM: Final = ("atomic_numbers", "positions")
+_PER_EDGE: Final = ("edge_src", "edge_dst", "edge_shift")
+ARRAYS: Final = _PER_GRAPH + _PER_ATOM + _PER_EDGE
+
+
+def sliced(arrays: dict[str, NDArray[Any]], begin: int, end: int) -> dict[str, NDArray[Any]]:
+    """The arrays of graphs begin … end − 1, as views, from those of all graphs."""
+    atoms, edges = offsets(arrays["n_atoms"]), offsets(arrays["n_edges"])
+    return (
+        {name: arrays[name][begin:end] for name in _PER_GRAPH}
+        | {name: arrays[name][atoms[begin] : atoms[end]] for name in _PER_ATOM}
+        | {name: arrays[name][edges[begin] : edges[end]] for name in _PER_EDGE}
+    )
 
 
 def offsets(counts: NDArray[Any]) -> NDArray[np.int64]:

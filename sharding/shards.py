@@ -1,10 +1,11 @@
-"""Blocks → WebDataset tar shards, byte for byte reproducible."""
+"""Blocks → a WebDataset tar shard, byte for byte reproducible."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Final
 
 import xxhash
@@ -13,36 +14,45 @@ _TAR_RECORD: Final = 512
 
 
 class ShardWriter:
-    """Writes one shard under a temporary name; ``close`` syncs and renames it.
+    """Writes one shard under a temporary name, which the end of the ``with`` block syncs and renames.
 
     Attributes:
-        members: (block, offset, size, xxh3) of each block written.
+        entry: name, size and SHA-256, for the manifest; there once the shard is finished.
     """
 
     def __init__(self, path: Path) -> None:
-        # Importing webdataset imports torch where it is installed: a second that only the process that writes pays.
+        # Importing webdataset imports torch where it is installed: a second that only a process that writes pays.
         from webdataset.writer import TarWriter
 
         self.path = path
-        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self.members: list[tuple[int, int, int, int]] = []
-        self._end = 0  # of the last member
-        self._file = _Hashing(self.temporary)
+        self.entry: dict[str, Any] = {}
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._file = _Hashing(self._temporary)
         self._tar = TarWriter(self._file, user="", group="", mtime=0, encoder=False, compress=False)
+        self._end = 0  # of the last member
 
-    def add(self, block: int, data: bytes) -> None:
-        """Append one block."""
+    def add(self, block: int, data: bytes) -> tuple[int, int, int]:
+        """Append one block; returns offset and size of its bytes in the shard, and their xxh3."""
         self._tar.write({"__key__": f"{block:09d}", "safetensors": data})
-        self.members.append((block, self._end + _TAR_RECORD, len(data), xxhash.xxh3_64_intdigest(data)))
+        offset = self._end + _TAR_RECORD
         # Counted, not asked of the file: tarfile writes it in larger pieces. A member is a header and whole records.
-        self._end += _TAR_RECORD + -(-len(data) // _TAR_RECORD) * _TAR_RECORD
+        self._end = offset + -(-len(data) // _TAR_RECORD) * _TAR_RECORD
+        return offset, len(data), xxhash.xxh3_64_intdigest(data)
 
-    def close(self) -> dict[str, Any]:
-        """Finish the shard; returns its entry in the manifest."""
-        self._tar.close()
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._tar.close()
         self._file.close()
-        os.replace(self.temporary, self.path)
-        return {"name": self.path.name, "size": self._file.size, "sha256": self._file.digest.hexdigest()}
+        if kind is not None:
+            self._temporary.unlink(missing_ok=True)
+            return
+        os.replace(self._temporary, self.path)
+        self.entry = {"name": self.path.name, "size": self._file.size, "sha256": self._file.digest.hexdigest()}
 
 
 class _Hashing:

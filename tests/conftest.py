@@ -13,7 +13,8 @@ import pytest
 
 from sharding.block import Budget
 from sharding.crystal import Crystal
-from sharding.pipeline import ShardSettings, shard
+from sharding.pipeline import shard
+from sharding.settings import ShardSettings
 from sharding.sources import open_source
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)

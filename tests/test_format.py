@@ -26,10 +26,12 @@ from pymatgen.core import Composition
 
 from sharding.block import BlockError, Budget, decode, encode
 from sharding.crystal import SYMBOLS, Crystal
+from sharding.executor import Executor
 from sharding.graph import Multigraphs, build, concatenate
 from sharding.manifest import DataSetError, read_blocks, read_manifest
 from sharding.packing import pack, shuffled
-from sharding.pipeline import ShardSettings, StrictError, shard
+from sharding.pipeline import StrictError, shard
+from sharding.settings import ShardSettings
 from sharding.sources import ReadOptions, Source, from_crystals, open_source
 
 FIELDS = {  # name → dtype, shape after the first axis; of the format, version 1
@@ -167,21 +169,35 @@ NOTICED = [
     {"key_offsets": {"data_offsets": [2**80, 2**80 + 16]}},
     {"lattice": {"shape": [2**40, 2**40, 0]}},
     {"n_atoms": {"shape": [2**70]}},
-    {"edge_shift": {"dtype": "U8"}},  # −1 is read as 255
+    {"edge_shift": {"dtype": "U8"}},  # −1 would be read as 255
     {"lattice": {"dtype": "U32"}},
-    {"key_offsets": {"dtype": "F32"}},  # TypeError
-    {"n_atoms": {"shape": [], "dtype": "U8", "data_offsets": [0, 1]}},  # TypeError
-    {"positions": {"data_offsets": [-48, 0]}},  # the end of the header, read as positions
+    {"key_offsets": {"dtype": "F32"}},
+    {"n_atoms": {"shape": [], "dtype": "U8", "data_offsets": [0, 1]}},
+    {"positions": {"data_offsets": [-48, 0]}},  # the end of the header
+    {"positions": {"data_offsets": [-52, -4]}},  # counted from the end
     {"lattice": {"shape": [3, 9]}},
     {"lattice": {"shape": [3, -1]}},
     {"y.gap": {"shape": [3, 1]}},
     {"y.gap": {"dtype": "U32"}},
 ]
+
+
 @pytest.mark.parametrize("changes", NOTICED, ids=str)
 def test_headers_that_contradict_the_format(changes: dict[str, dict[str, Any]]) -> None:
     assert decode(with_header({})).keys == BLOCK.keys
     with pytest.raises(BlockError):
         decode(with_header(changes))
+
+
+@pytest.mark.parametrize("name", [*FIELDS, "key_offsets", "y.gap"])
+def test_arrays_that_contradict_one_another(name: str) -> None:
+    """Each a valid array by itself, one row too short."""
+    header = json.loads(BYTES[8 : 8 + HEADER_SIZE])
+    rows, *tail = header[name]["shape"]
+    begin, end = header[name]["data_offsets"]
+    shorter = {"shape": [rows - 1, *tail], "data_offsets": [begin, end - (end - begin) // rows]}
+    with pytest.raises(BlockError, match=r"contradict|divide"):
+        decode(with_header({name: shorter}))
 
 
 def test_keys_that_overlap_do_not_fill_the_memory() -> None:
@@ -356,7 +372,11 @@ def optimade(path: Path, crystals: list[Crystal], rows: dict[int, dict[str, Any]
 
 
 SETTINGS = ShardSettings(
-    budget=Budget(edges=2_048, atoms=256, graphs=16), blocks_per_shard=3, val=0.2, labels={"gap": "_test_gap"}
+    budget=Budget(edges=2_048, atoms=256, graphs=16),
+    blocks_per_shard=3,
+    val=0.2,
+    labels={"gap": "_test_gap"},
+    duplicates="keep",
 )
 
 
@@ -370,7 +390,7 @@ def parquet(tmp_path_factory: pytest.TempPathFactory, aflow: list[Crystal]) -> P
 
 
 def sharded(parquet: Path, out: Path, workers: int = 1, settings: ShardSettings = SETTINGS) -> Path:
-    shard([open_source(str(parquet), ReadOptions(labels=settings.labels))], out, settings, workers)
+    shard([open_source(str(parquet), ReadOptions(labels=settings.labels))], out, settings, Executor(workers))
     return out
 
 
@@ -427,15 +447,17 @@ def test_refusals_say_what_and_where(labelled: Path, parquet: Path) -> None:
     assert refusals["species"]["position"] == "row 3"
 
 
-@pytest.mark.parametrize(("code", "row"), [("singular_cell", 1100), ("duplicate_key", 700)])
-def test_a_refusal_names_the_row_of_its_crystal(labelled: Path, code: str, row: int) -> None:
-    [refusal] = [r for r in refusals_of(labelled) if r["code"] == code]
-    assert refusal["position"] == f"row {row}"
+def test_a_refusal_names_the_row_of_its_crystal(labelled: Path, parquet: Path) -> None:
+    rows = pq.read_table(parquet).to_pylist()
+    refusals = refusals_of(labelled)
+    assert all(rows[int(r["position"].removeprefix("row "))]["id"] == r["key"] for r in refusals)
+    assert {r["position"] for r in refusals if r["code"] != "oversized"} == {"row 3", "row 700", "row 1100"}
+    assert sum(r["code"] == "oversized" for r in refusals) > 5
 
 
 def test_strict_stops_at_the_first_refusal(tmp_path: Path, parquet: Path) -> None:
     with pytest.raises(StrictError, match="row 3: 'Xx' is not a chemical element"):
-        sharded(parquet, tmp_path / "d", settings=replace(SETTINGS, strict=True))
+        shard([open_source(str(parquet))], tmp_path / "d", strict=True)
     assert not (tmp_path / "d" / "manifest.json").exists()
 
 

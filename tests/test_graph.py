@@ -246,6 +246,7 @@ def bad_crystals() -> dict[str, Crystal]:
         "not_finite: infinite position": moved(fine, positions=np.array([[0.0, np.inf, -np.inf]])),
         "not_finite: lattice": moved(fine, lattice=np.diag([3.0, np.inf, 3.0])),
         "singular_cell: two equal vectors": moved(fine, lattice=np.ones((3, 3)) + np.diag([1.0, 0.0, 0.0])),
+        "singular_cell: almost": moved(fine, lattice=np.array([[9e2, 0.0, 0.0], [9e2, 1e-4, 0.0], [0.0, 0.0, 9e2]])),
         "singular_cell: no vector": moved(fine, lattice=np.zeros((3, 3))),
         "volume: dense": cubic(1.1),
         "volume: thin": cubic(8.0),

@@ -89,7 +89,7 @@ def test_whatever_comes_the_state_stays_sane(norms: list[float], clip: bool) -> 
     judgements, state = run(norms, rules)
     finite = [norm for norm in norms if math.isfinite(norm)]
     verdict = Counter(verdicts(judgements))
-    assert state.seen == len(finite)
+    assert state.seen == sum(norm > 0 for norm in finite)
     assert state.applied == verdict["apply"] + verdict["clip"]
     assert len(norms) - len(finite) <= verdict["skip"]
     assert math.isfinite(state.mean)
@@ -134,6 +134,11 @@ def test_a_spike_does_not_blind_the_guard(settled: GuardState) -> None:
 def test_a_vanishing_norm_does_not_blind_the_guard(settled: GuardState, low: float) -> None:
     """Such as that of a step without scored edges."""
     _, state = run([low, *quiet(20)], state=settled)
+    assert judge(2_000.0, state, RULES)[0].verdict == "skip"
+
+
+def test_a_vanishing_norm_in_the_warm_up_does_not_blind_the_guard() -> None:
+    _, state = run([*quiet(10), 0.0, *quiet(300)])
     assert judge(2_000.0, state, RULES)[0].verdict == "skip"
 
 

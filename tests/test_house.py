@@ -16,7 +16,11 @@ LAYERS = [
     {"commands", "pretrain", "finetune", "registry_cli", "demo", "doctor", "cli"},
 ]
 # foreign package → the modules that may import it
-KNOWN_BY = {"deepspeed": {"engine"}, "mlflow": {"mlflow_server", "tracking", "registry", "pyfunc", "model_folder"}, "ray": {"cluster"}}
+KNOWN_BY = {
+    "deepspeed": {"engine"},
+    "mlflow": {"mlflow_server", "tracking", "registry", "pyfunc", "model_folder"},
+    "ray": {"cluster"},
+}
 NOT_IN = {
     "sharding": {"torch", "deepspeed", "mlflow", "cdssl_dist"},
     "layer 1": {"torch", "torch_geometric"},

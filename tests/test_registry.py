@@ -25,8 +25,8 @@ from cdssl_dist.batch import collate, widen
 from cdssl_dist.edges import distances
 from cdssl_dist.export import EncoderCard, read_encoder, write_encoder
 from cdssl_dist.megnet import PretextModel, pooled
-from cdssl_dist.registry import RegistryError, list_versions, promote, pull, register, rollback, show
 from cdssl_dist.mlflow_server import connect, experiment
+from cdssl_dist.registry import RegistryError, list_versions, promote, pull, register, rollback, show
 from sharding.crystal import Crystal
 from sharding.graph import build
 

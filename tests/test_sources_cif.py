@@ -14,6 +14,7 @@ from test_sources_support import assert_same, structures_of
 
 from sharding.crystal import SYMBOLS, Crystal, RefusedError
 from sharding.sources import ReadOptions, cif
+from sharding.sources.pieces import Fault
 
 HEAD = """data_{name}
 _cell_length_a {a}
@@ -41,7 +42,8 @@ def text(
 
 
 def read(cif_text: str | bytes, **options: Any) -> list[Crystal]:
-    return list(cif.crystals(cif_text, "key", ReadOptions(**options)))
+    found = list(cif.crystals(cif_text, "key", ReadOptions(**options)))
+    return [c for c in found if isinstance(c, Crystal)]
 
 
 def pymatgen(cif_text: str) -> Structure:
@@ -189,6 +191,20 @@ def test_uncertainties_and_cases_of_tags() -> None:
 def test_several_blocks() -> None:
     two = "data_global\n_audit_author_name me\n" + text("Fe 0 0 0", name="one") + text("Cu 0 0 0", name="two")
     assert [(c.key, c.atomic_numbers[0]) for c in read(two)] == [("key#one", 26), ("key#two", 29)]
+
+
+def test_one_bad_block_loses_no_other() -> None:
+    three = text("Fe 0 0 0", name="one") + text("Qq 0 0 0", name="two") + text("Cu 0 0 0", name="three")
+    good, bad, other = cif.crystals(three, "key", ReadOptions())
+    assert [good.key, other.key] == ["key#one", "key#three"]
+    assert bad == Fault("block two", "species", "'Qq' is not a chemical element", "key#two")
+
+
+def test_hydrogens_without_positions() -> None:
+    tags = OCCUPIED.replace("_occupancy", "_attached_hydrogens")
+    assert len(read(text("C 0 0 0 0\nO 0.5 0 0 ?", tags))) == 1
+    with pytest.raises(RefusedError, match="without positions"):
+        read(text("C 0 0 0 3\nO 0.5 0 0 0", tags))
 
 
 def test_labels_are_tags() -> None:

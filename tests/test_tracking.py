@@ -20,8 +20,8 @@ import pytest
 
 from cdssl_dist import tracking
 from cdssl_dist.config import Config, parse
-from cdssl_dist.runlog import RunLog, read_lines
 from cdssl_dist.mlflow_server import connect, redact, tracking_uri
+from cdssl_dist.runlog import RunLog, read_lines
 from cdssl_dist.tracking import Spool, follow
 
 SECRET = "hunter2-correct-horse"

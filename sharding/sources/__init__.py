@@ -64,8 +64,6 @@ class Source:
     units: dict[str, str] = field(default_factory=dict)
 
 
-Opener = Callable[[str, ReadOptions], Source]
-
 # The registry. A module is imported when its scheme or ending is met, so that no user pays for readers not used.
 # A module of the first two kinds has one public function ``open_source(spec, options) -> Source``.
 _BY_SCHEME: dict[str, str] = {
@@ -79,7 +77,7 @@ _BY_ENDING: dict[str, str] = {
     ".parquet": "optimade",
 }
 # Formats that are read forward come alone, compressed, in folders and in archives, so they give two functions,
-# ``split(stream, where, options)`` and ``parse(piece, options)``; ``files`` does the rest.
+# ``split(stream, stem, options)`` and ``parse(piece, options)``; ``files`` does the rest.
 FORMATS: dict[str, str] = {
     ".cif": "cif",
     ".mcif": "cif",

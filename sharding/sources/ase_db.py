@@ -57,7 +57,7 @@ def _parse(name: str, options: ReadOptions, record: Record) -> Iterator[Crystal 
     return parsed(_row, name, options, record.payload)
 
 
-def _row(piece: Piece, options: ReadOptions) -> Iterator[Crystal]:
+def _row(piece: Piece, options: ReadOptions) -> Iterator[Crystal | Fault]:
     if piece.format == "lmdb":
         row = loads(_unpacked(piece.text, options.max_record_bytes))
         if not isinstance(row, dict):

@@ -13,7 +13,7 @@ import numpy as np
 
 from sharding.crystal import Crystal, RefusedError, atomic_numbers
 from sharding.sources import ReadOptions
-from sharding.sources.pieces import key_of, labels_of
+from sharding.sources.pieces import Fault, key_of, labels_of
 from sharding.sources.sites import check_occupancy, lattice_of, majority
 
 Labels = Mapping[str, float]
@@ -22,7 +22,7 @@ VACANCY: Final = "vacancy"  # OPTIMADE's name of the species of an empty site
 
 def crystals(
     record: Mapping[str, Any], key: str, stem: str, options: ReadOptions, *, named: bool = False
-) -> Iterator[Crystal]:
+) -> Iterator[Crystal | Fault]:
     """The crystal of a record of any dialect.
 
     Args:

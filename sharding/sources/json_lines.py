@@ -24,7 +24,7 @@ def split(stream: Stream, stem: str, options: ReadOptions) -> Iterator[Piece | F
             yield Piece(f"{stem}#{number}", position, text, stem, last=last)
 
 
-def parse(piece: Piece, options: ReadOptions) -> Iterator[Crystal]:
+def parse(piece: Piece, options: ReadOptions) -> Iterator[Crystal | Fault]:
     """The crystal of a record in JSON."""
     record = loads(piece.text)
     if isinstance(record, list) and piece.columns:

@@ -183,7 +183,7 @@ class Cursor:
             if match is None:
                 raise DamagedError(f"the JSON text has no value at byte {self.offset:,}")
             if match.end() < len(self._text) or not self._more():
-                self._at = match.end()
+                self._at += len(match[0])  # and not match.end(): the window may have moved
                 return match[0]
             if len(self._text) - self._at > CHUNK:
                 raise DamagedError(f"the JSON text has no value at byte {self.offset:,}")

@@ -36,9 +36,9 @@ class Piece(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """A part of a source that cannot even be cut into pieces."""
+    """A part of a source that cannot even be cut into pieces, or a part of a piece that is no crystal."""
 
-    position: str
+    position: str  # in the source, or in the piece
     code: str
     text: str
     key: str = ""
@@ -82,13 +82,14 @@ def parsed(
                     found.append(item)
         except RefusedError as why:
             code = "truncated" if piece.last and why.code == "unparsable" else why.code
-            found.append(Fault(piece.position, code, why.text, piece.key))
+            found.append(Fault("", code, why.text, piece.key))
         except Exception as why:  # whatever hostile bytes provoke in a parser costs this piece and no other
             code = "truncated" if piece.last else "unparsable"
-            found.append(Fault(piece.position, code, f"{type(why).__name__}: {why}", piece.key))
+            found.append(Fault("", code, f"{type(why).__name__}: {why}", piece.key))
         for item in found:
             if isinstance(item, Fault):
-                yield refusal(item.key, name, item.position, item.code, item.text)
+                position = f"{piece.position}, {item.position}" if item.position else piece.position
+                yield refusal(item.key, name, position, item.code, item.text)
             else:
                 yield replace(item, position=piece.position)
 
@@ -156,7 +157,7 @@ def number(value: Any) -> float | None:
         return None
     try:
         found = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return None if math.isnan(found) else found
 

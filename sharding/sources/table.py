@@ -51,8 +51,7 @@ def parse(piece: Piece, options: ReadOptions) -> Iterator[Crystal | Fault]:
     csv.field_size_limit(sys.maxsize)  # the piece is bounded already
     text = io.StringIO(piece.text.decode("utf-8", "replace"), newline="")
     for number, row in enumerate(row for row in csv.reader(text, strict=True) if row):
-        place = f".{number}" if number else ""
-        key = piece.key + place
+        key = f"{piece.key}.{number}" if number else piece.key
         try:
             if len(row) != len(piece.columns):
                 raise RefusedError("unparsable", f"the row has {len(row)} fields, the header {len(piece.columns)}")
@@ -63,7 +62,7 @@ def parse(piece: Piece, options: ReadOptions) -> Iterator[Crystal | Fault]:
             yield from cif.crystals(record[CIF], key, options, labels_of(record, options.labels))
         except RefusedError as why:
             code = "truncated" if piece.last and len(row) != len(piece.columns) else why.code
-            yield Fault(piece.position + place, code, why.text, key)
+            yield Fault(f"{number} behind it" if number else "", code, why.text, key)
 
 
 def _row_finder(before: int) -> Callable[[bytes, int], int]:

@@ -1,0 +1,134 @@
+"""Stage 1: records of a source → graphs, sorted by a hash of the reduced formula. One task is one file."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+from sharding import spill
+from sharding.crystal import Crystal, Refusal, reduced_formula
+from sharding.fingerprint import SLOTS, fingerprints
+from sharding.graph import Multigraphs, build
+from sharding.settings import ShardSettings
+from sharding.sources import Record, Source, parse_records
+
+CRYSTALS_PER_TASK: Final = 512
+
+ROWS: Final = pa.schema(
+    [
+        ("key", pa.string()),
+        ("formula", pa.string()),  # reduced
+        ("group", pa.string()),  # "" where the source gives none
+        ("source", pa.string()),
+        ("position", pa.string()),
+        ("order", pa.uint64()),  # of the sources: of two crystals with one key, the lower is kept
+        ("volume", pa.float64()),  # Å³ of the cell
+        ("fingerprint", pa.list_(pa.float32())),  # empty without
+        ("split", pa.uint8()),  # index into SPLITS; decided in stage 2
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One task: some records of a source."""
+
+    source: Source  # that parses; it does not read
+    records: list[Record]
+    number: int  # of the task, in the order of the sources
+    path: Path
+    settings: ShardSettings
+
+
+def tasks(sources: Sequence[Source], folder: Path, settings: ShardSettings) -> Iterator[Conversion]:
+    """The work, numbered in an order that depends on the sources alone."""
+    batches = ((source, batch) for source in sources for batch in _batches(source.records()))
+    for number, (source, records) in enumerate(batches):
+        # An open file cannot be sent to a worker, which does not need it.
+        parsing = replace(source, records=_no_records)
+        yield Conversion(parsing, records, number, folder / f"{number:08d}.spill", settings)
+
+
+def convert(task: Conversion) -> tuple[int, int, list[Refusal]]:
+    """Parse, build and write; what an earlier run has done is not done again.
+
+    Returns:
+        Crystals and bytes of the file, and what was refused.
+    """
+    if not task.path.exists():
+        spill.write(task.path, converted(task.records, task.source, task.number, task.settings))
+    done = spill.read(task.path)
+    return len(done), task.path.stat().st_size, spill.refusals(task.path)
+
+
+def converted(records: Iterable[Record], source: Source, number: int, settings: ShardSettings) -> spill.Spill:
+    """The graphs of some records, and what was refused of them."""
+    crystals: list[Crystal] = []
+    refusals: list[Refusal] = []
+    for item in parse_records(source, records):
+        (crystals if isinstance(item, Crystal) else refusals).append(item)  # type: ignore[arg-type]
+    graphs, refused = build(crystals, settings.cutoff, tuple(settings.labels))
+    for i, why in sorted(refused.items()):
+        refusals.append(Refusal(crystals[i].key, source.name, crystals[i].position, why.code, why.text))
+    kept = [c for i, c in enumerate(crystals) if i not in refused]
+    edges, atoms = 2 * graphs.n_edges.astype(np.int64), graphs.n_atoms
+    fits = (edges <= settings.budget.edges) & (atoms <= settings.budget.atoms)
+    for i in np.flatnonzero(~fits).tolist():
+        text = f"{edges[i]} directed edges and {atoms[i]} atoms are more than a block holds; raise its budget"
+        refusals.append(Refusal(kept[i].key, source.name, kept[i].position, "oversized", text))
+    if not fits.all():
+        graphs = graphs.take(np.flatnonzero(fits))
+        kept = [c for c, fit in zip(kept, fits, strict=True) if fit]
+
+    formulas = [reduced_formula(c.atomic_numbers) for c in kept]
+    first = number << 32
+    rows = pa.table(
+        {
+            "key": [c.key for c in kept],
+            "formula": formulas,
+            "group": [c.group or "" for c in kept],
+            "source": [source.name] * len(kept),
+            "position": [c.position for c in kept],
+            "order": np.arange(first, first + len(kept), dtype=np.uint64),
+            "volume": np.abs(np.linalg.det(graphs.lattice.astype(np.float64))),
+            "fingerprint": _fingerprints(graphs, settings),
+            "split": np.zeros(len(kept), np.uint8),
+        },
+        schema=ROWS,
+    )
+    return spill.sort(hashes_of(formulas), graphs, rows, refusals)
+
+
+def hashes_of(texts: Sequence[str], seed: int = 0) -> NDArray[np.uint64]:
+    """A 64-bit hash of each."""
+    return np.array([xxhash.xxh3_64_intdigest(text.encode(), seed) for text in texts], np.uint64)
+
+
+def _fingerprints(graphs: Multigraphs, settings: ShardSettings) -> Any:
+    width = SLOTS if settings.fingerprints else 0
+    values = np.empty(0, np.float32)
+    if settings.fingerprints:
+        values = fingerprints(graphs.lattice, graphs.positions, graphs.atomic_numbers, graphs.n_atoms).ravel()
+    at = np.arange(len(graphs) + 1, dtype=np.int32) * width
+    return pa.ListArray.from_arrays(pa.array(at), pa.array(values))
+
+
+def _no_records() -> Iterator[Record]:
+    return iter(())
+
+
+def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
+    """Records for one task each. A record that is not a single crystal is a task by itself."""
+    for first in records:
+        if isinstance(first.payload, Crystal):
+            yield [first, *itertools.islice(records, CRYSTALS_PER_TASK - 1)]
+        else:
+            yield [first]

@@ -1,0 +1,197 @@
+"""A fingerprint of a crystal that no choice of cell, origin, orientation, mirror image or order of atoms changes.
+
+For each pair of kinds of atoms (a, b), a the commoner one, it holds the distance from an atom of kind a to its nearest,
+second nearest, … atom of kind b, averaged over the atoms of kind a, in units of (volume per atom)^(1/3). This is the
+average minimum distance of Widdowson et al. (MATCH Commun. Math. Comput. Chem. 87, 529, 2022; doi:10.46793/match.87-3.529W)
+resolved by element. Distances between all atoms alike cannot tell orderings of the same sites apart (an alloy's, a double
+perovskite's); those from the commoner kind say more about the same number of shells than those from the rarer.
+
+It is exact: the search for the nearest atoms is complete for any cell. It is continuous: moving every atom by at most ε
+changes no component by more than 2ε / (V/N)^(1/3). It is not complete: crystals with equal fingerprints can differ, as
+long stacking sequences nearly do. Lengths are normalised, since density functionals disagree on the lattice by a few
+per cent; the volume per atom stands beside it where it matters.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sharding.graph import offsets, upper_triangular
+from sharding.jit import compiled
+
+Array = NDArray[Any]
+
+SLOTS: Final = 48  # components of a fingerprint
+MAX_KINDS: Final = 9  # 45 pairs; of a crystal with more elements, all beyond the eighth count as one kind
+FIRST_RADIUS: Final = 1.15  # of the sphere that holds the wanted number of atoms on average
+GROWTH: Final = 1.3  # of the radius where it held too few
+
+
+def fingerprints(
+    lattice: Array, positions: Array, atomic_numbers: NDArray[np.uint8], n_atoms: NDArray[Any]
+) -> NDArray[np.float32]:
+    """The fingerprints of G crystals of N atoms, as flat arrays: those of ``Multigraphs`` will do.
+
+    Args:
+        lattice: (G, 3, 3) rows, Å; not singular.
+        positions: (N, 3) Cartesian, Å; wrapped or not.
+        atomic_numbers: (N,)
+        n_atoms: (G,) all at least 1.
+
+    Returns:
+        (G, 48) in units of (V/N)^(1/3). Kinds are ordered by count, the commonest first, and by atomic number where
+        counts are equal; pairs (0, 0), (0, 1), …, (1, 1), … share the 48 components evenly, each part in ascending
+        order. Only fingerprints of one reduced formula can be compared.
+    """
+    cells, rotation = upper_triangular(np.asarray(lattice, np.float64).reshape(-1, 3, 3))
+    out = np.zeros((len(cells), SLOTS), np.float32)
+    _fill(cells, rotation, np.asarray(positions, np.float64), atomic_numbers, offsets(n_atoms), out)
+    return out
+
+
+def distance(a: Array, b: Array) -> Any:
+    """How far two crystals of one reduced formula are apart: the largest difference of a component.
+
+    Args:
+        a, b: (..., 48) fingerprints; they broadcast.
+
+    Returns:
+        (...) in units of (V/N)^(1/3), which is 2 to 3 Å: 0 for the same crystal; 0.01 to 0.1 for one crystal relaxed
+        with two functionals; over 0.3 for different structure types. ``twins.NEAR`` says where twins end, and why.
+    """
+    return np.abs(np.asarray(a) - np.asarray(b)).max(axis=-1)
+
+
+def volume_per_atom(lattice: Array, n_atoms: NDArray[Any]) -> NDArray[np.float64]:
+    """What the fingerprint leaves out: (G, 3, 3), (G,) → (G,), Å³."""
+    return np.abs(np.linalg.det(np.asarray(lattice, np.float64))) / n_atoms
+
+
+@compiled
+def _fill(cells: Array, rotation: Array, positions: Array, numbers: Array, starts: Array, out: Array) -> None:
+    """Set the fingerprint of every crystal.
+
+    Args:
+        cells: (G, 3, 3) upper triangular lattices, rows, Å.
+        rotation: (G, 3, 3) from the given axes to those.
+        positions: (N, 3) in the given axes, Å.
+        numbers: (N,) atomic numbers.
+        starts: (G + 1,) first atom of each crystal.
+        out: (G, SLOTS) to be set.
+    """
+    best = np.empty(SLOTS)
+    mean = np.empty(SLOTS)
+    for g in range(len(cells)):
+        n = starts[g + 1] - starts[g]
+        order, bounds = _by_kind(numbers[starts[g] : starts[g + 1]])
+        points = np.empty((n, 3))
+        for i in range(n):
+            x = positions[starts[g] + order[i]]
+            for axis in range(3):
+                points[i, axis] = (
+                    x[0] * rotation[g, 0, axis] + x[1] * rotation[g, 1, axis] + x[2] * rotation[g, 2, axis]
+                )
+        volume = cells[g, 0, 0] * cells[g, 1, 1] * cells[g, 2, 2]
+        unit = (volume / n) ** (1 / 3)
+        kinds = len(bounds) - 1
+        pairs = kinds * (kinds + 1) // 2
+        pair = 0
+        for a in range(kinds):
+            for b in range(a, kinds):
+                low, high = SLOTS * pair // pairs, SLOTS * (pair + 1) // pairs
+                k = high - low
+                per_atom = volume / (bounds[b + 1] - bounds[b])
+                radius = FIRST_RADIUS * (3 / (4 * np.pi) * k * per_atom) ** (1 / 3)
+                mean[:k] = 0.0
+                for i in range(bounds[a], bounds[a + 1]):
+                    reach = radius
+                    while _nearest(cells[g], points, i, bounds[b], bounds[b + 1], k, reach, best) < k:
+                        reach *= GROWTH
+                    for m in range(k):
+                        mean[m] += np.sqrt(best[m])
+                scale = 1 / (unit * (bounds[a + 1] - bounds[a]))
+                for m in range(k):
+                    out[g, low + m] = mean[m] * scale
+                pair += 1
+
+
+@compiled
+def _by_kind(numbers: Array) -> tuple[Array, Array]:
+    """Order of the atoms by kind, and where each kind begins and the last ends: (n,) → (n,), (kinds + 1,)."""
+    counts = np.zeros(256, np.int64)
+    for z in numbers:
+        counts[z] += 1
+    found = np.argsort(-counts, kind="mergesort")  # stable: the smaller atomic number first where counts are equal
+    elements = 0
+    while elements < 256 and counts[found[elements]] > 0:
+        elements += 1
+    kind = np.zeros(256, np.int64)
+    bounds = np.zeros(min(elements, MAX_KINDS) + 1, np.int64)
+    for e in range(elements):
+        kind[found[e]] = min(e, MAX_KINDS - 1)
+        bounds[min(e, MAX_KINDS - 1) + 1] += counts[found[e]]
+    bounds = np.cumsum(bounds)
+    following = bounds.copy()
+    order = np.empty(len(numbers), np.int64)
+    for i in range(len(numbers)):
+        order[following[kind[numbers[i]]]] = i
+        following[kind[numbers[i]]] += 1
+    return order, bounds
+
+
+@compiled
+def _nearest(cell: Array, points: Array, i: int, first: int, last: int, k: int, radius: float, best: Array) -> int:
+    """The k images of atoms first … last − 1 that are nearest to atom i, itself left out.
+
+    The images inside a sphere are listed as in ``graph``; the sphere shrinks to the k-th distance as soon as k are known.
+
+    Args:
+        cell: (3, 3) upper triangular, rows, Å.
+        points: (n, 3) in the same axes, Å.
+        i, first, last, k: as above.
+        radius: of the sphere, Å.
+        best: set to their squared distances, ascending, Å².
+
+    Returns:
+        How many there are within the radius, k at most. If fewer, ``best`` means nothing.
+    """
+    a0, a1, a2 = cell[0, 0], cell[0, 1], cell[0, 2]
+    b1, b2, c2 = cell[1, 1], cell[1, 2], cell[2, 2]
+    limit = radius * radius
+    found = 0
+    for j in range(first, last):
+        x0 = points[j, 0] - points[i, 0]
+        y0 = points[j, 1] - points[i, 1]
+        z0 = points[j, 2] - points[i, 2]
+        reach = np.sqrt(limit)
+        for na in range(int(np.ceil((-reach - x0) / a0)), int(np.floor((reach - x0) / a0)) + 1):
+            x = x0 + na * a0
+            if x * x > limit:
+                continue
+            room = np.sqrt(limit - x * x)
+            y1 = y0 + na * a1
+            z1 = z0 + na * a2
+            for nb in range(int(np.ceil((-room - y1) / b1)), int(np.floor((room - y1) / b1)) + 1):
+                y = y1 + nb * b1
+                flat = x * x + y * y
+                if flat > limit:
+                    continue
+                left = np.sqrt(limit - flat)
+                z2 = z1 + nb * b2
+                for nc in range(int(np.ceil((-left - z2) / c2)), int(np.floor((left - z2) / c2)) + 1):
+                    z = z2 + nc * c2
+                    squared = flat + z * z
+                    if squared > limit or (i == j and na == 0 and nb == 0 and nc == 0):
+                        continue
+                    m = min(found, k - 1)
+                    while m > 0 and best[m - 1] > squared:
+                        best[m] = best[m - 1]
+                        m -= 1
+                    best[m] = squared
+                    found = min(found + 1, k)
+                    if found == k:
+                        limit = best[k - 1]
+    return found

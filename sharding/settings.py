@@ -1,0 +1,34 @@
+"""Everything that shapes a data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sharding.block import Budget
+
+Duplicates = Literal["keep", "exact", "near"]
+
+
+@dataclass(frozen=True)
+class ShardSettings:
+    """What the bytes of the result depend on, beside the sources."""
+
+    cutoff: float = 5.0  # Å
+    budget: Budget = field(default_factory=Budget)
+    blocks_per_shard: int = 256
+    val: float = 0.05  # share of the groups
+    test: float = 0.0
+    seed: int = 0
+    labels: dict[str, str] = field(default_factory=dict)  # label name → column
+    fingerprints: bool = True  # find twins; without, a crystal's group is its reduced formula
+    duplicates: Duplicates = "exact"  # which twins of a crystal are dropped: none, equal ones, or near ones as well
+    bucket_bytes: int = 64 * 2**20  # of graphs that one task holds in memory at a time
+
+    def __post_init__(self) -> None:
+        if not 0.5 < self.cutoff <= 20:
+            raise ValueError(f"cutoff {self.cutoff} Å is outside 0.5–20 Å")
+        if min(self.val, self.test) < 0 or self.val + self.test >= 1:
+            raise ValueError(f"val {self.val} and test {self.test} must leave something to train on")
+        if self.duplicates != "keep" and not self.fingerprints:
+            raise ValueError("duplicates are found by fingerprints: keep them, or leave fingerprints on")

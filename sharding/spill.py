@@ -1,0 +1,101 @@
+"""What the stages of sharding hand to one another: files of graphs with a row of facts for each, sorted by a hash.
+
+One file is one finished task: it is written under a temporary name and renamed, so that it is whole or not there, and a
+rerun takes what it finds. A task of the next stage reads one range of hashes out of every file of the stage before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from sharding.block import views
+from sharding.crystal import Refusal
+from sharding.graph import Multigraphs, concatenate, sliced
+
+ROWS: Final = "rows"  # an Arrow table, as bytes
+REFUSALS: Final = "refusals"  # JSON
+LABEL: Final = "y."
+
+
+@dataclass(frozen=True, slots=True)
+class Spill:
+    """Graphs, their rows and what was refused on the way.
+
+    The columns of the rows are those of ``convert.ROWS``.
+    """
+
+    hashes: NDArray[np.uint64]  # (G,) ascending
+    graphs: Multigraphs
+    rows: pa.Table
+    refusals: list[Refusal]
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+
+def sort(hashes: NDArray[np.uint64], graphs: Multigraphs, rows: pa.Table, refusals: list[Refusal]) -> Spill:
+    """A spill from graphs in any order; equal hashes stay in theirs."""
+    order = np.argsort(hashes, kind="stable")
+    return Spill(hashes[order], graphs.take(order), rows.take(order), refusals)
+
+
+def write(path: Path, spill: Spill) -> None:
+    """Write, sync and rename."""
+    arrays = spill.graphs.arrays()
+    arrays |= {LABEL + name: values for name, values in spill.graphs.labels.items()}
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, spill.rows.schema) as stream:
+        stream.write_table(spill.rows)
+    arrays["hashes"] = spill.hashes
+    arrays[ROWS] = np.frombuffer(sink.getvalue(), np.uint8)
+    refusals = json.dumps([asdict(r) for r in spill.refusals]).encode()
+    arrays[REFUSALS] = np.frombuffer(refusals, np.uint8)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(save({name: np.ascontiguousarray(a) for name, a in arrays.items()}))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read(path: Path, low: int = 0, high: int = 2**64) -> Spill:
+    """The graphs with hashes in [low, high); arrays are views of the mapped file."""
+    arrays = views(np.memmap(path, np.uint8, mode="r"))
+    hashes = arrays["hashes"]
+    begin = int(np.searchsorted(hashes, np.uint64(low)))
+    end = len(hashes) if high >= 2**64 else int(np.searchsorted(hashes, np.uint64(high)))
+    rows = pa.ipc.open_stream(pa.py_buffer(arrays[ROWS])).read_all().slice(begin, end - begin)
+    labels = {n.removeprefix(LABEL): v[begin:end] for n, v in arrays.items() if n.startswith(LABEL)}
+    graphs = Multigraphs(keys=rows["key"].to_pylist(), labels=labels, **sliced(arrays, begin, end))
+    return Spill(hashes[begin:end], graphs, rows, [])
+
+
+def refusals(path: Path) -> list[Refusal]:
+    """What was refused in a task."""
+    text = views(np.memmap(path, np.uint8, mode="r"))[REFUSALS].tobytes()
+    return [Refusal(**refusal) for refusal in json.loads(text)]
+
+
+def gather(paths: Sequence[Path], low: int, high: int) -> Spill:
+    """One range of hashes of many files (one at least), sorted again."""
+    parts = [read(path, low, high) for path in paths]
+    parts = [part for part in parts if len(part)] or parts[:1]
+    graphs = concatenate([part.graphs for part in parts])
+    rows = pa.concat_tables([part.rows for part in parts]).combine_chunks()
+    return sort(np.concatenate([part.hashes for part in parts]), graphs, rows, [])
+
+
+def ranges_of(buckets: int) -> list[tuple[int, int]]:
+    """All hashes, divided evenly: [low, high) of each bucket."""
+    at = [2**64 * b // buckets for b in range(buckets + 1)]
+    return list(zip(at[:-1], at[1:], strict=True))

@@ -1,0 +1,187 @@
+"""Stages 3 and 4: inside a range of hashed keys, pack each split into blocks; then number the blocks and write shards.
+
+A range leaves blocks that are not full. With several ranges those are set aside, and packed once more all together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from sharding import spill
+from sharding.block import encode
+from sharding.crystal import Refusal
+from sharding.decide import chosen, refusal, repeated_keys
+from sharding.manifest import SPLITS, write_atomically
+from sharding.packing import pack
+from sharding.settings import ShardSettings
+from sharding.shards import ShardWriter
+from sharding.spill import Spill
+
+FULL: Final = 0.97  # of the edge budget; what is emptier is packed once more
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A task of stage 3: all crystals whose key's hash lies in [low, high), or, with all hashes, what was set aside."""
+
+    low: int
+    high: int
+    graphs: list[Path]
+    path: Path  # of what is set aside
+    set_aside: bool  # whether blocks that are not full are left out
+    settings: ShardSettings
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What came of it."""
+
+    blocks: list[int]  # that can be written, for each split
+    widest: int  # atoms of the largest crystal
+    refusals: list[Refusal]
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A task of stage 4: the blocks of one split in a range, now that it is known how many come before."""
+
+    packing: Packing
+    split: int
+    blocks: int
+    first_block: int
+    first_shard: int
+    index_dtype: str
+    part: int  # of the graph table
+    folder: Path
+    path: Path
+
+
+def arrange(task: Packing) -> Packed:
+    """Pack, count, and write what is set aside."""
+    result = task.path.with_suffix(".json")
+    if not result.exists():
+        found, dropped = _gather(task)
+        rest = [np.empty(0, np.int64)]
+        counts = []
+        for split in range(len(SPLITS)):
+            blocks, left = _blocks(found, split, task)
+            counts.append(len(blocks))
+            rest += left
+        aside = np.sort(np.concatenate(rest))
+        if task.set_aside:
+            spill.write(task.path, chosen(found, aside))
+        widest = int(found.graphs.n_atoms.max(initial=0))
+        content = {"blocks": counts, "widest": widest, "refusals": [asdict(r) for r in dropped]}
+        write_atomically(result, json.dumps(content).encode())
+    content = json.loads(result.read_text())
+    return Packed(content["blocks"], content["widest"], [Refusal(**r) for r in content["refusals"]])
+
+
+def write(task: Writing) -> dict[str, Any]:
+    """Write the shards and the part of the graph table.
+
+    Returns:
+        ``blocks``: rows of the block table; ``shards``: entries of the manifest; ``graphs``: how many; ``part``: the
+        file with the rows of the graphs.
+    """
+    if not task.path.exists():
+        found, _ = _gather(task.packing)
+        members, _ = _blocks(found, task.split, task.packing)
+        assert len(members) == task.blocks
+        order = np.concatenate(members)
+        graphs, rows = found.graphs.take(order), found.rows.take(order)
+        shards = _write_shards(task, graphs, np.array([len(m) for m in members]))
+        part = f"graphs.parquet/part-{task.part:05d}.parquet"
+        numbers = np.repeat(np.arange(task.first_block, task.first_block + task.blocks), [len(m) for m in members])
+        columns = _graph_table(graphs, rows).append_column("block", pa.array(numbers.astype(np.uint32)))
+        temporary = task.path.with_suffix(".parquet")
+        pq.write_table(columns, temporary)
+        temporary.replace(task.folder / part)
+        write_atomically(task.path, json.dumps({**shards, "graphs": len(graphs), "part": part}).encode())
+    result: dict[str, Any] = json.loads(task.path.read_text())
+    return result
+
+
+def _gather(task: Packing) -> tuple[Spill, list[Refusal]]:
+    """The crystals of a range, one for each key: in stage 2 those of different formulas did not meet."""
+    found = spill.gather(task.graphs, task.low, task.high)
+    repeated = repeated_keys(found.rows)
+    if not repeated:
+        return found, []
+    keep = np.setdiff1d(np.arange(len(found)), list(repeated))
+    return chosen(found, keep), [refusal(found.rows, i, "duplicate_key", text) for i, text in repeated.items()]
+
+
+def _blocks(found: Spill, split: int, task: Packing) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
+    """The blocks of a split as indices into the range: those to be written, and those set aside."""
+    mine = np.flatnonzero(np.asarray(found.rows["split"]) == split)
+    edges, atoms = 2 * found.graphs.n_edges[mine].astype(np.int64), found.graphs.n_atoms[mine]
+    block_of, count = pack(edges, atoms, task.settings.budget)
+    if count == 0:
+        return [], []
+    order = np.argsort(block_of, kind="stable")
+    members = np.split(mine[order], np.cumsum(np.bincount(block_of))[:-1])
+    if not task.set_aside:
+        return members, []
+    full = np.bincount(block_of, weights=edges) >= FULL * task.settings.budget.edges
+    return [members[b] for b in np.flatnonzero(full)], [members[b] for b in np.flatnonzero(~full)]
+
+
+def _write_shards(task: Writing, graphs: Any, sizes: NDArray[np.int64]) -> dict[str, Any]:
+    """Blocks of these sizes, a shard for every few of them."""
+    blocks: list[dict[str, int]] = []
+    shards: list[dict[str, Any]] = []
+    at = 0
+    for numbers in _groups(task.blocks, task.packing.settings.blocks_per_shard):
+        shard = task.first_shard + len(shards)
+        with ShardWriter(task.folder / f"{SPLITS[task.split]}-{shard:06d}.tar") as writer:
+            for i in numbers:
+                block = graphs.slice(at, at + int(sizes[i]))
+                at += int(sizes[i])
+                offset, size, xxh3 = writer.add(task.first_block + i, encode(block, np.dtype(task.index_dtype)))
+                blocks.append(
+                    {
+                        "block": task.first_block + i,
+                        "shard": shard,
+                        "offset": offset,
+                        "size": size,
+                        "split": task.split,
+                        "graphs": len(block),
+                        "atoms": int(block.n_atoms.sum()),
+                        "edges": 2 * int(block.n_edges.sum()),
+                        "scored_edges": 2 * int((block.edge_src != block.edge_dst).sum()),
+                        "xxh3": xxh3,
+                    }
+                )
+        shards.append(writer.entry)
+    return {"blocks": blocks, "shards": shards}
+
+
+def _groups(count: int, size: int) -> Iterator[range]:
+    for begin in range(0, count, size):
+        yield range(begin, min(begin + size, count))
+
+
+def _graph_table(graphs: Any, rows: pa.Table) -> pa.Table:
+    """The rows of the graph table, without the block."""
+    columns = {
+        "key": rows["key"],
+        "formula": rows["formula"],
+        "split": pa.array([SPLITS[s] for s in rows["split"].to_pylist()]),
+        "n_atoms": graphs.n_atoms,
+        "n_edges": (2 * graphs.n_edges).astype(np.uint32),  # directed
+        "volume": rows["volume"],
+        "group": rows["group"],
+        "source": rows["source"],
+        "fingerprint": rows["fingerprint"],
+    }
+    return pa.table(columns | {f"y.{name}": values for name, values in graphs.labels.items()})
