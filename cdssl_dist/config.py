@@ -198,7 +198,8 @@ class Config(Section):
         """SHA-256 of what decides the encoder: not of paths, cluster size or bookkeeping."""
         content = self.model_dump(mode="json", exclude={"run", "cluster", "tracking", "registry", "checkpoint"})
         content["data"].pop("path"), content["data"].pop("prefetch")
-        content["engine"].pop("threads")
+        for free in ("threads", "stage", "device"):  # where and how, not what is computed
+            content["engine"].pop(free)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

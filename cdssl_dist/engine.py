@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,14 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
 
 import deepspeed  # noqa: E402
 from deepspeed.ops import __compatible_ops__  # noqa: E402
-from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
+from deepspeed.utils import (  # noqa: E402
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+
+MOMENTS: Final = ("exp_avg", "exp_avg_sq")  # Adam's, for each parameter
 
 # norm of the step → learning rate to apply it with, or None to skip it; a collective, called on all ranks
 Decide = Callable[[float], float | None]
@@ -94,7 +100,8 @@ class Engine:
             config=deepspeed_config(settings),
             dist_init_required=False,
         )
-        self._optimizer.gate = self._ask  # from here on: DeepSpeed may step once to make its state
+        self._make_moments()
+        self._optimizer.gate = self._ask  # from here on: DeepSpeed may have stepped once to make its state
 
     @property
     def module(self) -> nn.Module:
@@ -130,24 +137,73 @@ class Engine:
             torch.nn.utils.clip_grads_with_norm_(self.ds.module.parameters(), self.settings.clip, norm)
         return float(norm)
 
+    # -- state: full tensors by name, whatever the stage and the number of ranks --------------------------------------
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """``weight/…``, ``exp_avg/…`` and ``exp_avg_sq/…`` of every parameter, f32; a collective, one at a time."""
+        for name, p, master in self._parameters():
+            if master is not None:
+                yield f"weight/{name}", master.detach().float()
+                for moment in MOMENTS:
+                    yield f"{moment}/{name}", self._optimizer.state[master][moment].float()
+            else:
+                yield f"weight/{name}", safe_get_full_fp32_param(p)
+                for moment in MOMENTS:
+                    yield f"{moment}/{name}", safe_get_full_optimizer_state(p, moment)
+
     def weights(self) -> dict[str, Tensor]:
         """Full f32 weights by name, on CPU; a collective."""
-        partitioned = self.settings.stage > 0
-        full = {}
-        for name, p in self.ds.module.named_parameters():
-            value = safe_get_full_fp32_param(p) if partitioned else None
-            full[name] = (p.detach() if value is None else value).detach().float().cpu().clone()
-        return full
+        found = ((name.removeprefix("weight/"), t) for name, t in self.tensors() if name.startswith("weight/"))
+        return {name: tensor.cpu().clone() for name, tensor in found}
 
-    def save(self, folder: Path) -> None:
-        """Write the state of all ranks below ``folder``; a collective."""
-        self.ds.save_checkpoint(str(folder), tag="engine", save_latest=False)
+    def set_tensors(self, read: Callable[[str], Tensor], applied: int) -> None:
+        """Take over what ``tensors`` gave, at any stage and number of ranks; a collective.
 
-    def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote at the same number of ranks; a collective."""
-        path, _ = self.ds.load_checkpoint(str(folder), tag="engine")
-        if path is None:
-            raise RuntimeError(f"{folder}: DeepSpeed found no state there")
+        Args:
+            read: name → full tensor, on CPU.
+            applied: updates made, which Adam counts for itself.
+        """
+        for name, p, master in self._parameters():
+            weight = read(f"weight/{name}").to(self.device)
+            moments = {moment: read(f"{moment}/{name}").to(self.device) for moment in MOMENTS}
+            with torch.no_grad():
+                if master is not None:
+                    master.copy_(weight)
+                    for moment, value in moments.items():
+                        self._optimizer.state[master][moment].copy_(value)
+                else:
+                    safe_set_full_fp32_param(p, weight)
+                    for moment, value in moments.items():
+                        safe_set_full_optimizer_state(p, value, moment)
+                # The weights that the model computes with stand beside the f32 ones that the optimizer updates.
+                with deepspeed.zero.GatheredParameters([p], modifier_rank=0, enabled=self.settings.stage == 3):
+                    p.copy_(weight)
+        for state in self._optimizer.state.values():
+            state["step"].fill_(applied)
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter, Tensor | None]]:
+        """Name, parameter, and at stage 0 the f32 tensor that the optimizer updates, which is whole there."""
+        named = list(self.ds.module.named_parameters())
+        whole = self._optimizer.param_groups[0]["params"] if self.settings.stage == 0 else [None] * len(named)
+        for (name, p), master in zip(named, whole, strict=True):
+            yield name, p, master
+
+    def _make_moments(self) -> None:
+        """Adam's state as before its first step, at every stage.
+
+        DeepSpeed makes it at the first update: then a checkpoint could not be read into a new engine, and a first step
+        that is skipped would leave it half made. At stage 0 in bf16 it makes it by a step that counts.
+        """
+        wrapper = self.ds.optimizer
+        masters = getattr(wrapper, "fp32_partitioned_groups_flat", None)  # ZeRO-3, which lends them for each step
+        for p in masters or [p for group in self._optimizer.param_groups for p in group["params"]]:
+            state = self._optimizer.state[p]
+            fused = self._optimizer.defaults["fused"]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
+            for moment in MOMENTS:
+                state[moment] = torch.zeros_like(p)
+        if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
+            wrapper._lazy_init_hp_params_optimizer_state()
 
 
 def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class FineTuning:
     batch_size: int = 32
     patience: int = 20  # epochs without a better validation error
     seed: int = 0
+    threads: int = 1  # batches are small: more threads mostly wait for each other
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def fit(
         The network, and its predictions for all crystals in the target's unit, (n,).
     """
     torch.manual_seed(how.seed)
+    torch.set_num_threads(how.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = PropertyModel(copy.deepcopy(encoder), card.expansion).to(device)
     known = data.target[split.train]
@@ -222,6 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--lr", type=float, default=default.lr, help="of the pretrained network")
     p.add_argument("--scratch-lr", type=float, default=default.scratch_lr, help="of the network from scratch")
     p.add_argument("--seed", type=int, default=default.seed, help="of the split, the readout and the order")
+    p.add_argument("--threads", type=int, default=default.threads, help="of torch, on CPU")
     p.add_argument("--out", default="runs/finetune", help="folder for results")
     args = p.parse_args(argv)
 
@@ -229,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     encoder, card = read_encoder(folder)
     data = load_labeled(args.data, args.target, card.cutoff, args.split)
     split = split_by_group(data.groups, args.train, args.val, args.seed)
-    how = FineTuning(args.lr, args.scratch_lr, args.epochs, args.batch_size, args.patience, args.seed)
+    how = FineTuning(args.lr, args.scratch_lr, args.epochs, args.batch_size, args.patience, args.seed, args.threads)
     predictions = finetune(encoder, card, data, split, how)
     about = {"encoder": args.encoder, "weights": card.weights_sha256, "settings": asdict(how), "data": args.data}
     results = write_results(Path(args.out), data, split, predictions, about)

@@ -240,7 +240,7 @@ class Trainer:
 
     def _load(self, found: Checkpoint) -> None:
         checkpoint.check_fits(found, self._progress())
-        self.engine.load(found.folder)
+        checkpoint.load(found, self.engine)
         self.guard.state = found.progress.guard
         self.cursor = self.ledger.resume_point(found.progress.cursor) or found.progress.cursor
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sharding import spill
 from sharding.crystal import Crystal, Refusal, reduced_formula
-from sharding.fingerprint import SLOTS, fingerprints
+from sharding.fingerprint import WIDTH, fingerprints
 from sharding.graph import Multigraphs, build
 from sharding.settings import ShardSettings
 from sharding.sources import Record, Source, parse_records
@@ -44,8 +44,18 @@ class Conversion:
     source: Source  # that parses; it does not read
     records: list[Record]
     number: int  # of the task, in the order of the sources
-    path: Path
+    folder: Path
     settings: ShardSettings
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What became of it."""
+
+    path: Path
+    size: int  # bytes
+    crystals: int
+    refused: list[Refusal]
 
 
 def tasks(sources: Sequence[Source], folder: Path, settings: ShardSettings) -> Iterator[Conversion]:
@@ -54,19 +64,21 @@ def tasks(sources: Sequence[Source], folder: Path, settings: ShardSettings) -> I
     for number, (source, records) in enumerate(batches):
         # An open file cannot be sent to a worker, which does not need it.
         parsing = replace(source, records=_no_records)
-        yield Conversion(parsing, records, number, folder / f"{number:08d}.spill", settings)
+        yield Conversion(parsing, records, number, folder, settings)
 
 
-def convert(task: Conversion) -> tuple[int, int, list[Refusal]]:
-    """Parse, build and write; what an earlier run has done is not done again.
+def convert(task: Conversion) -> Converted:
+    """Parse, build and write; what an earlier run has done is not done again, unless the records have changed.
 
-    Returns:
-        Crystals and bytes of the file, and what was refused.
+    The file is named after the records: a source may be mended between a run that failed and the next.
     """
-    if not task.path.exists():
-        spill.write(task.path, converted(task.records, task.source, task.number, task.settings))
-    done = spill.read(task.path)
-    return len(done), task.path.stat().st_size, spill.refusals(task.path)
+    content = xxhash.xxh3_64()
+    for record in task.records:
+        _digest(content, (record.position, record.payload))
+    path = task.folder / f"{task.number:08d}-{content.hexdigest()}.spill"
+    if not path.exists():
+        spill.write(path, converted(task.records, task.source, task.number, task.settings))
+    return Converted(path, path.stat().st_size, len(spill.read(path)), spill.refusals(path))
 
 
 def converted(records: Iterable[Record], source: Source, number: int, settings: ShardSettings) -> spill.Spill:
@@ -113,12 +125,31 @@ def hashes_of(texts: Sequence[str], seed: int = 0) -> NDArray[np.uint64]:
 
 
 def _fingerprints(graphs: Multigraphs, settings: ShardSettings) -> Any:
-    width = SLOTS if settings.fingerprints else 0
+    width = WIDTH if settings.fingerprints else 0
     values = np.empty(0, np.float32)
     if settings.fingerprints:
         values = fingerprints(graphs.lattice, graphs.positions, graphs.atomic_numbers, graphs.n_atoms).ravel()
     at = np.arange(len(graphs) + 1, dtype=np.int32) * width
     return pa.ListArray.from_arrays(pa.array(at), pa.array(values))
+
+
+def _digest(content: xxhash.xxh3_64, value: Any) -> None:
+    """Hash a payload: text, numbers, arrays, tables, and what is made of them."""
+    if isinstance(value, (bytes, str)):
+        content.update(value if isinstance(value, bytes) else value.encode("utf-8", "surrogatepass"))
+        content.update(b"\0")
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            _digest(content, part)
+    elif isinstance(value, np.ndarray):
+        content.update(value.tobytes())
+    elif isinstance(value, pa.RecordBatch):
+        content.update(value.serialize())
+    elif isinstance(value, (Crystal, Refusal)):
+        for name in value.__slots__:
+            _digest(content, getattr(value, name))
+    else:
+        content.update(repr(value).encode())
 
 
 def _no_records() -> Iterator[Record]:

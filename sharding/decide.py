@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,10 +61,9 @@ def decided(found: Spill, excluded: Spill | None, settings: ShardSettings) -> Sp
             near = twins.match(_catalogue(excluded, excluded_keys), _catalogue(found))
             names = excluded.rows["key"].to_pylist()
             drop("excluded", {i: f"a twin of {names[j]!r}, which is excluded" for i, j in enumerate(near) if j >= 0})
-        if settings.duplicates != "keep":
-            exact = settings.duplicates == "exact"
-            limits = (twins.EXACT, twins.EXACT_VOLUME) if exact else (twins.NEAR, math.inf)
-            stands = twins.duplicates(_catalogue(found), *limits)
+        if settings.duplicates != "keep" and len(found):
+            repeated = twins.exact_duplicates if settings.duplicates == "exact" else twins.near_duplicates
+            stands = repeated(_catalogue(found))
             keys = found.graphs.keys
             drop("duplicate", {i: f"repeats {keys[j]!r}" for i, j in enumerate(stands) if i != j})
     groups = groups_of(found, settings)

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
-AHEAD: Final = 3  # tasks in flight for each worker: more would only fill the memory
+QUEUED: Final = 3  # tasks handed out for each process of the pool: one at work, two that wait for it
+EARLY: Final = 64  # results for each worker that may wait for one that comes before them
 
 
 class WorkerError(RuntimeError):
-    """A worker died; what it had finished is kept."""
+    """A worker died, or the cluster did; what was finished is kept."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Executor:
-    """Where tasks run.
+    """Where tasks run. The processes of a pool start with the first task and end with the ``with`` block.
 
     Args:
         workers: processes on this machine; 1 runs everything in this one.
@@ -32,48 +37,112 @@ class Executor:
 
     workers: int = 1
     address: str | None = None
+    _pool: ProcessPoolExecutor | None = field(default=None, init=False, repr=False)
 
     def map(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
         """Results in the order of the tasks; only a few tasks are taken ahead, so that memory stays bounded.
 
         Raises:
-            WorkerError: where a process dies, by the kernel's out-of-memory killer, say.
+            WorkerError: where a process dies, by the kernel's out-of-memory killer, say, or the cluster fails.
         """
-        if self.address:
-            yield from self._on_ray(function, tasks)
-        elif self.workers <= 1:
-            yield from map(function, tasks)
-        else:
-            yield from self._in_processes(function, tasks)
+        try:
+            if self.address:
+                yield from self._on_ray(function, tasks)
+            elif self.workers <= 1:
+                yield from map(function, tasks)
+            else:
+                yield from self._in_processes(function, tasks)
+        except MemoryError:
+            raise WorkerError("out of memory; run the same command again to go on, with fewer --workers") from None
+
+    def __enter__(self) -> Executor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
 
     def _in_processes(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
-        # spawn: a fork of a process that runs threads (pyarrow's, say) can deadlock
-        with ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            try:
-                for future in _ahead((pool.submit(function, task) for task in tasks), AHEAD * self.workers):
-                    yield future.result()
-            except BrokenProcessPool:
-                raise WorkerError(
-                    "a worker process died, most likely for lack of memory; run the same command again to go on, "
-                    "with fewer --workers"
-                ) from None
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+        if self._pool is None:
+            # spawn: a fork of a process that runs threads (pyarrow's, say) can deadlock
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=_begin)
+        pool = self._pool
+        try:
+            started = (pool.submit(function, task) for task in tasks)
+            yield from _in_order(started, QUEUED * self.workers, EARLY * self.workers)
+        except BrokenProcessPool:
+            self._pool = None
+            raise WorkerError(
+                "a worker process died, most likely for lack of memory; run the same command again to go on, "
+                "with fewer --workers"
+            ) from None
 
     def _on_ray(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
         import ray
+        from ray.exceptions import RayError, RayTaskError
 
-        ray.init(address=self.address, ignore_reinit_error=True, log_to_driver=False)
+        self._join_cluster()
         remote = ray.remote(function)
-        for reference in _ahead((remote.remote(task) for task in tasks), AHEAD * self.workers):
-            yield ray.get(reference)
+        try:
+            started = (remote.remote(task).future() for task in tasks)
+            yield from _in_order(started, self.workers, EARLY * self.workers)
+        except RayTaskError as why:  # its text is a traceback; what our function raised is inside
+            raise why.cause if isinstance(why.cause, Exception) else WorkerError(_line(why)) from None
+        except RayError as why:
+            text = f"the Ray cluster at {self.address}: {_line(why)}; run the same command again to go on"
+            raise WorkerError(text) from None
+
+    def _join_cluster(self) -> None:
+        """Connect, once; the cluster's token is taken from RAY_AUTH_TOKEN or the file that Ray looks for."""
+        import ray
+
+        if ray.is_initialized():
+            return
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # a cluster that asks for none lets anyone run code
+        try:
+            ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as why:  # one kind for each part of Ray that fails
+            raise WorkerError(f"no Ray cluster at {self.address} can be joined: {_line(why)}") from None
 
 
-def _ahead(started: Iterable[Any], limit: int) -> Iterator[Any]:
-    """Pass through, with ``limit`` items drawn before the first is given out."""
-    waiting: deque[Any] = deque()
-    for item in started:
-        waiting.append(item)
-        if len(waiting) >= limit:
-            yield waiting.popleft()
-    yield from waiting
+def _in_order(started: Iterator[Future[R]], running: int, early: int) -> Iterator[R]:
+    """The results of tasks that are started as they are drawn from an iterator.
+
+    Args:
+        started: draws one more task and starts it.
+        running: tasks started and not finished, at most.
+        early: finished tasks that wait for one before them, at most.
+    """
+    waiting: deque[Future[R]] = deque()
+    for future in started:
+        waiting.append(future)
+        while waiting:
+            unfinished = [f for f in waiting if not f.done()]
+            if waiting[0].done() or len(waiting) >= running + early:
+                yield waiting.popleft().result()
+            elif len(unfinished) >= running:
+                wait(unfinished, return_when=FIRST_COMPLETED)
+            else:
+                break
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _begin() -> None:
+    """What a process of the pool does first: leave Ctrl-C to its parent, and end when that does, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent: Any = multiprocessing.parent_process()
+    parent.join()
+    os._exit(1)  # a process without a parent would wait for tasks for ever, and write into a folder that others use
+
+
+def _line(why: BaseException) -> str:
+    """The first line of an error's text that says something."""
+    lines = [line.strip() for line in str(why).splitlines() if line.strip()]
+    return lines[0] if lines else type(why).__name__

@@ -1,6 +1,6 @@
 """Sources → a data set: a shuffle in stages, each a list of independent tasks that make a file.
 
-1. convert   records → graphs, sorted by a hash of the reduced formula
+1. convert   records → graphs, sorted by a hash of the reduced formula (many small files are merged to fewer)
 2. decide    a range of formulas: twins, duplicates, exclusions, groups, splits; sorted by a seeded hash of the key
 3. arrange   a range of keys: pack each split into blocks, count them
 4. write     now that all blocks are numbered: shards and the graph table
@@ -12,34 +12,40 @@ whole, a rerun after a kill does what is missing, and its result is the same. Th
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
-import json
-import shutil
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from sharding import convert, decide, spill, write
-from sharding.crystal import Refusal
 from sharding.executor import Executor
 from sharding.graph import TIE
 from sharding.manifest import BLOCK_SCHEMA, SPLITS, DataSetError, Manifest, write_atomically
 from sharding.progress import Progress
 from sharding.settings import ShardSettings
 from sharding.sources import Source
+from sharding.workspace import Quarantine, Workspace, describe
 
-WORK: Final = ".work"
+UNWRITABLE: Final = {  # what a target can be
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST", "EIO", "ESTALE")
+}
+
+
+MANY_READS: Final = 20_000  # of half a millisecond each
 
 
 class StrictError(ValueError):
     """The first refusal, with ``strict``."""
+
+
+class TargetError(OSError):
+    """The folder of the data set cannot be written."""
 
 
 def shard(
@@ -64,124 +70,175 @@ def shard(
     Raises:
         DataSetError: where ``out`` holds a data set or another sharding's work, is in use, or no crystal is left.
         StrictError: with ``strict``, at the first refusal.
+        TargetError: where ``out`` cannot be written, since the disk is full, say.
+        WorkerError: where a process died.
     """
-    settings, executor = settings or ShardSettings(), executor or Executor()
+    settings = settings or ShardSettings()
     if exclude and not settings.fingerprints:
         raise DataSetError("--exclude compares fingerprints: leave them on")
     folder = Path(out)
-    if (folder / "manifest.json").exists():
-        raise DataSetError(f"{folder}: holds a data set already; give another folder or remove it")
-    work = folder / WORK
-    with _locked(work):
-        _same_task(work, [*sources, *exclude], settings)
-        excluded, _ = _convert(exclude, work / "excluded", replace(settings, labels={}), executor, "exclude")
-        graphs, refusals = _convert(sources, work / "1-graphs", settings, executor, "convert", strict)
-        if not graphs:
-            raise DataSetError(f"nothing to read in {', '.join(s.name for s in sources)}")
-        decided, dropped = _decide(graphs, excluded, work / "2-decided", settings, executor)
-        written, index_dtype, repeated = _write(decided, folder, settings, executor)
-        refused = [*refusals, *dropped, *repeated]
-        if not any(w["graphs"] for w in written):
-            names = ", ".join(s.name for s in sources)
-            raise DataSetError(f"no crystal is left of {names}: {_summary(refused)}")
-        manifest = _finish(folder, written, refused, sources, settings, index_dtype)
-    shutil.rmtree(work)
+    try:
+        with Workspace(folder, describe(sources, exclude, settings)).opened() as work:
+            manifest = work.finished or _sharded(sources, exclude, settings, executor or Executor(), work, strict)
+            work.remove()
+    except OSError as why:
+        if why.errno not in UNWRITABLE:
+            raise
+        text = f"{folder}: cannot be written ({why.strerror}); mend that and run the same command again to go on"
+        raise TargetError(text) from why
     return manifest
 
 
+def _sharded(
+    sources: Sequence[Source],
+    exclude: Sequence[Source],
+    settings: ShardSettings,
+    executor: Executor,
+    work: Workspace,
+    strict: bool,
+) -> Manifest:
+    """All stages."""
+    with executor, Quarantine(work.folder / "quarantine.jsonl") as refused:
+        unlabelled = replace(settings, labels={})
+        excluded = _convert("exclude", exclude, work.path / "excluded", unlabelled, executor)
+        graphs = _convert("convert", sources, work.path / "1-graphs", settings, executor, refused, strict)
+        names = ", ".join(source.name for source in sources)
+        if not graphs:
+            raise DataSetError(f"nothing to read in {names}")
+        work.converted([*excluded, *graphs])
+        graphs = _merge(graphs, work.path / "2-merged", settings, executor)
+        decided = _decide(graphs, excluded, work.path / "2-decided", settings, executor, refused)
+        packings, packed = _pack(decided, work.path / "3-packed", settings, executor, refused)
+        if not any(sum(p.blocks) for p in packed):
+            raise DataSetError(f"no crystal is left of {names}: {refused.summary() or 'the sources are empty'}")
+        return _write(packings, packed, work, sources, settings, executor, refused)
+
+
 def _convert(
+    title: str,
     sources: Sequence[Source],
     folder: Path,
     settings: ShardSettings,
     executor: Executor,
-    title: str,
+    refused: Quarantine | None = None,
     strict: bool = False,
-) -> tuple[list[Path], list[Refusal]]:
-    """Stage 1: the files, and what was refused."""
+) -> list[Path]:
+    """Stage 1: the files."""
     if not sources:
-        return [], []
+        return []
     folder.mkdir(exist_ok=True)
     paths: list[Path] = []
-    refused: list[Refusal] = []
     with Progress(title, "crystals") as progress:
-        for count, _, refusals in executor.map(convert.convert, convert.tasks(sources, folder, settings)):
-            paths.append(folder / f"{len(paths):08d}.spill")
-            refused += refusals
-            if strict and refusals:
-                first = refusals[0]
+        for done in executor.map(convert.convert, convert.tasks(sources, folder, settings)):
+            paths.append(done.path)
+            if strict and done.refused:
+                first = done.refused[0]
                 raise StrictError(f"{first.source}, {first.position}: {first.text} [{first.code}]")
+            if refused is not None:
+                refused.add(done.refused)
+            progress.add(done.crystals)
+    return paths
+
+
+def _merge(files: list[Path], folder: Path, settings: ShardSettings, executor: Executor) -> list[Path]:
+    """The same graphs in fewer files, where there are many: each task of stage 2 looks into every file."""
+    if len(files) * _buckets(files, settings) <= MANY_READS:
+        return files
+    folder.mkdir(exist_ok=True)
+    groups = _together(files, settings.bucket_bytes)
+    tasks = [spill.Merging(parts, folder / f"{i:06d}.spill") for i, parts in enumerate(groups)]
+    with Progress("merge", "crystals") as progress:
+        for count in executor.map(spill.merge, tasks):
             progress.add(count)
-    return paths, refused
+    return [task.path for task in tasks]
 
 
 def _decide(
-    graphs: list[Path], excluded: list[Path], folder: Path, settings: ShardSettings, executor: Executor
-) -> tuple[list[Path], list[Refusal]]:
-    """Stage 2: the files, and what was dropped."""
+    graphs: list[Path],
+    excluded: list[Path],
+    folder: Path,
+    settings: ShardSettings,
+    executor: Executor,
+    refused: Quarantine,
+) -> list[Path]:
+    """Stage 2: the files."""
     folder.mkdir(exist_ok=True)
     tasks = [
         decide.Decision(low, high, graphs, excluded, folder / f"{b:06d}.spill", settings)
         for b, (low, high) in enumerate(spill.ranges_of(_buckets(graphs, settings)))
     ]
-    dropped: list[Refusal] = []
     with Progress("find twins", "crystals") as progress:
         for count, refusals in executor.map(decide.decide, tasks):
-            dropped += refusals
+            refused.add(refusals)
             progress.add(count)
-    return [task.path for task in tasks], dropped
+    return [task.path for task in tasks]
+
+
+def _pack(
+    decided: list[Path], folder: Path, settings: ShardSettings, executor: Executor, refused: Quarantine
+) -> tuple[list[write.Packing], list[write.Packed]]:
+    """Stage 3: packings in the order of their blocks, and what came of them.
+
+    What the ranges set aside is packed once more, several files together, until one task holds all that is left.
+    """
+    folder.mkdir(exist_ok=True)
+    ranges = spill.ranges_of(_buckets(decided, settings))
+    tasks = [
+        write.Packing(low, high, decided, folder / f"{b:06d}.spill", len(ranges) > 1, settings)
+        for b, (low, high) in enumerate(ranges)
+    ]
+    packings: list[write.Packing] = []
+    packed: list[write.Packed] = []
+    with Progress("pack", "crystals") as progress:
+        while tasks:
+            for result in executor.map(write.arrange, tasks):
+                packed.append(result)
+                refused.add(result.refusals)
+                progress.add(result.graphs)
+            packings += tasks
+            rests = _together([task.path for task in tasks if task.set_aside], settings.bucket_bytes)
+            tasks = [
+                write.Packing(0, 2**64, paths, folder / f"{b:06d}.spill", len(rests) > 1, settings)
+                for b, paths in enumerate(rests, len(packings))
+            ]
+    return packings, packed
 
 
 def _write(
-    decided: list[Path], folder: Path, settings: ShardSettings, executor: Executor
-) -> tuple[list[dict[str, Any]], str, list[Refusal]]:
-    """Stages 3 and 4: what each task wrote, in the order of the blocks; the type of indices; what was dropped."""
-    work = folder / WORK
-    for name in (work / "3-packed", work / "4-written", folder / "graphs.parquet"):
-        name.mkdir(exist_ok=True)
-    buckets = _buckets(decided, settings)
-    ranges = [
-        write.Packing(low, high, decided, work / "3-packed" / f"{b:06d}.spill", buckets > 1, settings)
-        for b, (low, high) in enumerate(spill.ranges_of(buckets))
-    ]
-    packed = list(executor.map(write.arrange, ranges))
-    if buckets > 1:  # what was set aside, once more and all together
-        last = write.Packing(0, 2**64, [r.path for r in ranges], work / "3-packed" / "rest.spill", False, settings)
-        ranges.append(last)
-        packed.append(write.arrange(last))
-
-    dtype = "uint8" if max(p.widest for p in packed) <= 256 else "uint16"
+    packings: list[write.Packing],
+    packed: list[write.Packed],
+    work: Workspace,
+    sources: Sequence[Source],
+    settings: ShardSettings,
+    executor: Executor,
+    refused: Quarantine,
+) -> Manifest:
+    """Stage 4, then the tables, the quarantine, and the manifest last."""
+    folder, done = work.folder, work.path / "4-written"
+    done.mkdir(exist_ok=True)
+    (folder / "graphs.parquet").mkdir(exist_ok=True)
+    index_dtype = "uint8" if max(p.widest for p in packed) <= 256 else "uint16"
     tasks: list[write.Writing] = []
     block = shard = 0
     for split in range(len(SPLITS)):
-        for packing, counts in zip(ranges, packed, strict=True):
+        for packing, counts in zip(packings, packed, strict=True):
             if n := counts.blocks[split]:
                 part = len(tasks)
-                path = work / "4-written" / f"{part:06d}.json"
-                tasks.append(write.Writing(packing, split, n, block, shard, dtype, part, folder, path))
+                path = done / f"{part:06d}.json"
+                tasks.append(write.Writing(packing, split, n, block, shard, index_dtype, part, folder, path))
                 block += n
                 shard += -(-n // settings.blocks_per_shard)
-    written = []
-    with Progress("write", "crystals") as progress:
+    names, shards, tables = [], [], []
+    with Progress("write", "crystals", sum(p.graphs for p in packed)) as progress:
         for result in executor.map(write.write, tasks):
-            written.append(result)
+            names.append(result["part"])
+            shards += result["shards"]
+            tables.append(pa.Table.from_pylist(result["blocks"], BLOCK_SCHEMA))
             progress.add(result["graphs"])
-    return written, dtype, [refusal for p in packed for refusal in p.refusals]
 
-
-def _finish(
-    folder: Path,
-    written: list[dict[str, Any]],
-    refused: list[Refusal],
-    sources: Sequence[Source],
-    settings: ShardSettings,
-    index_dtype: str,
-) -> Manifest:
-    """Tables, quarantine, and the manifest last."""
-    blocks = [block for w in written for block in w["blocks"]]
-    pq.write_table(pa.Table.from_pylist(blocks, BLOCK_SCHEMA), folder / "blocks.parquet")
-    lines = "".join(json.dumps(asdict(refusal), sort_keys=True) + "\n" for refusal in refused)
-    write_atomically(folder / "quarantine.jsonl", lines.encode())
-    names = ["blocks.parquet", "quarantine.jsonl", *(w["part"] for w in written)]
+    blocks = pa.concat_tables(tables).combine_chunks()
+    write_atomically(folder / "blocks.parquet", write.parquet(blocks))
+    refused.finish()
     units = {name: unit for source in sources for name, unit in source.units.items()}
     return Manifest(
         graph={"cutoff": settings.cutoff, "tie": TIE, "index_dtype": index_dtype},
@@ -190,9 +247,12 @@ def _finish(
         splits={split: _totals(blocks, i) for i, split in enumerate(SPLITS)},
         sources=[{"name": s.name, "licence": s.licence, "cite": s.cite} for s in sources],
         labels={n: {"column": column, "unit": units.get(n, "unknown")} for n, column in settings.labels.items()},
-        quarantined=dict(sorted(Counter(r.code for r in refused).items())),
-        shards=[shard for w in written for shard in w["shards"]],
-        tables={name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names},
+        quarantined=dict(sorted(refused.counts.items())),
+        shards=shards,
+        tables={
+            name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            for name in ("blocks.parquet", "quarantine.jsonl", *names)
+        },
     ).write(folder)
 
 
@@ -201,47 +261,21 @@ def _buckets(files: list[Path], settings: ShardSettings) -> int:
     return max(1, -(-sum(path.stat().st_size for path in files) // settings.bucket_bytes))
 
 
-def _totals(blocks: list[dict[str, int]], split: int) -> dict[str, int]:
-    mine = [b for b in blocks if b["split"] == split]
+def _together(files: list[Path], size: int) -> list[list[Path]]:
+    """Neighbouring files in groups of about a size, at least two in each, so that there are ever fewer."""
+    groups: list[list[Path]] = []
+    room = 0
+    for path in files:
+        bytes_ = path.stat().st_size
+        if not groups or (bytes_ > room and len(groups[-1]) > 1):
+            groups.append([])
+            room = size
+        groups[-1].append(path)
+        room -= bytes_
+    return groups
+
+
+def _totals(blocks: pa.Table, split: int) -> dict[str, int]:
+    mine = blocks.filter(pc.equal(blocks["split"], split))
     counted = ("graphs", "atoms", "edges", "scored_edges")
-    return {"blocks": len(mine)} | {name: sum(b[name] for b in mine) for name in counted}
-
-
-def _summary(refused: list[Refusal]) -> str:
-    counts = Counter(r.code for r in refused)
-    return ", ".join(f"{n} × {code}" for code, n in counts.most_common()) or "the sources are empty"
-
-
-@contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    """One sharding in a folder at a time; the lock goes with the process, however that ends.
-
-    Raises:
-        DataSetError: where another process is at work.
-    """
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataSetError(f"{work.parent}: another process is sharding into this folder; wait for it") from None
-        for leftover in work.parent.rglob(".*.tmp"):
-            leftover.unlink()
-        yield
-
-
-def _same_task(work: Path, sources: Sequence[Source], settings: ShardSettings) -> None:
-    """Refuse to go on with the work of other sources or settings.
-
-    Raises:
-        DataSetError: says what to do.
-    """
-    path = work / "task.json"
-    task = json.dumps({"sources": [s.name for s in sources], "settings": asdict(settings)}, indent=1).encode()
-    if not path.exists():
-        write_atomically(path, task)
-    elif path.read_bytes() != task:
-        raise DataSetError(
-            f"{work.parent}: holds unfinished work with other sources or settings ({path}); "
-            "finish it with those, or remove the folder"
-        )
+    return {"blocks": len(mine)} | {name: pc.sum(mine[name]).as_py() or 0 for name in counted}

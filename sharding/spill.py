@@ -88,11 +88,35 @@ def refusals(path: Path) -> list[Refusal]:
 
 def gather(paths: Sequence[Path], low: int, high: int) -> Spill:
     """One range of hashes of many files (one at least), sorted again."""
-    parts = [read(path, low, high) for path in paths]
-    parts = [part for part in parts if len(part)] or parts[:1]
+    parts: list[Spill] = []
+    for path in paths:
+        part = read(path, low, high)
+        if len(part) or path is paths[-1]:  # the last gives the columns where there is nothing
+            parts.append(_copied(part))
     graphs = concatenate([part.graphs for part in parts])
     rows = pa.concat_tables([part.rows for part in parts]).combine_chunks()
     return sort(np.concatenate([part.hashes for part in parts]), graphs, rows, [])
+
+
+@dataclass(frozen=True)
+class Merging:
+    """A task: several files as one."""
+
+    parts: list[Path]
+    path: Path
+
+
+def merge(task: Merging) -> int:
+    """Merge, without what was refused; returns the number of graphs."""
+    if not task.path.exists():
+        write(task.path, gather(task.parts, 0, 2**64))
+    return len(read(task.path))
+
+
+def _copied(part: Spill) -> Spill:
+    """The same, not mapped: a mapped file is an open one, and there may be thousands."""
+    everything = np.arange(len(part))
+    return Spill(part.hashes.copy(), part.graphs.take(everything), part.rows.take(everything), [])
 
 
 def ranges_of(buckets: int) -> list[tuple[int, int]]:

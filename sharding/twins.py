@@ -1,14 +1,16 @@
 """Twins: crystals of one reduced formula that are the same structure, up to scale and small displacements.
 
-Pure functions of what is compared; nothing depends on the order in which crystals arrive, keys decide. Formulas are
+Pure functions of what is compared: nothing depends on the order in which crystals arrive, keys decide. Formulas are
 independent of each other, so any set of whole formulas can be worked on by itself.
 
-A threshold is a fingerprint distance (``fingerprint.distance``). NEAR was chosen on same-formula pairs, stratified by
-distance and judged by pymatgen's StructureMatcher with its default tolerances; docs/twins.md has the figures.
+Thresholds are fingerprint distances (``fingerprint.distance``), chosen on stratified samples of same-formula pairs that
+pymatgen's StructureMatcher judged with its default tolerances. They differ because errors cost differently: a twin on
+both sides of a split, or in pretraining and in a test set, is a leak; a crystal dropped for nothing is a loss.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,13 +18,16 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from sharding.fingerprint import NEAR_SLOTS
 from sharding.jit import compiled
 
 Array = NDArray[Any]
 
-NEAR: Final = 0.2  # twins: kept out by an exclude list, and never on both sides of a split
-EXACT: Final = 1e-3  # duplicates: the same but for the rounding of coordinates
-EXACT_VOLUME: Final = 1e-3  # relative difference of the volume per atom of duplicates
+EXACT: Final = 2e-4  # duplicates: the same but for the rounding of coordinates
+EXACT_VOLUME: Final = 1e-3  # relative difference of their volumes per atom
+NEAR: Final = 0.05  # near duplicates, which may be dropped
+EXCLUDE: Final = 0.25  # what an exclude list keeps out
+SPLIT: Final = 0.3  # what never straddles a split; a group too large costs nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +36,7 @@ class Catalogue:
 
     keys: Sequence[str]  # (G,) | unique
     formulas: Sequence[str]  # (G,) | reduced
-    fingerprints: NDArray[np.float32]  # (G, D)
+    fingerprints: NDArray[np.float32]  # (G, 64)
     volumes: NDArray[np.float64]  # (G,) | per atom, Å³
 
     def __post_init__(self) -> None:
@@ -40,91 +45,105 @@ class Catalogue:
             raise ValueError(f"keys, formulas, fingerprints and volumes differ in length: {sorted(lengths)}")
         if len(set(self.keys)) != len(self.keys):
             raise ValueError("keys are not unique, so that they cannot decide which of two twins comes first")
+        if not (np.isfinite(self.fingerprints).all() and np.isfinite(self.volumes).all()):
+            raise ValueError("a fingerprint or a volume is NaN or infinite, which no threshold would judge rightly")
 
     def __len__(self) -> int:
         return len(self.keys)
 
 
-def twin_groups(crystals: Catalogue, threshold: float = NEAR) -> NDArray[np.int64]:
+def twin_groups(crystals: Catalogue, threshold: float = SPLIT) -> NDArray[np.int64]:
     """Connected components of "same formula and closer than the threshold".
 
     Made for splits: whatever is on one side, no twin of it is on the other. A chain of small steps joins crystals that
-    are no twins themselves, so this is not the way to drop near duplicates; ``duplicates`` is.
+    are no twins themselves, so this is not the way to drop near duplicates; ``near_duplicates`` is.
 
     Returns:
         (G,) the index of the representative of each crystal's group: the member with the smallest key.
     """
-    order, ends, rank = _arranged(crystals)
+    order, ends = _arranged(crystals)
     parent = np.arange(len(order))
-    _join(_vectors(crystals, order), ends, threshold, parent)
-    group = np.empty(len(order), np.int64)
-    group[order] = parent
-    first = np.full(len(order), len(order))
-    np.minimum.at(first, group, rank)
-    by_key = np.argsort(rank)
-    return by_key[first[group]]
-
-
-def duplicates(crystals: Catalogue, threshold: float = EXACT, volume: float = EXACT_VOLUME) -> NDArray[np.int64]:
-    """Which crystals repeat another one: in order of keys, each is kept unless one kept before is within the threshold.
-
-    Args:
-        crystals: compared inside their formulas.
-        threshold: fingerprint distance; ``NEAR`` gives near duplicates.
-        volume: relative difference of the volume per atom at most; ``math.inf`` compares shapes alone.
-
-    Returns:
-        (G,) the index of the crystal that stands for each: itself where it is kept, else the first kept one in order of
-        keys that it repeats.
-    """
-    order, ends, _ = _arranged(crystals)
-    stands = np.arange(len(order))
-    logs = np.log(np.asarray(crystals.volumes, np.float64))[order]
-    _sieve(_vectors(crystals, order), logs, ends, threshold, np.log1p(volume), stands)
+    _join(_near_part(crystals, order), ends, threshold, parent)
+    # inside a formula places are in order of keys, and a root is the first place of its group
     result = np.empty(len(order), np.int64)
-    result[order] = order[stands]
+    result[order] = order[parent]
     return result
 
 
-def match(excluded: Catalogue, candidates: Catalogue, threshold: float = NEAR) -> NDArray[np.int64]:
+def exact_duplicates(crystals: Catalogue, threshold: float = EXACT, volume: float = EXACT_VOLUME) -> NDArray[np.int64]:
+    """Which crystals repeat another one in all 64 components and in volume.
+
+    In order of keys, each is kept unless it is within the tolerances of one kept before.
+
+    Args:
+        crystals: compared inside their formulas.
+        threshold: difference of any component at most.
+        volume: relative difference of the volume per atom at most.
+
+    Returns:
+        (G,) the index of the crystal that stands for each: itself where it is kept, else the first that it repeats of
+        those kept, in order of keys.
+    """
+    order, ends = _arranged(crystals)
+    return _sieved(np.ascontiguousarray(crystals.fingerprints[order]), crystals, order, ends, threshold, volume)
+
+
+def near_duplicates(crystals: Catalogue, threshold: float = NEAR) -> NDArray[np.int64]:
+    """As ``exact_duplicates``, for crystals closer than the threshold whatever their volumes."""
+    order, ends = _arranged(crystals)
+    return _sieved(_near_part(crystals, order), crystals, order, ends, threshold, math.inf)
+
+
+def match(excluded: Catalogue, candidates: Catalogue, threshold: float = EXCLUDE) -> NDArray[np.int64]:
     """Which candidates are twins of an excluded crystal.
 
     Returns:
         (candidates,) the index of the nearest excluded crystal closer than the threshold, the smaller key where two are
         equally near; −1 where there is none.
     """
-    order, ends, _ = _arranged(excluded)
+    order, ends = _arranged(excluded)
     names = np.asarray(excluded.formulas, object)[order]
     range_of = {name: (i, int(ends[i])) for i, name in reversed(list(enumerate(names)))}
     ranges = np.array([range_of.get(name, (0, 0)) for name in candidates.formulas], np.int64).reshape(-1, 2)
     found = np.empty(len(candidates), np.int64)
-    vectors = np.ascontiguousarray(candidates.fingerprints)
-    _look_up(_vectors(excluded, order), vectors, ranges, threshold, found)
+    wanted = _near_part(candidates, np.arange(len(candidates)))
+    _look_up(_near_part(excluded, order), wanted, ranges, threshold, found)
     return np.where(found < 0, -1, np.append(order, -1)[found])
 
 
-def _arranged(crystals: Catalogue) -> tuple[Array, Array, Array]:
-    """Indices in order of formula and key; for each place in that order, the end of its formula; each crystal's rank."""
+def _arranged(crystals: Catalogue) -> tuple[Array, Array]:
+    """Indices in order of formula and key, and for each place in that order the end of its formula."""
     keys = np.asarray(crystals.keys, object)
     rank = np.empty(len(keys), np.int64)
     rank[np.argsort(keys, kind="stable")] = np.arange(len(keys))
     _, formula = np.unique(np.asarray(crystals.formulas, object), return_inverse=True)
     order = np.lexsort((rank, formula))
     ends = np.cumsum(np.bincount(formula, minlength=1))[formula[order]]
-    return order, ends, rank
+    return order, ends
 
 
-def _vectors(crystals: Catalogue, order: Array) -> Array:
-    return np.ascontiguousarray(crystals.fingerprints[order])
+def _near_part(crystals: Catalogue, order: Array) -> Array:
+    """The components that are compared, in this order."""
+    return np.ascontiguousarray(crystals.fingerprints[order, :NEAR_SLOTS])
+
+
+def _sieved(vectors: Array, crystals: Catalogue, order: Array, ends: Array, threshold: float, volume: float) -> Array:
+    """What the functions on duplicates return, from vectors in this order."""
+    stands = np.arange(len(order))
+    logs = np.log(np.asarray(crystals.volumes, np.float64))[order]
+    _sieve(vectors, logs, ends, threshold, np.log1p(volume), stands)
+    result = np.empty(len(order), np.int64)
+    result[order] = order[stands]
+    return result
 
 
 @compiled
 def _near(a: Array, b: Array, limit: float) -> bool:
-    """Whether no component differs by as much as the limit."""
-    for k in range(len(a)):
-        if abs(a[k] - b[k]) >= limit:
-            return False
-    return True
+    """Whether every component differs by less than the limit."""
+    k = 0
+    while k < len(a) and abs(a[k] - b[k]) < limit:
+        k += 1
+    return k == len(a)
 
 
 @compiled

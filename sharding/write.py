@@ -46,6 +46,7 @@ class Packed:
     """What came of it."""
 
     blocks: list[int]  # that can be written, for each split
+    graphs: int  # in them
     widest: int  # atoms of the largest crystal
     refusals: list[Refusal]
 
@@ -79,11 +80,12 @@ def arrange(task: Packing) -> Packed:
         aside = np.sort(np.concatenate(rest))
         if task.set_aside:
             spill.write(task.path, chosen(found, aside))
+        graphs = len(found) - (len(aside) if task.set_aside else 0)
         widest = int(found.graphs.n_atoms.max(initial=0))
-        content = {"blocks": counts, "widest": widest, "refusals": [asdict(r) for r in dropped]}
-        write_atomically(result, json.dumps(content).encode())
+        packed = Packed(counts, graphs, widest, dropped)
+        write_atomically(result, json.dumps(asdict(packed)).encode())
     content = json.loads(result.read_text())
-    return Packed(content["blocks"], content["widest"], [Refusal(**r) for r in content["refusals"]])
+    return Packed(**content | {"refusals": [Refusal(**r) for r in content["refusals"]]})
 
 
 def write(task: Writing) -> dict[str, Any]:
@@ -103,12 +105,17 @@ def write(task: Writing) -> dict[str, Any]:
         part = f"graphs.parquet/part-{task.part:05d}.parquet"
         numbers = np.repeat(np.arange(task.first_block, task.first_block + task.blocks), [len(m) for m in members])
         columns = _graph_table(graphs, rows).append_column("block", pa.array(numbers.astype(np.uint32)))
-        temporary = task.path.with_suffix(".parquet")
-        pq.write_table(columns, temporary)
-        temporary.replace(task.folder / part)
+        write_atomically(task.folder / part, parquet(columns))
         write_atomically(task.path, json.dumps({**shards, "graphs": len(graphs), "part": part}).encode())
     result: dict[str, Any] = json.loads(task.path.read_text())
     return result
+
+
+def parquet(table: pa.Table) -> bytes:
+    """The bytes of a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
 
 
 def _gather(task: Packing) -> tuple[Spill, list[Refusal]]:

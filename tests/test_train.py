@@ -110,6 +110,22 @@ def test_another_configuration_or_data_set_is_refused(undisturbed: Path, data_fo
         launch(2, run_training, changed)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_run_goes_on_at_another_number_of_ranks_and_another_stage(
+    stage: int, undisturbed: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "moved"
+    launch(2, run_training, config(run, data_folder, engine={"stage": stage}), 3)
+    launch(1, run_training, config(run, data_folder, engine={"stage": stage}), 2)
+    assert launch(2, run_training, config(run, data_folder, engine={"stage": (stage + 1) % 4})) == [True, True]
+    np.testing.assert_allclose(
+        [v for _, v in metrics(run, "train/loss")], [v for _, v in metrics(undisturbed, "train/loss")], rtol=1e-5
+    )
+    a, b = weights(run), weights(undisturbed)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
 def spoil(contents: dict[str, dict[str, Any]]) -> dict[str, list[tuple[int, str]]]:
     """On each rank: train with one bad step, in each of several ways; returns what the guard decided, step by step.
 
