@@ -26,7 +26,7 @@ def _enter(rank: int, world_size: int, port: int, results: Any, function: Callab
         results.put((rank, False, traceback.format_exc()))
 
 
-def launch(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 180) -> list[Any]:
+def launch(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
     """What the function, which must be importable, returns on each rank."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()

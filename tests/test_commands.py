@@ -22,7 +22,7 @@ PYTHON = sys.executable
 def cdssl(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k not in ("CDSSL_DATA", "MLFLOW_TRACKING_URI")} | more
     command = [PYTHON, "-m", "cdssl_dist.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -97,18 +97,18 @@ def test_a_run_on_ray_is_stopped_resumed_registered_and_finetuned(data_folder: P
     command = [*alone(), PYTHON, "-m", "cdssl_dist.pretrain", *settings.split()]
 
     first = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while len(read_lines(run / "metrics.jsonl")) < 3 and time.monotonic() < deadline and first.poll() is None:
         time.sleep(0.5)
     first.send_signal(signal.SIGTERM)
-    _, said = first.communicate(timeout=60)
+    _, said = first.communicate(timeout=240)
     assert first.returncode == 75, said
     assert "run the same command again" in said
 
-    other = subprocess.run([*command, "optim.lr=0.5"], env=env, capture_output=True, text=True, timeout=120)
+    other = subprocess.run([*command, "optim.lr=0.5"], env=env, capture_output=True, text=True, timeout=240)
     wrong(other, "optim.lr: 0.002 → 0.5")
 
-    second = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
+    second = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert second.returncode == 0, second.stderr
     assert "resumed from step" in second.stderr
     steps = [line["step"] for line in read_lines(run / "metrics.jsonl") if "train/loss" in line]
