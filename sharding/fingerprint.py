@@ -29,9 +29,7 @@ FAR_SLOTS: Final = 16  # further ones, which tell duplicates from stacking varia
 FAR_BLOCK: Final = 8  # neighbours that one of them averages
 WIDTH: Final = NEAR_SLOTS + FAR_SLOTS
 MAX_KINDS: Final = 9  # 45 pairs; of a crystal with more elements, all beyond the eighth count as one kind
-MARGIN: Final = (
-    0.2  # of the first radius over that of the sphere that holds the wanted number on average; sets the speed
-)
+MARGIN: Final = 0.2  # of the first search radius over that of a sphere with the wanted number; sets only the speed
 GROWTH: Final = 1.3  # of the radius where it held too few
 
 

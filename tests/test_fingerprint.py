@@ -361,7 +361,7 @@ def test_an_exclude_list_keeps_out_what_structure_matcher_calls_the_same(shared:
     rng = np.random.default_rng(5)
     names = [shared / "data" / f"{name}.parquet" for name in ("mp2025", "jarvis_dft3d_2021")]
     formulas = [set(pq.read_table(p, columns=["chemical_formula_reduced"])[0].to_pylist()) for p in names]
-    chosen = rng.choice(sorted(formulas[0] & formulas[1]), 120, replace=False)
+    chosen = rng.choice(sorted(formulas[0] & formulas[1]), 80, replace=False)
     databases = []
     for path in names:
         rows = pq.read_table(path, filters=[("chemical_formula_reduced", "in", chosen.tolist())]).to_pylist()
@@ -376,7 +376,7 @@ def test_an_exclude_list_keeps_out_what_structure_matcher_calls_the_same(shared:
         same.append(
             any(matcher.fit(s, o) for o in out if o.composition.reduced_formula == s.composition.reduced_formula)
         )
-    assert sum(same) > 80
+    assert sum(same) > 50
     assert (found >= 0)[same].mean() >= 0.98
 
 
