@@ -12,6 +12,8 @@ from cdssl_dist import __version__
 # command → module with a ``main(argv) -> int``, and what it does
 COMMANDS: Final = {
     "shard": ("sharding.__main__", "turn crystal databases into a data set of shards"),
+    "verify": ("sharding.verify", "read a data set again and check it against its checksums and its format"),
+    "inspect": ("sharding.summary", "tell what is in a data set; as text, JSON or a page"),
     "pretrain": ("cdssl_dist.pretrain", "pretrain an encoder on a data set (also: python -m cdssl_dist.pretrain)"),
     "finetune": ("cdssl_dist.finetune", "fine-tune a registered encoder on labeled crystals"),
     "registry": ("cdssl_dist.registry_cli", "list, show, pull, promote and roll back registered encoders"),

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import gemmi
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
 from cdssl_dist.batch import GraphBatch, collate, widen
-from cdssl_dist.loader import DataSet
-from sharding.block import decode
+from cdssl_dist.dataset import DataSet, is_data_set
+from cdssl_dist.subset import read, select
 from sharding.crystal import SYMBOLS, Crystal, Refusal, reduced_formula
 from sharding.graph import Multigraphs, build, concatenate
 from sharding.manifest import DataSetError
@@ -75,22 +74,39 @@ COMPUTED: Final[dict[str, tuple[Callable[[Multigraphs], NDArray[np.float64]], st
 }
 
 
-def load_labeled(path: str, target: str, cutoff: float, split: str | None = None) -> Labeled:
+def load_labeled(
+    path: str,
+    target: str,
+    cutoff: float,
+    split: str | None = None,
+    *,
+    keys: Sequence[str] | None = None,
+    where: str | None = None,
+) -> Labeled:
     """Crystals that have a target.
 
     Args:
-        path: a data set of shards, or anything that ``cdssl shard`` reads.
+        path: a data set of shards, a folder or a URL, or anything that ``cdssl shard`` reads.
         target: a label or column, or one of ``COMPUTED``.
         cutoff: of the encoder that will see them, Å.
         split: which split of a data set of shards; all of them where left out.
+        keys: ids of crystals; the result is in this order, less those without the target.
+        where: a condition on columns of the graph table of a data set of shards; see ``subset.condition``.
 
     Raises:
-        DataSetError: where the target does not exist, no crystal has it, or the cutoff is another one.
+        DataSetError: where the target or a key does not exist, no crystal has it, or the cutoff is another one.
     """
-    if Path(path, "manifest.json").exists() or Path(path).is_dir():
-        graphs, groups, unit = _from_shards(path, target, cutoff, split)
+    if Path(path).is_dir() or is_data_set(path):
+        graphs, groups, unit = _from_shards(path, target, cutoff, split, keys, where)
+    elif split or where:
+        raise DataSetError(f"{path}: not a data set of shards, so there is no split and no condition to choose by")
     else:
         graphs, groups, unit = _from_source(path, target, cutoff)
+        if keys is not None:
+            place = {key: i for i, key in enumerate(graphs.keys)}
+            if absent := [key for key in keys if key not in place]:
+                raise DataSetError(f"{path}: {len(absent)} of {len(keys)} keys are not in it, as {absent[0]!r}")
+            graphs, groups = graphs.take(np.array([place[k] for k in keys])), [groups[place[k]] for k in keys]
     if target in COMPUTED:
         compute, unit = COMPUTED[target]
         values = compute(graphs)
@@ -102,23 +118,22 @@ def load_labeled(path: str, target: str, cutoff: float, split: str | None = None
     return Labeled(graphs.take(known), values[known], [groups[i] for i in known], target, unit)
 
 
-def _from_shards(path: str, target: str, cutoff: float, split: str | None) -> tuple[Multigraphs, list[str], str]:
-    data = DataSet(path)
-    manifest = data.manifest
-    if abs(manifest.cutoff - cutoff) > 1e-6:
-        raise DataSetError(
-            f"{path}: graphs with a cutoff of {manifest.cutoff} Å, the encoder wants {cutoff} Å; "
-            f"shard again with --cutoff {cutoff}"
-        )
-    if target not in COMPUTED and target not in manifest.labels:
-        raise DataSetError(f"{path}: no label {target!r}; {_known(manifest.labels)}")
-    splits = [split] if split else [s for s, c in manifest.splits.items() if c["blocks"]]
-    blocks = [int(b) for s in splits for b in data.table(s).block]
-    graphs = concatenate([decode(data.read(b)) for b in blocks])
-    table = pq.read_table(Path(path) / "graphs.parquet", columns=["key", "group"])
-    group_of = dict(zip(table["key"].to_pylist(), table["group"].to_pylist(), strict=True))
-    unit = manifest.labels.get(target, {}).get("unit", "")
-    return graphs, [group_of[key] for key in graphs.keys], unit
+def _from_shards(
+    path: str, target: str, cutoff: float, split: str | None, keys: Sequence[str] | None, where: str | None
+) -> tuple[Multigraphs, list[str], str]:
+    with DataSet(path) as data:
+        manifest = data.manifest
+        if abs(manifest.cutoff - cutoff) > 1e-6:
+            raise DataSetError(
+                f"{path}: graphs with a cutoff of {manifest.cutoff} Å, the encoder wants {cutoff} Å; "
+                f"shard again with --cutoff {cutoff}"
+            )
+        if target not in COMPUTED and target not in manifest.labels:
+            raise DataSetError(f"{path}: no label {target!r}; {_known(manifest.labels)}")
+        having = [] if target in COMPUTED else [f"y.{target}"]  # blocks without a labeled crystal are not read
+        rows = select(data, split=split, keys=keys, where=where, having=having, columns=["group"])
+        graphs = read(data, rows)
+    return graphs, rows["group"].to_pylist(), manifest.labels.get(target, {}).get("unit", "")
 
 
 def _from_source(path: str, target: str, cutoff: float) -> tuple[Multigraphs, list[str], str]:

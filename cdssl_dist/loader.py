@@ -6,111 +6,25 @@ next pack, never swallowed in the thread.
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Final, Literal
 
-import numpy as np
-import pyarrow as pa
-import xxhash
+from cdssl_dist.batch import PackShape, RawPack
+from cdssl_dist.dataset import BadBlockError, DataSet
+from cdssl_dist.plan import EpochPlan
+from cdssl_dist.waiting import POLL, StoppedError, warn
+from sharding.manifest import DataSetError
 
-from cdssl_dist.batch import PackShape, RawPack, collate
-from cdssl_dist.plan import BlockTable, Entry, EpochPlan, table_of
-from sharding.block import decode_arrays
-from sharding.manifest import SPLITS, DataSetError, Manifest, read_blocks, read_manifest
+__all__ = ["BadBlocks", "DataSet", "Loader", "Step"]
 
+FEW: Final = 10  # bad blocks that ``skip`` always bears
+SHARE: Final = 0.01  # of the blocks read: beyond it the data are not spoiled in places but wrong
 
-class DataSet:
-    """An opened data set: manifest, block table, and verified reads of blocks.
-
-    Raises:
-        DataSetError: where the folder is not a data set, or a shard is missing or of the wrong size.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.manifest: Manifest = read_manifest(folder)
-        table = read_blocks(folder, self.manifest)
-        self.blocks = {name: np.asarray(table[name]).astype(np.int64) for name in table.column_names if name != "xxh3"}
-        self.checksums = np.asarray(table["xxh3"])
-        self._table: pa.Table = table
-        self._files: dict[int, int] = {}  # shard → file descriptor
-        self._lock = threading.Lock()
-        for shard in self.manifest.shards:
-            path = self.folder / shard["name"]
-            if not path.exists():
-                raise DataSetError(f"{path}: the shard is missing; copy it again from where the data set was made")
-            if path.stat().st_size != shard["size"]:
-                raise DataSetError(
-                    f"{path}: {path.stat().st_size} bytes, {shard['size']} expected; the shard is damaged"
-                )
-
-    def table(self, split: str) -> BlockTable:
-        """The block table of a split.
-
-        Raises:
-            DataSetError: where the split holds nothing.
-        """
-        table = table_of(self._table, SPLITS.index(split))
-        if len(table) == 0:
-            raise DataSetError(f"{self.folder}: the split {split!r} is empty; shard with a larger share for it")
-        return table
-
-    def shape(self, split: str, blocks_per_pack: int) -> PackShape:
-        """The static shape that every pack of a split fits into."""
-        mine = self.blocks["split"] == SPLITS.index(split)
-        largest = {name: int(self.blocks[name][mine].max()) for name in ("graphs", "atoms", "edges")}
-        k = blocks_per_pack
-        return PackShape(k * largest["graphs"] + 1, k * largest["atoms"] + 1, k * largest["edges"] // 2)
-
-    def read(self, block: int) -> bytes:
-        """The verified bytes of one block.
-
-        Raises:
-            DataSetError: where they are not what the block table says.
-        """
-        shard, offset, size = (int(self.blocks[name][block]) for name in ("shard", "offset", "size"))
-        # Not mapped: a shard that is cut while it is read must be an error and not a bus error.
-        data = os.pread(self._file(shard), size, offset)
-        if xxhash.xxh3_64_intdigest(data) != int(self.checksums[block]):
-            name = self.manifest.shards[shard]["name"]
-            raise DataSetError(
-                f"{self.folder / name}: block {block} at byte {offset} (+{size}) does not match its checksum; "
-                "the shard is damaged or belongs to another data set"
-            )
-        return data
-
-    def pack(self, entries: Sequence[Entry], table: BlockTable, shape: PackShape | None) -> RawPack:
-        """Read and join the blocks of one pack."""
-        numbers = [(int(table.block[e.index]), e.epoch) for e in entries]
-        blocks = [decode_arrays(self.read(block)) for block, _ in numbers]
-        return collate(blocks, numbers, shape, np.dtype(self.manifest.graph["index_dtype"]))
-
-    def _file(self, shard: int) -> int:
-        with self._lock:
-            if shard not in self._files:
-                path = self.folder / self.manifest.shards[shard]["name"]
-                try:
-                    self._files[shard] = os.open(path, os.O_RDONLY)
-                except OSError as why:
-                    raise DataSetError(f"{path}: the shard was lost after the start ({why.strerror})") from None
-            return self._files[shard]
-
-    def close(self) -> None:
-        """Close the shards that were read."""
-        with self._lock:
-            for descriptor in self._files.values():
-                os.close(descriptor)
-            self._files.clear()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_files"):
-            self.close()
+BadBlocks = Literal["error", "skip"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +32,9 @@ class Step:
     """What one rank does in one step."""
 
     number: int
-    edges: int  # scored edges of the whole step, all ranks
+    edges: int  # scored edges of the whole step, all ranks, those of skipped blocks too
     packs: list[RawPack]  # one for each micro-step; empty packs are all padding
+    skipped: tuple[int, ...] = ()  # blocks of this rank that were bad
 
 
 class Loader:
@@ -133,6 +48,15 @@ class Loader:
         first, last: steps.
         prefetch: packs read ahead.
         pin: copy packs to pinned memory, for a GPU.
+        bad_blocks: what becomes of a block that is not what the block table says. ``error`` raises ``BadBlockError``.
+            ``skip`` leaves it out of its pack and out of nothing else: order, noise and ``Step.edges`` stay what the
+            plan says. All ranks know the same normaliser without a word between them; the loss of the step is that of
+            a model without error on the block, and its gradient is smaller by the block's share, about 1/(P·k).
+            A lost shard or a dead endpoint is an error always, and so are more than 1% bad blocks.
+
+    Raises:
+        DataSetError, BadBlockError: from ``next``; steps before the bad one are delivered.
+        RuntimeError: from ``next``, after the end of the ``with`` block.
     """
 
     def __init__(
@@ -147,11 +71,13 @@ class Loader:
         last: int,
         prefetch: int = 4,
         pin: bool = False,
+        bad_blocks: BadBlocks = "error",
     ) -> None:
-        self.data, self.plan, self.shape = data, plan, shape
+        self.data, self.plan, self.shape, self.bad_blocks = data, plan, shape, bad_blocks
         self.lanes, self.micro = plan.lanes(rank, world_size), plan.micro_steps(world_size)
         self.first, self.last, self.pin = first, last, pin
-        self._queue: queue.Queue[Step | Exception | None] = queue.Queue(max(1, prefetch // self.micro))
+        self._read, self._bad = 0, 0  # blocks
+        self._queue: queue.Queue[Step | BaseException | None] = queue.Queue(max(1, prefetch // self.micro))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="cdssl-loader", daemon=True)
 
@@ -166,10 +92,18 @@ class Loader:
         self._thread.join()
 
     def _steps(self) -> Iterator[Step]:
-        while (item := self._queue.get()) is not None:
-            if isinstance(item, Exception):
+        while (item := self._get()) is not None:
+            if isinstance(item, BaseException):
                 raise item
             yield item
+
+    def _get(self) -> Step | BaseException | None:
+        while not self._stop.is_set():
+            try:
+                return self._queue.get(timeout=POLL)
+            except queue.Empty:
+                continue
+        raise RuntimeError("a step was asked for after the end of the loader's with block")
 
     def _work(self) -> None:
         try:
@@ -178,21 +112,37 @@ class Loader:
                 if self._stop.is_set():
                     return
             self._put(None)
-        except Exception as error:  # handed over: raised where the next step is asked for
+        except StoppedError:
+            pass
+        except BaseException as error:  # handed over: raised where the next step is asked for
             self._put(error)
 
     def _step(self, number: int) -> Step:
-        packs = [self.data.pack(self.plan.pack(number, lane), self.plan.table, self.shape) for lane in self.lanes]
-        packs += [self.data.pack([], self.plan.table, self.shape) for _ in range(self.micro - len(packs))]
-        return Step(number, self.plan.edges_of(number), [pack.pin() for pack in packs] if self.pin else packs)
+        skipped: list[int] = []
 
-    def _put(self, item: Any) -> None:
+        def read(block: int) -> bytes | None:
+            self._read += 1
+            try:
+                return self.data.read(block, self._stop)
+            except BadBlockError as why:
+                if self.bad_blocks == "error":
+                    raise
+                self._bad += 1
+                if self._bad > max(FEW, SHARE * self._read):
+                    raise DataSetError(f"{why}; {self._bad} of {self._read} blocks were bad, too many to skip") from why
+                warn(f"step {number}: {why}; it is skipped")
+                skipped.append(block)
+                return None
+
+        packs = [self.data.pack(self.plan.pack(number, lane), self.plan.table, self.shape, read) for lane in self.lanes]
+        packs += [self.data.pack([], self.plan.table, self.shape) for _ in range(self.micro - len(packs))]
+        packs = [pack.pin() for pack in packs] if self.pin else packs
+        return Step(number, self.plan.edges_of(number), packs, tuple(skipped))
+
+    def _put(self, item: Step | BaseException | None) -> None:
         """Wait for room, but not once nobody takes any more."""
         while not self._stop.is_set():
             try:
                 return self._queue.put(item, timeout=POLL)
             except queue.Full:
                 continue
-
-
-POLL: Final = 0.1  # s

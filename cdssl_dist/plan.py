@@ -9,6 +9,7 @@ that it reads few shards, and what a step holds does not depend on who reads it.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, Literal
@@ -17,17 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 SHARDS_MIXED: Final = 4  # consecutive shards of a lane whose blocks are shuffled together
+CHUNK: Final = 2**20  # blocks; temporary arrays are no longer than this
 
 Last = Literal["carry", "pad", "drop"]
 
 
 @dataclass(frozen=True, eq=False)
 class BlockTable:
-    """The blocks of one split, as arrays over its n blocks."""
+    """The blocks of one split, as arrays over its n blocks, of any integer type."""
 
-    block: NDArray[np.int64]  # (n,) | number in the data set
-    shard: NDArray[np.int64]  # (n,)
-    edges: NDArray[np.int64]  # (n,) | scored edges, directed
+    block: NDArray[Any]  # (n,) | number in the data set
+    shard: NDArray[Any]  # (n,)
+    edges: NDArray[Any]  # (n,) | scored edges, directed
 
     def __len__(self) -> int:
         return len(self.block)
@@ -101,20 +103,26 @@ class EpochPlan:
 
     def pack(self, step: int, lane: int) -> list[Entry]:
         """The blocks of one pack; fewer than k, or none, only with ``last='pad'``: in the last lanes and steps."""
-        epoch = self.epoch_of(step)
-        first = self.steps_before(epoch)
-        lane_length = (self.steps_before(epoch + 1) - first) * self.blocks_per_pack
-        begin = lane * lane_length + (step - first) * self.blocks_per_pack
-        places = self.segment(epoch)[begin : begin + self.blocks_per_pack]
-        return [Entry(*divmod(int(place), len(self.table))) for place in places if place >= 0]
+        return self._entries(self._places(step)[lane])
 
     def step(self, step: int) -> list[list[Entry]]:
         """All P packs of a step."""
-        return [self.pack(step, lane) for lane in range(self.packs_per_step)]
+        return [self._entries(places) for places in self._places(step)]
 
     def edges_of(self, step: int) -> int:
         """Scored edges of a whole step, which normalise its loss: known before anything is read."""
-        return sum(int(self.table.edges[e.index]) for pack in self.step(step) for e in pack)
+        places = self._places(step)
+        return int(self.table.edges[places[places >= 0] % len(self.table)].sum(dtype=np.int64))
+
+    def _places(self, step: int) -> NDArray[np.int64]:
+        """The places of one step, see ``segment``: (P, k)."""
+        epoch = self.epoch_of(step)
+        begin = (step - self.steps_before(epoch)) * self.blocks_per_pack
+        lanes = self.segment(epoch).reshape(self.packs_per_step, -1)
+        return lanes[:, begin : begin + self.blocks_per_pack]
+
+    def _entries(self, places: NDArray[np.int64]) -> list[Entry]:
+        return [Entry(*divmod(place, len(self.table))) for place in places.tolist() if place >= 0]
 
     def micro_steps(self, world_size: int) -> int:
         """Packs that each rank takes in a step, empty ones included.
@@ -141,7 +149,7 @@ class EpochPlan:
         for reader in range(readers):
             mine = places[list(self.lanes(reader, readers))]
             read += len(np.unique(self.table.shard[mine[mine >= 0] % len(self.table)]))
-        return read / len(np.unique(self.table.shard))
+        return read / len(_shards(self.table))
 
 
 def _random(plan: EpochPlan, epoch: int, use: str) -> np.random.Philox:
@@ -150,20 +158,35 @@ def _random(plan: EpochPlan, epoch: int, use: str) -> np.random.Philox:
     return np.random.Philox(key=np.frombuffer(hashed, np.uint64))
 
 
-def _shuffle_inside(groups: NDArray[np.int64], source: np.random.Philox) -> NDArray[np.int64]:
-    """The order that sorts by group, at random inside each: (n,). One sort, of 64-bit words."""
-    words = (groups.astype(np.uint64) << np.uint64(36)) | (source.random_raw(len(groups)) >> np.uint64(28))
-    return np.argsort(words, kind="stable")  # stable: ties are rare, but no two machines may break them differently
+def _shuffled(
+    n: int, group_of: Callable[[slice], NDArray[Any]], groups: int, source: np.random.Philox
+) -> NDArray[np.int64]:
+    """The numbers 0 … n − 1, sorted by their group, at random inside each: (n,).
+
+    One sort of 64-bit words: group, random bits, number. No two are equal, so that all machines sort them alike.
+    """
+    number_bits, group_bits = (n - 1).bit_length(), (groups - 1).bit_length()
+    random_bits = 64 - number_bits - group_bits
+    assert random_bits >= 16, f"{n} numbers in {groups} groups"
+    words = np.empty(n, np.uint64)
+    for part in _chunks(n):
+        word = source.random_raw(part.stop - part.start) >> np.uint64(64 - random_bits)
+        word |= group_of(part).astype(np.uint64) << np.uint64(random_bits)
+        word <<= np.uint64(number_bits)
+        word |= np.arange(part.start, part.stop, dtype=np.uint64)
+        words[part] = word
+    words.sort()
+    words &= np.uint64(2**number_bits - 1)
+    return words.view(np.int64)
 
 
-@lru_cache(maxsize=4)
 def _order(plan: EpochPlan, epoch: int) -> NDArray[np.int64]:
     """See ``EpochPlan.order``."""
     source = _random(plan, epoch, "shards")
-    names, dense = np.unique(plan.table.shard, return_inverse=True)
-    place = np.empty(len(names), np.int64)  # of each shard in this epoch
-    place[np.argsort(source.random_raw(len(names)), kind="stable")] = np.arange(len(names))
-    return _shuffle_inside(place[dense], source)
+    shards = _shards(plan.table)
+    place = np.empty(int(shards[-1]) + 1, np.int64)  # of each shard in this epoch
+    place[shards[np.argsort(source.random_raw(len(shards)), kind="stable")]] = np.arange(len(shards))
+    return _shuffled(len(plan.table), lambda part: place[plan.table.shard[part]], len(shards), source)
 
 
 @lru_cache(maxsize=2)
@@ -174,31 +197,46 @@ def _segment(plan: EpochPlan, epoch: int) -> NDArray[np.int64]:
     epoch to epoch and yet no lane reads more shards.
     """
     n, p = len(plan.table), plan.packs_per_step
-    first, end = plan.steps_before(epoch), plan.steps_before(epoch + 1)
-    size = (end - first) * plan.blocks_per_step
+    first, end = plan.steps_before(epoch) * plan.blocks_per_step, plan.steps_before(epoch + 1) * plan.blocks_per_step
+    places = np.full(end - first, -1, np.int64)
     if plan.last == "carry":
-        stream = first * plan.blocks_per_step + np.arange(size)
-        epochs, inner = np.divmod(stream, n)
-        places = np.empty(size, np.int64)
-        for e in range(int(epochs[0]), int(epochs[-1]) + 1) if size else ():
-            mine = epochs == e
-            places[mine] = e * n + plan.order(e)[inner[mine]]
+        for e in range(first // n, -(-end // n)):  # the rest of the epoch before, and this one as far as it goes
+            begin, stop = max(first, e * n), min(end, (e + 1) * n)
+            np.add(plan.order(e)[begin - e * n : stop - e * n], e * n, out=places[begin - first : stop - first])
     else:
-        places = np.full(size, -1, np.int64)
-        used = min(size, n)
-        places[:used] = epoch * n + plan.order(epoch)[:used]
-    if size == 0:
-        return places
-    lane, within = np.divmod(np.arange(size), size // p)
-    window = max(SHARDS_MIXED * n // len(np.unique(plan.table.shard)), 1)
-    windows = lane * (size // p // window + 1) + within // window  # ascending: sorting by it keeps lanes together
-    empty = places < 0  # stay behind the blocks of their lane
-    order = _shuffle_inside(2 * windows + empty if empty.any() else windows, _random(plan, epoch, "lanes"))
-    return places[order]
+        used = min(end - first, n)
+        np.add(plan.order(epoch)[:used], epoch * n, out=places[:used])
+    source = _random(plan, epoch, "lanes")
+    window = max(SHARDS_MIXED * n // len(_shards(plan.table)), 1)
+    for lane in places.reshape(p, -1) if len(places) else ():
+        _mix(lane, window, source)
+    return places
+
+
+def _mix(lane: NDArray[np.int64], window: int, source: np.random.Philox) -> None:
+    """Shuffle the places of a lane in windows; what is empty stays behind the blocks."""
+
+    def group_of(part: slice) -> NDArray[np.int64]:
+        return 2 * (np.arange(part.start, part.stop) // window) + (lane[part] < 0)
+
+    lane[:] = lane[_shuffled(len(lane), group_of, 2 * (len(lane) // window + 1), source)]
+
+
+def _shards(table: BlockTable) -> NDArray[np.int64]:
+    """The shards that hold blocks of a table, ascending."""
+    found = np.zeros(int(table.shard.max()) + 1, np.bool_)
+    for part in _chunks(len(table)):
+        found[table.shard[part]] = True
+    return np.flatnonzero(found)
+
+
+def _chunks(n: int) -> Iterator[slice]:
+    for begin in range(0, n, CHUNK):
+        yield slice(begin, min(begin + CHUNK, n))
 
 
 def table_of(blocks: Any, split: int) -> BlockTable:
-    """The block table of one split, from the data set's ``blocks.parquet`` (a pyarrow table)."""
+    """The block table of one split, from the columns of ``blocks.parquet``; they are copied only where they must be."""
     mine = np.asarray(blocks["split"]) == split
-    columns = (np.asarray(blocks[name])[mine].astype(np.int64) for name in ("block", "shard", "scored_edges"))
-    return BlockTable(*columns)
+    columns = [np.asarray(blocks[name]) for name in ("block", "shard", "scored_edges")]
+    return BlockTable(*(columns if mine.all() else [column[mine] for column in columns]))

@@ -12,7 +12,6 @@ whole, a rerun after a kill does what is missing, and its result is the same. Th
 
 from __future__ import annotations
 
-import errno
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,23 +28,14 @@ from sharding.manifest import BLOCK_SCHEMA, SPLITS, DataSetError, Manifest, writ
 from sharding.progress import Progress
 from sharding.settings import ShardSettings
 from sharding.sources import Source
+from sharding.storage import target_of, writing
 from sharding.workspace import Quarantine, Workspace, describe
-
-UNWRITABLE: Final = {  # what a target can be
-    getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST", "EIO", "ESTALE")
-}
-
 
 MANY_READS: Final = 20_000  # of half a millisecond each
 
 
 class StrictError(ValueError):
     """The first refusal, with ``strict``."""
-
-
-class TargetError(OSError):
-    """The folder of the data set cannot be written."""
 
 
 def shard(
@@ -56,36 +46,36 @@ def shard(
     *,
     exclude: Sequence[Source] = (),
     strict: bool = False,
+    work: str | Path | None = None,
 ) -> Manifest:
     """Convert crystal databases into a data set; run again after a failure, it goes on.
 
     Args:
         sources: read in this order; of crystals with one key the first is kept.
-        out: a folder that does not hold a finished data set.
+        out: a folder, or a URL that fsspec knows, that does not hold a finished data set.
         settings: what shapes the result.
         executor: where tasks run; the result does not depend on it.
         exclude: crystals whose twins are kept out, of a labeled test set, say.
         strict: the first refusal is fatal.
+        work: for a URL, the folder in which the data set is made before it is uploaded; see ``storage.Remote``.
 
     Raises:
         DataSetError: where ``out`` holds a data set or another sharding's work, is in use, or no crystal is left.
         StrictError: with ``strict``, at the first refusal.
+        SourceError: where a source fails half-way, or fsspec lacks a package for ``out``.
         TargetError: where ``out`` cannot be written, since the disk is full, say.
         WorkerError: where a process died.
     """
     settings = settings or ShardSettings()
     if exclude and not settings.fingerprints:
         raise DataSetError("--exclude compares fingerprints: leave them on")
-    folder = Path(out)
-    try:
-        with Workspace(folder, describe(sources, exclude, settings)).opened() as work:
-            manifest = work.finished or _sharded(sources, exclude, settings, executor or Executor(), work, strict)
-            work.remove()
-    except OSError as why:
-        if why.errno not in UNWRITABLE:
-            raise
-        text = f"{folder}: cannot be written ({why.strerror}); mend that and run the same command again to go on"
-        raise TargetError(text) from why
+    target = target_of(out, work)
+    target.check()
+    with writing(target.folder), Workspace(target.folder, describe(sources, exclude, settings)).opened() as space:
+        manifest = space.finished or _sharded(sources, exclude, settings, executor or Executor(), space, strict)
+        target.publish(manifest)
+        space.remove()
+    target.remove()
     return manifest
 
 

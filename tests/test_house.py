@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 LAYERS = [
-    {"config", "plan", "schedule", "guard"},
+    {"config", "plan", "schedule", "guard", "waiting"},
     {"batch", "noise", "edges", "megnet", "heads", "loss", "pretext"},
-    {"loader", "runlog", "perf", "engine", "checkpoint", "evaluate", "export", "labeled"},
+    {"remote", "cache", "storage", "dataset", "loader", "subset", "labeled"}
+    | {"runlog", "perf", "engine", "checkpoint", "evaluate", "export"},
     {"train_loop"},
     {"mlflow_server", "tracking", "registry", "pyfunc", "model_folder", "cluster"},
     {"commands", "pretrain", "finetune", "registry_cli", "demo", "doctor", "cli"},

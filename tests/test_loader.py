@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from cdssl_dist.batch import NO_BLOCK, GraphBatch, PackShape, RawPack, collate, to_pyg, widen
 from cdssl_dist.loader import DataSet, Loader, Step
-from cdssl_dist.plan import Entry, EpochPlan
+from cdssl_dist.plan import BlockTable, Entry, EpochPlan
 from sharding.block import decode, decode_arrays, encode
 from sharding.crystal import Crystal
 from sharding.graph import Multigraphs, build, concatenate
@@ -261,6 +262,14 @@ def test_a_consumer_that_leaves_early_leaves_no_thread(data: DataSet) -> None:
         pass  # the fixture above looks for the threads
 
 
+def test_a_step_asked_for_after_the_end_is_an_error_and_no_hang(data: DataSet) -> None:
+    for taken in (0, 3):
+        with loader(data) as found:
+            list(islice(found, taken))
+        with pytest.raises(RuntimeError, match="after the end"):
+            next(found)
+
+
 def test_steps_are_read_ahead_but_not_without_end(data: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
     read, plain = [], DataSet.pack
 
@@ -311,6 +320,65 @@ def test_steps_before_the_damage_are_delivered(copy: Path, data: DataSet) -> Non
         for step in found:
             taken.append(step)
     assert_same_steps(taken, steps(data)[:bad])
+
+
+def spoiled(copy: Path, blocks: list[int]) -> DataSet:
+    """The data set with blocks that are bad."""
+    data = DataSet(copy)
+    for block in blocks:
+        name = data.manifest.shards[data.blocks["shard"][block]]["name"]
+        flip(copy / name, int(data.blocks["offset"][block]))
+    return data
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_skipped_block_is_missing_in_its_pack_and_nowhere_else(
+    copy: Path, data: DataSet, ranks: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The normaliser stays what all ranks know; every other block is where it was, with the noise that it had."""
+    bad = int(plan_of(data).table.block[plan_of(data).pack(2, 1)[0].index])
+    harmed = spoiled(copy, [bad])
+    plan, shape = plan_of(data, k=2), data.shape("train", 2)
+    for rank in range(ranks):
+        about: dict[str, Any] = {"rank": rank, "world_size": ranks, "first": 0, "last": 3}
+        with (
+            Loader(data, plan, shape, **about) as sound,
+            Loader(harmed, plan, shape, **about, bad_blocks="skip") as found,
+        ):
+            for a, b in zip(sound, found, strict=True):
+                assert (a.number, a.edges) == (b.number, b.edges)
+                here = [block for pack in a.packs for block in pack.block.tolist()[:-1] if block == bad]
+                assert b.skipped == tuple(here)
+                for x, y in zip(a.packs, b.packs, strict=True):
+                    if bad not in x.block.tolist():
+                        assert same(x, y)
+                        continue
+                    left = [i for i in range(2) if x.block[i] != bad]
+                    assert y.block.tolist() == [*(int(x.block[i]) for i in left), NO_BLOCK]
+                    wide, entries = widen(y), [Entry(int(x.epoch[i]), int(x.block[i])) for i in left]
+                    alone = widen(data.pack(entries, BlockTable(*[np.arange(len(data.checksums))] * 3), shape))
+                    assert torch.equal(wide.noise_counter, alone.noise_counter)
+                    assert torch.equal(wide.positions, alone.positions)
+                    assert wide.scored.sum() == alone.scored.sum() < widen(x).scored.sum()
+    told = capsys.readouterr().err.splitlines()
+    assert told
+    assert all(f"block {bad} " in line and line.endswith("it is skipped") for line in told)
+
+
+def test_a_lost_shard_is_never_skipped(copy: Path) -> None:
+    data = DataSet(copy)
+    for path in copy.glob("train-*.tar"):
+        path.unlink()
+    lost = Loader(data, plan_of(data), data.shape("train", 1), rank=0, world_size=1, first=0, last=9, bad_blocks="skip")
+    with pytest.raises(DataSetError, match="lost after the start"), lost as found:
+        list(found)
+
+
+def test_data_that_are_bad_throughout_are_not_skipped(copy: Path) -> None:
+    data = spoiled(copy, list(range(13)))
+    many = Loader(data, plan_of(data), data.shape("train", 1), rank=0, world_size=1, first=0, last=9, bad_blocks="skip")
+    with pytest.raises(DataSetError, match=r"11 of .* too many to skip"), many as found:
+        list(found)
 
 
 def shorten(path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -162,9 +164,50 @@ def test_the_order_never_changes_between_versions() -> None:
     assert [[(e.epoch, e.index) for e in pack] for pack in plan.step(7)] == [[(1, 6)], [(1, 10)]]
 
 
-def test_the_order_depends_on_the_table_alone() -> None:
-    """Not on the numbers of the blocks, and not on what was asked before."""
+def test_the_order_depends_on_the_table_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the numbers of the blocks, the width of the integers, or what was asked before."""
     plan = EpochPlan(table(60), 5, 2, 3)
     steps = [plan.step(s) for s in range(30)]
     again = EpochPlan(table(60, first=1_000), 5, 2, 3)
     assert [again.step(s) for s in reversed(range(30))] == steps[::-1]
+    wide = table(60)
+    narrow = BlockTable(*(column.astype(np.uint32) for column in (wide.block, wide.shard, wide.edges)))
+    monkeypatch.setattr("cdssl_dist.plan.CHUNK", 7)
+    assert [EpochPlan(narrow, 5, 2, 3).step(s) for s in range(30)] == steps
+    assert [EpochPlan(narrow, 5, 2, 3).edges_of(s) for s in range(30)] == [plan.edges_of(s) for s in range(30)]
+
+
+SCALE = """
+import resource, sys, time
+import numpy as np
+from cdssl_dist.plan import BlockTable, EpochPlan
+
+blocks, shards, lanes = 20_000_000, 100_000, 4_096
+index = np.arange(blocks, dtype=np.uint32)
+plan = EpochPlan(BlockTable(index, index // (blocks // shards), 60_000 + index % 5_000), 0, 1, lanes)
+step = plan.steps_before(1) + 100  # in the second epoch, which begins with what the first leaves over
+begin = time.process_time()
+plan.pack(step, 17)
+ready = time.process_time() - begin
+begin = time.process_time()
+for s in range(step, step + 1_000):
+    plan.pack(s, 17)
+pack = (time.process_time() - begin) / 1_000
+begin = time.process_time()
+for s in range(step, step + 100):
+    plan.edges_of(s)
+edges = (time.process_time() - begin) / 100
+print(ready, pack, edges, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.slow
+def test_a_billion_crystals_on_four_thousand_ranks() -> None:
+    """2·10⁷ blocks of some 50 crystals: the plan is ready in seconds, in little memory, and a pack in microseconds."""
+    run = subprocess.run([sys.executable, "-c", SCALE], capture_output=True, text=True, check=True)
+    ready, pack, edges, gib = map(float, run.stdout.split())
+    print(f"ready {ready:.1f} s, a pack {1e6 * pack:.1f} µs, edges_of {1e6 * edges:.0f} µs, {gib:.2f} GiB")
+    assert ready < 15
+    assert gib < 2
+    assert pack < 100e-6
+    assert edges < 0.02

@@ -1,0 +1,175 @@
+"""``cdssl inspect``: what is in a data set, from its manifest and its tables. Shards are not read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sharding.manifest import SPLITS, DataSetError, Manifest, read_manifest, write_atomically
+from sharding.page import page
+from sharding.tally import Refusals, Rows, Sizes, ratio
+from sharding.verify_tables import require_data_set
+
+DUPLICATES: Final = ("duplicate", "duplicate_key", "excluded")  # reasons that are no fault of the crystal
+_BATCH: Final = 65_536  # rows
+
+
+def inspect(folder: str | Path, budgets: Sequence[int] = ()) -> dict[str, Any]:
+    """What is in a data set, as one JSON object; ``docs/format.md`` lists its fields.
+
+    Args:
+        folder: the data set.
+        budgets: directed edges of a block; for each it is told how many graphs would not fit into one.
+
+    Raises:
+        DataSetError: where the folder is no data set, or a table cannot be read.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    rows = Rows(tuple(manifest.labels))
+    refused = Refusals()
+    try:
+        for batch in _batches(folder, manifest):
+            rows.add(batch)
+        with open(folder / "quarantine.jsonl", "rb") as file:
+            for line in file:
+                refused.add(json.loads(line))
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as why:
+        raise DataSetError(f"{folder}: a table cannot be read ({why}); `cdssl verify` tells what is damaged") from None
+    return _totals(manifest) | {
+        "sizes": {"atoms": rows.atoms.summary(), "edges": rows.edges.summary()},
+        "elements": rows.elements(),
+        "labels": {name: about | rows.labels[name].summary() for name, about in manifest.labels.items()},
+        "sources": [source | {"graphs": rows.sources[source["name"]]} for source in manifest.sources],
+        "largest": [{"key": key, "formula": formula, "atoms": n, "edges": e} for e, n, key, formula in rows.largest],
+        "refusals": refused.examples,
+        "budgets": [_over(budget, rows.edges, refused) for budget in budgets],
+    }
+
+
+def _totals(manifest: Manifest) -> dict[str, Any]:
+    """What the manifest itself says."""
+    names = ("graphs", "atoms", "edges", "scored_edges", "blocks")
+    total = {name: sum(split[name] for split in manifest.splits.values()) for name in names}
+    size = sum(shard["size"] for shard in manifest.shards)
+    budget = manifest.budget
+    splits = {
+        split: manifest.splits[split]
+        | {"fill": ratio(manifest.splits[split]["edges"], manifest.splits[split]["blocks"] * budget.edges)}
+        for split in SPLITS
+    }
+    return total | {
+        "shards": len(manifest.shards),
+        "bytes": size,  # of the shards
+        "fill": ratio(total["edges"], total["blocks"] * budget.edges),
+        "bytes_per_edge": ratio(size, total["edges"]),
+        "digest": manifest.digest,
+        "version": manifest.version,
+        "cutoff": manifest.cutoff,
+        "index_dtype": manifest.graph["index_dtype"],
+        "budget": {"edges": budget.edges, "atoms": budget.atoms, "graphs": budget.graphs},
+        "seed": manifest.seed,
+        "splits": splits,
+        "quarantined": manifest.quarantined,
+        "duplicates": {code: manifest.quarantined.get(code, 0) for code in DUPLICATES},
+    }
+
+
+def _over(budget: int, edges: Sizes, refused: Refusals) -> dict[str, Any]:
+    """How many graphs a block of so many edges could not hold, those that were refused for their size included."""
+    stored, oversized = edges.counts.total(), refused.oversized.counts.total()
+    over = edges.over(budget) + refused.oversized.over(budget)
+    of = stored + oversized
+    return {"edges": budget, "refused": over, "of": of, "share": ratio(over, of), "unknown": refused.unknown}
+
+
+def _batches(folder: Path, manifest: Manifest) -> Iterator[pa.RecordBatch]:
+    names = [name for name in manifest.tables if name.startswith("graphs.parquet/")]
+    columns = ["key", "formula", "n_atoms", "n_edges", "source", *(f"y.{name}" for name in manifest.labels)]
+    for name in sorted(names):
+        with pq.ParquetFile(folder / name) as file:
+            yield from file.iter_batches(_BATCH, columns=columns, use_threads=False)
+
+
+def describe(found: dict[str, Any], folder: str) -> str:
+    """The same for people."""
+
+    def listed(items: Iterable[str]) -> str:
+        return ", ".join(items) or "none"
+
+    def sized(name: str) -> str:
+        s = found["sizes"][name]
+        most = max((b["graphs"] for b in s["histogram"]), default=1)
+        bars = "".join(" ▁▂▃▄▅▆▇█"[-(-8 * b["graphs"] // most)] for b in s["histogram"])
+        return f"mean {s['mean']:,.0f}, median {s['median']:,}, 99% up to {s['p99']:,}, at most {s['max']:,}  {bars}"
+
+    elements = [f"{s} {ratio(n, found['graphs']):.0%}" for s, n in list(found["elements"].items())[:12]]
+    labels = [f"{n} [{about['unit']}] {about['missing']:.1%} missing" for n, about in found["labels"].items()]
+    counts = [f"{n:,} {code}" for code, n in found["quarantined"].items()]
+    lines = {
+        "": f"{found['graphs']:,} crystals, {found['atoms']:,} atoms, {found['edges']:,} directed edges within "
+        f"{found['cutoff']} Å",
+        "splits": listed(
+            f"{n} {s['graphs']:,} ({s['fill']:.1%} full)" for n, s in found["splits"].items() if s["graphs"]
+        ),
+        "stored": f"{found['shards']:,} shards, {found['blocks']:,} blocks, {found['fill']:.1%} full, "
+        f"{found['bytes'] / 1e6:,.1f} MB, {found['bytes_per_edge']:.2f} bytes per directed edge",
+        "atoms": sized("atoms"),
+        "edges": sized("edges"),
+        "elements": f"{len(found['elements'])}: {listed(elements)}{', …' if len(found['elements']) > 12 else ''}",
+        "labels": listed(labels),
+        "refused": listed(counts),
+        "duplicates": listed(f"{n:,} {code}" for code, n in found["duplicates"].items() if n),
+        "sources": listed(f"{s['name']} ({s['licence']}): {s['graphs']:,}" for s in found["sources"]),
+        "digest": found["digest"],
+    }
+    text = [f"{folder}: {lines.pop('')}", *(f"  {name:11} {line}" for name, line in lines.items())]
+    for b in found["budgets"]:
+        unknown = f", and {b['unknown']:,} of unknown size" if b["unknown"] else ""
+        text.append(f"  {b['refused']:,} of {b['of']:,} graphs ({b['share']:.3%}) exceed {b['edges']:,} edges{unknown}")
+    return "\n".join("".join(c if c.isprintable() else "�" for c in line) for line in text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser("cdssl inspect", description="Tell what is in a data set.")
+    p.add_argument("folder", metavar="DIR", help="of the data set")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    p.add_argument("--html", metavar="FILE", help="write a page with histograms and an element heat map")
+    p.add_argument(
+        "--budget",
+        type=int,
+        action="append",
+        default=[],
+        metavar="N",
+        help="tell how many graphs a block of N directed edges would refuse (may be given several times)",
+    )
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Inspect: 0, or 1 for a data set that is damaged, or 2 for a wrong argument."""
+    args = parser().parse_args(argv)
+    wrong_use = 2
+    try:
+        require_data_set(Path(args.folder))
+        wrong_use = 1
+        found = inspect(args.folder, args.budget)
+        if args.html:
+            write_atomically(Path(args.html), page(found, Path(args.folder).resolve().name).encode(errors="replace"))
+    except (ValueError, OSError) as why:
+        print(f"error: {why}", file=sys.stderr)
+        return wrong_use if isinstance(why, ValueError) else 1
+    print(json.dumps(found, indent=1) if args.json else describe(found, args.folder))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""``cdssl verify``: read a data set again, all of it, and hold it against its checksums and the format."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from sharding.executor import Executor, WorkerError
+from sharding.findings import Report
+from sharding.invariants import Rules
+from sharding.manifest import Manifest
+from sharding.progress import Progress
+from sharding.verify_graphs import GraphTable, check_keys, key_tasks, open_graph_table
+from sharding.verify_shard import ShardTask, check_shard
+from sharding.verify_tables import (
+    BLOCKS,
+    check_block_table,
+    check_files,
+    check_quarantine,
+    read_block_table,
+    read_checked,
+    require_data_set,
+)
+
+SAMPLE: Final = 0.05  # of the blocks have their neighbour lists built again
+_SHOWN: Final = 200  # findings for people; --json has them all
+
+
+def verify(folder: str | Path, executor: Executor | None = None, *, sample: float = SAMPLE) -> Report:
+    """Check everything that the format promises of a data set.
+
+    Every byte is read once. Memory holds a block, the rows of a shard's graphs and a bounded number of hashes of keys.
+
+    Args:
+        folder: the data set.
+        executor: where shards are read, several at a time.
+        sample: share of the blocks whose neighbour lists are built again from the stored positions, and at least one
+            of each shard; 0 leaves it out, 1 takes all.
+
+    Returns:
+        What was read and what was found; nothing found is a good data set.
+
+    Raises:
+        DataSetError: where the folder is no data set, or one of a newer version.
+    """
+    folder, executor = Path(folder), executor or Executor()
+    require_data_set(folder)
+    manifest, found = read_checked(folder)
+    report = Report(findings=found)
+    if manifest is None:
+        return report
+    report.digest = manifest.digest
+    report.findings += check_files(folder, manifest)
+    # What a table says that is damaged must not make good shards look bad: it is not held against them.
+    damaged = {finding.file for finding in report.findings}
+    blocks = None
+    if BLOCKS not in damaged:
+        blocks, found = read_block_table(folder)
+        report.findings += found
+    if blocks is not None:
+        report.findings += check_block_table(blocks, manifest)
+    n_blocks = 0 if blocks is None else len(blocks["block"])
+    graphs, found = open_graph_table(folder, manifest, n_blocks, damaged)
+    report.findings += found
+    report.findings += check_quarantine(folder, manifest)
+
+    tasks = _shard_tasks(folder, manifest, blocks, graphs, sample)
+    with Progress("verify", "MB", total=sum(task.entry["size"] for task in tasks) // 10**6) as progress:
+        for part in executor.map(check_shard, tasks):
+            before = report.bytes
+            _add(report, part)
+            progress.add(report.bytes // 10**6 - before // 10**6)
+    with Progress("verify keys", "crystals", total=len(graphs)) as progress:
+        for found in executor.map(check_keys, key_tasks(graphs)):
+            report.findings += found
+        progress.add(len(graphs))
+    return report
+
+
+def _shard_tasks(
+    folder: Path, manifest: Manifest, blocks: dict[str, np.ndarray] | None, graphs: GraphTable, sample: float
+) -> list[ShardTask]:
+    labels = frozenset(manifest.labels)
+    rules = Rules(manifest.cutoff, manifest.graph["index_dtype"], manifest.budget, labels)
+    tasks = []
+    order = bounds = np.empty(0, np.int64)
+    if blocks is not None:
+        order = np.lexsort((blocks["offset"], blocks["shard"]))
+        bounds = np.searchsorted(blocks["shard"][order], np.arange(len(manifest.shards) + 1))
+    for i, entry in enumerate(manifest.shards):
+        mine = rows = None
+        if blocks is not None:
+            mine = {name: column[order[bounds[i] : bounds[i + 1]]] for name, column in blocks.items()}
+            rows = graphs.rows(mine["block"])
+        split = str(entry["name"]).split("-")[0]
+        tasks.append(ShardTask(folder, entry, mine, rows, split, rules, sample, manifest.seed))
+    return tasks
+
+
+def _add(report: Report, part: Report) -> None:
+    for name in ("shards", "blocks", "graphs", "edges", "bytes", "recomputed"):
+        setattr(report, name, getattr(report, name) + getattr(part, name))
+    report.findings += part.findings
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        "cdssl verify",
+        description="Read a data set again, all of it, and check it against its checksums and its format. "
+        "Exits with 1 where anything is wrong.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("folder", metavar="DIR", help="of the data set")
+    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that read shards")
+    p.add_argument("--address", help="of a Ray cluster that reads, with --workers shards at a time")
+    p.add_argument("--sample", type=float, default=SAMPLE, help="share of the blocks whose edges are computed again")
+    p.add_argument("--json", action="store_true", help="print one object with all findings")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Verify, and say what was found: 0 where all is well, 1 where it is not, 2 for a wrong argument."""
+    args = parser().parse_args(argv)
+    started = time.monotonic()
+    try:
+        if not 0 <= args.sample <= 1:
+            raise ValueError(f"--sample {args.sample}: a share from 0 to 1")
+        with Executor(args.workers, args.address) as executor:
+            report = verify(args.folder, executor, sample=args.sample)
+    except (ValueError, OSError, WorkerError) as why:
+        print(f"error: {why}", file=sys.stderr)
+        return 2 if isinstance(why, ValueError) else 1
+    seconds = time.monotonic() - started
+    print(json.dumps(report.as_dict(), indent=1) if args.json else describe(report, args.folder, seconds))
+    return 0 if report.ok else 1
+
+
+def describe(report: Report, folder: str, seconds: float) -> str:
+    """The report for people; of a good data set one line."""
+    if report.ok:
+        return (
+            f"ok: {folder}: {report.graphs:,} crystals in {report.blocks:,} blocks and {report.shards:,} shards, "
+            f"{report.bytes / 1e6:,.1f} MB in {seconds:.0f} s, neighbour lists of {report.recomputed:,} blocks built "
+            f"again; digest {report.digest}"
+        )
+    lines = [str(finding) for finding in report.findings[:_SHOWN]]
+    if len(report.findings) > _SHOWN:
+        lines.append(f"… and {len(report.findings) - _SHOWN:,} more; --json lists all")
+    if first := report.first_bad:
+        lines.append(f"first bad bytes: {first.file}, offset {first.offset}, size {first.size}")
+    counted = f"{len(report.findings):,} finding{'s' if len(report.findings) > 1 else ''}"
+    return "\n".join([*lines, f"damaged: {folder}: {counted}"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
