@@ -84,7 +84,7 @@ def incomplete(graphs: Multigraphs, cutoff: float) -> list[Problem]:
     wanted, has = geometry.codes(), np.append(np.sort(_Geometry(mine).codes()), -1)
     absent = np.flatnonzero(has[np.searchsorted(has[:-1], wanted)] != wanted)
     lengths = geometry.lengths(absent)
-    absent = absent[lengths <= cutoff - MARGIN]
+    absent = absent[lengths <= cutoff - np.maximum(MARGIN, geometry.rounding(absent))]
     pairs = "pairs of atoms within the cutoff are not stored as edges"
     return found + [_map(p, fine) for p in _report("incomplete", pairs, absent, geometry.graph_of_edge)]
 

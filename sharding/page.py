@@ -210,7 +210,7 @@ def _refused(found: dict[str, Any]) -> str:
     head = ["reason", "key", "where", "what is wrong"]
     return (
         f'<div class="reasons">{_table(["reason", "", "crystals", "share"], rows, 2)}</div>'
-        f'<p class="note">{_DUPLICATES}</p>'
+        f"{_DUPLICATES if any(found['duplicates'].values()) else ''}"
         f"<details><summary>Some of them</summary>{_table(head, examples, 4)}</details>"
     )
 

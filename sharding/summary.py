@@ -12,10 +12,11 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sharding.manifest import SPLITS, DataSetError, Manifest, read_manifest, write_atomically
+from sharding.manifest import SPLITS, DataSetError, Manifest, write_atomically
 from sharding.page import page
+from sharding.place import Place, place_of
+from sharding.sources.streams import base_name, redacted
 from sharding.tally import Refusals, Rows, Sizes, ratio
-from sharding.verify_tables import require_data_set
 
 DUPLICATES: Final = ("duplicate", "duplicate_key", "excluded")  # reasons that are no fault of the crystal
 _BATCH: Final = 65_536  # rows
@@ -25,24 +26,24 @@ def inspect(folder: str | Path, budgets: Sequence[int] = ()) -> dict[str, Any]:
     """What is in a data set, as one JSON object; ``docs/format.md`` lists its fields.
 
     Args:
-        folder: the data set.
+        folder: the data set, or its URL.
         budgets: directed edges of a block; for each it is told how many graphs would not fit into one.
 
     Raises:
         DataSetError: where the folder is no data set, or a table cannot be read.
     """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
+    place = place_of(folder)
+    manifest = place.manifest()
     rows = Rows(tuple(manifest.labels))
     refused = Refusals()
     try:
-        for batch in _batches(folder, manifest):
+        for batch in _batches(place, manifest):
             rows.add(batch)
-        with open(folder / "quarantine.jsonl", "rb") as file:
+        with place.open("quarantine.jsonl") as file:
             for line in file:
                 refused.add(json.loads(line))
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as why:
-        raise DataSetError(f"{folder}: a table cannot be read ({why}); `cdssl verify` tells what is damaged") from None
+        raise DataSetError(f"{place}: a table cannot be read ({why}); `cdssl verify` tells what is damaged") from None
     return _totals(manifest) | {
         "sizes": {"atoms": rows.atoms.summary(), "edges": rows.edges.summary()},
         "elements": rows.elements(),
@@ -90,11 +91,11 @@ def _over(budget: int, edges: Sizes, refused: Refusals) -> dict[str, Any]:
     return {"edges": budget, "refused": over, "of": of, "share": ratio(over, of), "unknown": refused.unknown}
 
 
-def _batches(folder: Path, manifest: Manifest) -> Iterator[pa.RecordBatch]:
+def _batches(place: Place, manifest: Manifest) -> Iterator[pa.RecordBatch]:
     names = [name for name in manifest.tables if name.startswith("graphs.parquet/")]
     columns = ["key", "formula", "n_atoms", "n_edges", "source", *(f"y.{name}" for name in manifest.labels)]
     for name in sorted(names):
-        with pq.ParquetFile(folder / name) as file:
+        with place.open(name) as opened, pq.ParquetFile(opened) as file:
             yield from file.iter_batches(_BATCH, columns=columns, use_threads=False)
 
 
@@ -137,10 +138,14 @@ def describe(found: dict[str, Any], folder: str) -> str:
     return "\n".join("".join(c if c.isprintable() else "�" for c in line) for line in text)
 
 
+def _name(folder: str) -> str:
+    return base_name(folder) if "://" in folder else Path(folder).resolve().name
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser("cdssl inspect", description="Tell what is in a data set.")
-    p.add_argument("folder", metavar="DIR", help="of the data set")
+    p.add_argument("folder", metavar="DIR", help="the data set: a folder, or a URL")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.add_argument("--html", metavar="FILE", help="write a page with histograms and an element heat map")
     p.add_argument(
@@ -159,15 +164,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     wrong_use = 2
     try:
-        require_data_set(Path(args.folder))
+        place_of(args.folder).require()
         wrong_use = 1
         found = inspect(args.folder, args.budget)
         if args.html:
-            write_atomically(Path(args.html), page(found, Path(args.folder).resolve().name).encode(errors="replace"))
+            write_atomically(Path(args.html), page(found, _name(args.folder)).encode(errors="replace"))
     except (ValueError, OSError) as why:
         print(f"error: {why}", file=sys.stderr)
         return wrong_use if isinstance(why, ValueError) else 1
-    print(json.dumps(found, indent=1) if args.json else describe(found, args.folder))
+    print(json.dumps(found, indent=1) if args.json else describe(found, redacted(args.folder)))
     return 0
 
 

@@ -17,7 +17,9 @@ from sharding.executor import Executor, WorkerError
 from sharding.findings import Report
 from sharding.invariants import Rules
 from sharding.manifest import Manifest
+from sharding.place import Place, place_of
 from sharding.progress import Progress
+from sharding.sources.streams import redacted
 from sharding.verify_graphs import GraphTable, check_keys, key_tasks, open_graph_table
 from sharding.verify_shard import ShardTask, check_shard
 from sharding.verify_tables import (
@@ -27,7 +29,6 @@ from sharding.verify_tables import (
     check_quarantine,
     read_block_table,
     read_checked,
-    require_data_set,
 )
 
 SAMPLE: Final = 0.05  # of the blocks have their neighbour lists built again
@@ -40,7 +41,7 @@ def verify(folder: str | Path, executor: Executor | None = None, *, sample: floa
     Every byte is read once. Memory holds a block, the rows of a shard's graphs and a bounded number of hashes of keys.
 
     Args:
-        folder: the data set.
+        folder: the data set, or its URL.
         executor: where shards are read, several at a time.
         sample: share of the blocks whose neighbour lists are built again from the stored positions, and at least one
             of each shard; 0 leaves it out, 1 takes all.
@@ -50,29 +51,30 @@ def verify(folder: str | Path, executor: Executor | None = None, *, sample: floa
 
     Raises:
         DataSetError: where the folder is no data set, or one of a newer version.
+        OSError: where it cannot be reached.
     """
-    folder, executor = Path(folder), executor or Executor()
-    require_data_set(folder)
-    manifest, found = read_checked(folder)
+    place, executor = place_of(folder), executor or Executor()
+    place.require()
+    manifest, found = read_checked(place)
     report = Report(findings=found)
     if manifest is None:
         return report
     report.digest = manifest.digest
-    report.findings += check_files(folder, manifest)
+    report.findings += check_files(place, manifest)
     # What a table says that is damaged must not make good shards look bad: it is not held against them.
     damaged = {finding.file for finding in report.findings}
     blocks = None
     if BLOCKS not in damaged:
-        blocks, found = read_block_table(folder)
+        blocks, found = read_block_table(place)
         report.findings += found
     if blocks is not None:
         report.findings += check_block_table(blocks, manifest)
     n_blocks = 0 if blocks is None else len(blocks["block"])
-    graphs, found = open_graph_table(folder, manifest, n_blocks, damaged)
+    graphs, found = open_graph_table(place, manifest, n_blocks, damaged)
     report.findings += found
-    report.findings += check_quarantine(folder, manifest)
+    report.findings += check_quarantine(place, manifest)
 
-    tasks = _shard_tasks(folder, manifest, blocks, graphs, sample)
+    tasks = _shard_tasks(place, manifest, blocks, graphs, sample)
     with Progress("verify", "MB", total=sum(task.entry["size"] for task in tasks) // 10**6) as progress:
         for part in executor.map(check_shard, tasks):
             before = report.bytes
@@ -86,7 +88,7 @@ def verify(folder: str | Path, executor: Executor | None = None, *, sample: floa
 
 
 def _shard_tasks(
-    folder: Path, manifest: Manifest, blocks: dict[str, np.ndarray] | None, graphs: GraphTable, sample: float
+    place: Place, manifest: Manifest, blocks: dict[str, np.ndarray] | None, graphs: GraphTable, sample: float
 ) -> list[ShardTask]:
     labels = frozenset(manifest.labels)
     rules = Rules(manifest.cutoff, manifest.graph["index_dtype"], manifest.budget, labels)
@@ -101,7 +103,7 @@ def _shard_tasks(
             mine = {name: column[order[bounds[i] : bounds[i + 1]]] for name, column in blocks.items()}
             rows = graphs.rows(mine["block"])
         split = str(entry["name"]).split("-")[0]
-        tasks.append(ShardTask(folder, entry, mine, rows, split, rules, sample, manifest.seed))
+        tasks.append(ShardTask(place, entry, mine, rows, split, rules, sample, manifest.seed))
     return tasks
 
 
@@ -119,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
         "Exits with 1 where anything is wrong.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("folder", metavar="DIR", help="of the data set")
+    p.add_argument("folder", metavar="DIR", help="the data set: a folder, or a URL")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that read shards")
     p.add_argument("--address", help="of a Ray cluster that reads, with --workers shards at a time")
     p.add_argument("--sample", type=float, default=SAMPLE, help="share of the blocks whose edges are computed again")
@@ -140,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {why}", file=sys.stderr)
         return 2 if isinstance(why, ValueError) else 1
     seconds = time.monotonic() - started
-    print(json.dumps(report.as_dict(), indent=1) if args.json else describe(report, args.folder, seconds))
+    print(json.dumps(report.as_dict(), indent=1) if args.json else describe(report, redacted(args.folder), seconds))
     return 0 if report.ok else 1
 
 

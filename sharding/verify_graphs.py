@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from sharding.findings import Finding
 from sharding.graph import offsets
 from sharding.manifest import SPLITS, Manifest
+from sharding.place import Place
 from sharding.spill import ranges_of
 from sharding.verify_rows import GRAPHS, Rows
 
@@ -42,7 +42,8 @@ _NAMED: Final = 100  # keys and groups in a report; what is more is counted
 class GraphTable:
     """The parts that can be read, and where in them the rows of each block are."""
 
-    parts: list[tuple[Path, int, int]]  # and the rows [begin, end) of the table that each holds
+    place: Place
+    parts: list[tuple[str, int, int]]  # and the rows [begin, end) of the table that each holds
     starts: NDArray[np.int64] | None  # (blocks + 1,) first row of each; None where rows are out of order
     labels: tuple[str, ...]
 
@@ -57,15 +58,15 @@ class GraphTable:
         first, last = min(begin for begin, _ in of_block.values()), max(end for _, end in of_block.values())
         parts = tuple(part for part in self.parts if part[1] < last and part[2] > first)
         columns = ("key", "formula", "split", "n_atoms", "n_edges", "volume", *(f"y.{name}" for name in self.labels))
-        return Rows(parts, first, last, of_block, columns)
+        return Rows(self.place, parts, first, last, of_block, columns)
 
 
 def open_graph_table(
-    folder: Path, manifest: Manifest, n_blocks: int, damaged: set[str]
+    place: Place, manifest: Manifest, n_blocks: int, damaged: set[str]
 ) -> tuple[GraphTable, list[Finding]]:
     """Find the rows of each block; parts that are damaged, as is known already or found here, are left out."""
     found: list[Finding] = []
-    parts: list[tuple[Path, int, int]] = []
+    parts: list[tuple[str, int, int]] = []
     counts = np.zeros(n_blocks, np.int64)
     names = [name for name in manifest.tables if name.startswith(GRAPHS)]
     wanted = _COLUMNS | {f"y.{name}": pa.float32() for name in manifest.labels}
@@ -76,7 +77,7 @@ def open_graph_table(
             ordered = False
             continue
         try:
-            with pq.ParquetFile(folder / name) as file:
+            with place.open(name) as opened, pq.ParquetFile(opened) as file:
                 has = {field.name: field.type for field in file.schema_arrow}
                 if wrong := [column for column, kind in wanted.items() if has.get(column) != kind]:
                     text = f"the columns {', '.join(wrong)} are missing or of another type"
@@ -90,7 +91,7 @@ def open_graph_table(
                     last = int(block[-1]) if len(block) and ordered else last
                     if ordered and last < n_blocks:
                         counts += np.bincount(block, minlength=n_blocks)
-                parts.append((folder / name, rows, rows + file.metadata.num_rows))
+                parts.append((name, rows, rows + file.metadata.num_rows))
                 rows += file.metadata.num_rows
         except (OSError, pa.ArrowException) as why:
             found.append(Finding("graph_table", f"cannot be read ({why!s:.200})", name))
@@ -99,22 +100,23 @@ def open_graph_table(
         text = "rows are lost, or not in the order of the blocks; they are not compared with the blocks"
         found.append(Finding("graph_table", text, GRAPHS))
     fine = ordered and last < n_blocks
-    return GraphTable(parts, offsets(counts) if fine else None, tuple(manifest.labels)), found
+    return GraphTable(place, parts, offsets(counts) if fine else None, tuple(manifest.labels)), found
 
 
 @dataclass(frozen=True)
 class KeyTask:
     """Keys and groups whose hashes lie in [low, high), over the whole data set."""
 
-    parts: tuple[Path, ...]
+    place: Place
+    parts: tuple[str, ...]
     low: int
     high: int
 
 
 def key_tasks(table: GraphTable) -> list[KeyTask]:
     """As many as keep the memory of each bounded."""
-    parts = tuple(path for path, _, _ in table.parts)
-    return [KeyTask(parts, low, high) for low, high in ranges_of(max(1, -(-len(table) // KEYS_AT_ONCE)))]
+    parts = tuple(name for name, _, _ in table.parts)
+    return [KeyTask(table.place, parts, low, high) for low, high in ranges_of(max(1, -(-len(table) // KEYS_AT_ONCE)))]
 
 
 def check_keys(task: KeyTask) -> list[Finding]:
@@ -170,8 +172,8 @@ def _hashed(
     """
     if only is not None and len(only) == 0:
         return
-    for path in task.parts:
-        with pq.ParquetFile(path) as file:
+    for name in task.parts:
+        with task.place.open(name) as opened, pq.ParquetFile(opened) as file:
             for batch in file.iter_batches(columns=list(columns), use_threads=False):
                 texts = [[text or "" for text in batch[name].to_pylist()] for name in columns]
                 hashes = np.fromiter((xxhash.xxh3_64_intdigest(t.encode()) for t in texts[0]), np.uint64, len(batch))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from sharding.crystal import SYMBOLS
 from sharding.graph import Multigraphs
 from sharding.invariants import Problem
+from sharding.place import Place
 
 GRAPHS: Final = "graphs.parquet"
 _ALPHABETICAL: Final = np.array(sorted(range(1, len(SYMBOLS)), key=SYMBOLS.__getitem__))
@@ -26,7 +26,8 @@ _VOLUME: Final = 1e-6  # relative difference of a volume
 class Rows:
     """Where the rows of some blocks are: they stand in the order of the blocks, and of the graphs in them."""
 
-    parts: tuple[tuple[Path, int, int], ...]  # files, and the rows [begin, end) of the table that they hold
+    place: Place
+    parts: tuple[tuple[str, int, int], ...]  # files, and the rows [begin, end) of the table that they hold
     first: int  # row of all that are wanted
     last: int
     of_block: dict[int, tuple[int, int]]  # block → its rows [begin, end)
@@ -34,7 +35,7 @@ class Rows:
 
     def load(self) -> pa.Table:
         """All rows that are wanted."""
-        return _load(self.parts, self.first, self.last, self.columns)
+        return _load(self.place, self.parts, self.first, self.last, self.columns)
 
     def of(self, block: int) -> pa.Table:
         """The rows of a block, which may be none."""
@@ -43,13 +44,15 @@ class Rows:
 
 
 @functools.lru_cache(maxsize=1)  # the rows of one shard at a time
-def _load(parts: tuple[tuple[Path, int, int], ...], first: int, last: int, columns: tuple[str, ...]) -> pa.Table:
+def _load(
+    place: Place, parts: tuple[tuple[str, int, int], ...], first: int, last: int, columns: tuple[str, ...]
+) -> pa.Table:
     """Rows first … last − 1 of the table; of large files only the row groups that hold them."""
     tables = []
-    for path, begin, end in parts:
+    for name, begin, end in parts:
         if end <= first or begin >= last:
             continue
-        with pq.ParquetFile(path) as file:
+        with place.open(name) as opened, pq.ParquetFile(opened) as file:
             for i in range(file.num_row_groups):
                 size = file.metadata.row_group(i).num_rows
                 low, high = max(first, begin), min(last, begin + size)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import numpy as np
@@ -22,6 +20,7 @@ from sharding.block import BlockError, decode
 from sharding.findings import Finding, Report
 from sharding.graph import Multigraphs
 from sharding.invariants import Problem, Rules
+from sharding.place import Place
 from sharding.verify_rows import GRAPHS, Rows, compare
 
 _RECORD: Final = 512  # bytes of a tar header, and what members are padded to
@@ -34,7 +33,7 @@ _MEMBER: Final = re.compile(r"(\d{9,10})\.safetensors")
 class ShardTask:
     """What a worker needs to judge a shard."""
 
-    folder: Path
+    place: Place
     entry: dict[str, Any]  # of the manifest: name, size, sha256
     blocks: dict[str, NDArray[Any]] | None  # its rows of the block table; None where that cannot be read
     rows: Rows | None  # of the graph table; None where that cannot be read
@@ -55,9 +54,8 @@ def check_shard(task: ShardTask) -> Report:
     check = _Check(task)
     if lost is not None:
         check.find("graph_table", f"the rows of its graphs cannot be read ({lost})")
-    path = task.folder / task.entry["name"]
     try:
-        with open(path, "rb") as file:
+        with task.place.open(check.name) as file:
             check.run(file)
     except FileNotFoundError:
         check.find("missing", "the shard is missing")
@@ -81,7 +79,7 @@ class _Check:
         self.report.findings.append(Finding(code, text, self.name, offset, size, **more))
 
     def run(self, file: BinaryIO) -> None:
-        hashing = _Hashing(file)
+        hashing = _Hashing(file, self.task.place.size(self.name))
         try:
             for name, offset, size, data in _members(hashing):
                 self.member(name, offset, size, data)
@@ -196,9 +194,9 @@ def _counted(graphs: Multigraphs, row: dict[str, int]) -> Iterator[Problem]:
 class _Hashing:
     """A file that is read forward, and hashed on the way."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.at, self.sha256 = file, 0, hashlib.sha256()
-        self.size = os.fstat(file.fileno()).st_size
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file, self.size = file, size
+        self.at, self.sha256 = 0, hashlib.sha256()
 
     def read(self, size: int) -> bytes:
         data = self.file.read(size)

@@ -7,7 +7,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -17,11 +16,13 @@ from numpy.typing import NDArray
 
 from sharding.findings import Finding
 from sharding.graph import TIE
-from sharding.manifest import BLOCK_SCHEMA, SPLITS, VERSION, DataSetError, Manifest, read_manifest
+from sharding.manifest import BLOCK_SCHEMA, SPLITS, DataSetError, Manifest
+from sharding.place import MANIFEST, Place
 from sharding.verify_rows import GRAPHS
 
 COUNTS: Final = ("graphs", "atoms", "edges", "scored_edges")
 BLOCKS, QUARANTINE = "blocks.parquet", "quarantine.jsonl"
+_PIECE: Final = 2**20
 SHARD: Final = re.compile(r"(train|val|test)-\d{6,}\.tar")
 _PART: Final = re.compile(r"graphs\.parquet/part-\d{5,}\.parquet")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
@@ -29,34 +30,16 @@ _LONGEST_LINE: Final = 2**24  # bytes of a line of the quarantine
 _REFUSAL: Final = {"key", "source", "position", "code", "text"}
 
 
-def require_data_set(folder: Path) -> None:
-    """Refuse what is not a data set that this program can read: a wrong argument, not damage.
-
-    Raises:
-        DataSetError: says what to do.
-    """
-    path = folder / "manifest.json"
-    if not path.is_file():
-        read_manifest(folder)
-    try:
-        content = json.loads(path.read_bytes())
-        version = content["version"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return
-    if isinstance(version, int) and version > VERSION:
-        read_manifest(folder)
-
-
-def read_checked(folder: Path) -> tuple[Manifest | None, list[Finding]]:
+def read_checked(place: Place) -> tuple[Manifest | None, list[Finding]]:
     """The manifest, or None and what is wrong with it: without it nothing else can be judged."""
     try:
-        manifest = read_manifest(folder)
+        manifest = place.manifest()
         wrong = _malformed(manifest)
     except (DataSetError, TypeError, KeyError, RecursionError) as why:
-        text = str(why).removeprefix(f"{folder / 'manifest.json'}: ")
-        return None, [Finding("manifest", text, "manifest.json", 0, (folder / "manifest.json").stat().st_size)]
+        text = str(why).removeprefix(f"{place}/{MANIFEST}: ")
+        return None, [Finding("manifest", text, MANIFEST, 0, place.size(MANIFEST))]
     if wrong:
-        return None, [Finding("manifest", f"{wrong}: not what the format says", "manifest.json")]
+        return None, [Finding("manifest", f"{wrong}: not what the format says", MANIFEST)]
     return manifest, []
 
 
@@ -111,30 +94,36 @@ def _malformed(manifest: Manifest) -> str | None:
     return None
 
 
-def check_files(folder: Path, manifest: Manifest) -> Iterator[Finding]:
+def check_files(place: Place, manifest: Manifest) -> Iterator[Finding]:
     """The digests of the tables, and files that a reader of the folder would take for a part of the data set."""
     for name, digest in manifest.tables.items():
-        path = folder / name
         try:
-            with open(path, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != digest:
-                yield Finding("sha256", "the SHA-256 is not the one in the manifest", name, 0, path.stat().st_size)
+            found = hashlib.sha256()
+            with place.open(name) as file:
+                while piece := file.read(_PIECE):
+                    found.update(piece)
+            if found.hexdigest() != digest:
+                yield Finding("sha256", "the SHA-256 is not the one in the manifest", name, 0, place.size(name))
         except FileNotFoundError:
             yield Finding("missing", "the table is missing", name)
         except OSError as why:
             yield Finding("unreadable", f"cannot be read ({why.strerror or why})", name)
     known = {*manifest.tables, *(shard["name"] for shard in manifest.shards)}
-    present = [*folder.glob("*.tar"), *(folder / GRAPHS).rglob("*")]
-    for name in sorted(str(path.relative_to(folder)) for path in present if path.is_file()):
-        if name not in known:
+    try:
+        present = place.files()
+    except OSError:
+        present = []  # a web server need not list what it has
+    for name in present:
+        read = (name.endswith(".tar") and "/" not in name) or name.startswith(f"{GRAPHS}/")
+        if read and name not in known:
             yield Finding("unlisted", "not in the manifest; whoever reads all files here would read it", name)
 
 
-def read_block_table(folder: Path) -> tuple[dict[str, NDArray[Any]] | None, list[Finding]]:
+def read_block_table(place: Place) -> tuple[dict[str, NDArray[Any]] | None, list[Finding]]:
     """The columns of the block table, or None where they cannot be used."""
     try:
-        table = pq.read_table(folder / BLOCKS, partitioning=None)
+        with place.open(BLOCKS) as file:
+            table = pq.read_table(file)
     except (OSError, pa.ArrowException) as why:
         return None, [Finding("block_table", f"cannot be read ({why!s:.200})", BLOCKS)]
     if not table.schema.equals(BLOCK_SCHEMA) or any(column.null_count for column in table.columns):
@@ -181,11 +170,11 @@ def check_block_table(blocks: dict[str, NDArray[Any]], manifest: Manifest) -> It
             yield Finding("counts", text, BLOCKS)
 
 
-def check_quarantine(folder: Path, manifest: Manifest) -> Iterator[Finding]:
+def check_quarantine(place: Place, manifest: Manifest) -> Iterator[Finding]:
     """The quarantine, read line by line, against its counts."""
     counts: Counter[str] = Counter()
     try:
-        with open(folder / QUARANTINE, "rb") as file:
+        with place.open(QUARANTINE) as file:
             at = 0
             while line := file.readline(_LONGEST_LINE):
                 code = _code(line)

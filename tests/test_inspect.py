@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import damage
+import fsspec
 import numpy as np
 import pytest
 from pymatgen.core import Element
@@ -180,6 +181,17 @@ def test_shards_are_not_needed(data_folder: Path, tmp_path: Path) -> None:
     """A billion crystals are told about from their tables."""
     folder = shutil.copytree(data_folder, tmp_path / "copy", ignore=shutil.ignore_patterns("*.tar"))
     assert inspect(folder) == inspect(data_folder)
+
+
+def test_a_data_set_behind_a_url(data_folder: Path, tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(f"{data_folder}/", "/inspect/set/", recursive=True)
+    try:
+        assert inspect("memory://inspect/set") == inspect(data_folder)
+        assert main(["memory://inspect/set", "--html", str(tmp_path / "page.html")]) == 0
+    finally:
+        memory.rm("/inspect", recursive=True)
+    assert "<title>set:" in (tmp_path / "page.html").read_text()
 
 
 def test_wrong_use_and_damage(data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

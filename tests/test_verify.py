@@ -7,11 +7,12 @@ import os
 import random
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import damage
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -112,7 +113,7 @@ def test_rounding_is_no_damage(tmp_path: Path, aflow: list[Crystal]) -> None:
 
 def test_the_wide_index(tmp_path: Path) -> None:
     """Cells of 400 Å, where f32 positions are off by more than the margin of the cutoff."""
-    chains = [large(i, side=400.0, step=step) for i in range(5) for step in (1.25, 1.250004)]
+    chains = [large(i, side=400.0, step=step) for i in range(5) for step in (1.25, 1.250001)]
     shard([from_crystals(chains)], tmp_path / "d", ShardSettings(val=0, duplicates="keep"))
     assert damage.manifest_of(tmp_path / "d")["graph"]["index_dtype"] == "uint16"
     report = verify(tmp_path / "d", sample=1)
@@ -696,6 +697,53 @@ MALFORMED: list[tuple[str, Callable[[Content], object]]] = [
 def test_a_signed_manifest_that_is_malformed(folder: Path, change: Callable[[Content], object]) -> None:
     damage.change_manifest(folder, change)
     assert codes(verify(folder)) == {"manifest"}
+
+
+# -- behind a URL ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def url(folder: Path) -> Iterator[str]:
+    """The copy, in fsspec's memory."""
+    memory = fsspec.filesystem("memory")
+    memory.put(f"{folder}/", "/verify/set/", recursive=True)
+    yield "memory://verify/set"
+    memory.rm("/verify", recursive=True)
+
+
+def test_a_data_set_behind_a_url(url: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(url, sample=1) == verify(folder, sample=1)
+    assert main([url, "--workers", "1"]) == 0
+    assert main([f"file://{folder}", "--workers", "1"]) == 0
+    with fsspec.open(f"{url}/val-000006.tar", "r+b") as file:
+        file.seek(700)
+        file.write(b"!!")
+    with fsspec.open(f"{url}/more.tar", "wb") as file:
+        file.write(b"")
+    fsspec.filesystem("memory").rm("/verify/set/train-000001.tar")
+    report = verify(url)
+    assert {(f.code, f.file) for f in report.findings} == {
+        ("unlisted", "more.tar"),
+        ("missing", "train-000001.tar"),
+        ("xxh3", "val-000006.tar"),
+        ("sha256", "val-000006.tar"),
+    }
+
+
+def test_urls_that_lead_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["memory://verify/none"]) == 2
+    assert main(["nowhere://verify/none"]) == 2
+    assert main(["http://127.0.0.1:9/none"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3
+    assert all(line.startswith("error: ") for line in said)
+
+
+def test_a_manifest_behind_a_url_that_is_damaged(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with fsspec.open(f"{url}/manifest.json", "wb") as file:
+        file.write(b'{"format": "cdssl-shards", "version": 1}')
+    assert main([url]) == 1
+    assert "digest" in capsys.readouterr().out
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
