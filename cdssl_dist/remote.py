@@ -24,6 +24,8 @@ FETCHERS: Final = 4  # requests at the same time
 PASSING: Final = (408, 425, 429)  # of HTTP's 4xx, those that may be gone when asked again
 LONG: Final = 2.0  # s; from a pause of this length on, the user is told what is waited for
 
+CREDENTIALS: Final = ("NoCredentialsError", "DefaultCredentialsError")  # botocore's and Google's: there are none
+
 T = TypeVar("T")
 
 
@@ -139,17 +141,19 @@ class Remote:
     def _retried(self, name: str, request: Callable[[float], T], stop: threading.Event | None) -> T:
         """What ``request(seconds that it may take)`` returns, in the end."""
         patience = self.patience
-        begin, pause, tries = patience.clock(), patience.first_pause, 0
+        begin, pause, tries, text = patience.clock(), patience.first_pause, 0, ""
         while True:
             left = begin + patience.give_up - patience.clock()
+            limit = min(patience.request if self._parts else patience.give_up, max(left, POLL))
             try:
                 tries += 1
-                limit = patience.request if self._parts else patience.give_up
-                return request(min(limit, max(left, POLL)))
+                return request(limit)
             except StoppedError:
                 raise
-            except Exception as why:  # each kind of storage has errors of its own
-                text = f"{type(why).__name__}: {why}"
+            except Exception as error:  # each kind of storage has errors of its own
+                why = _behind(error)
+                if not text or limit >= patience.request:  # not that there was little time left for a last try
+                    text = f"{type(why).__name__}: {why}"
                 if _missing(why):
                     raise MissingError(f"{self.name}/{name}: there is no such file") from None
                 if _lasting(why):
@@ -232,14 +236,19 @@ def _status(error: BaseException) -> int | None:
     return found if isinstance(found, int) else None
 
 
+def _behind(error: Exception) -> BaseException:
+    """What happened: fsspec's ``info`` over HTTP calls every error a missing file."""
+    cause = error.__cause__
+    http = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
+    return cause if cause is not None and http and isinstance(error, FileNotFoundError) else error
+
+
 def _missing(error: BaseException) -> bool:
-    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:  # fsspec's HTTP calls every error so
-        return _status(error.__cause__) == 404
     return isinstance(error, FileNotFoundError) or _status(error) == 404
 
 
 def _lasting(error: BaseException) -> bool:
-    status = _status(error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error)
+    status = _status(error)
     if status is not None:
         return 400 <= status < 500 and status not in PASSING
-    return isinstance(error, PermissionError)
+    return isinstance(error, PermissionError) or type(error).__name__ in CREDENTIALS

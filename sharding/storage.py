@@ -1,4 +1,4 @@
-"""Where a data set goes: a folder, or a place behind a URL, where nothing can be renamed and the manifest is the commit.
+"""Where a data set goes: a folder, or behind a URL, where nothing can be renamed and the manifest is the commit.
 
 For a URL the data set is made in a folder of this machine, which a rerun finds again, and then uploaded: the shards,
 the tables, and the manifest as the last object. What was uploaded before a crash is not uploaded again.

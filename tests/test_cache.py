@@ -331,6 +331,38 @@ def test_what_does_not_pass_is_said_at_once(server: Server, fault: Fault | None,
     assert clock.now == 0
 
 
+def raised(error: Exception, cause: Exception | None = None) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+class S3Error(Exception):
+    """As botocore's: it has no status of its own."""
+
+
+class NoCredentialsError(Exception):
+    """By the name of botocore's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (raised(FileNotFoundError("x"), S3Error()), "there is no such file"),
+        (raised(FileNotFoundError("x"), ConnectionResetError()), "not to be had in 120 s .* ConnectionResetError"),
+        (PermissionError("Forbidden"), "refused .*Forbidden"),
+        (NoCredentialsError("Unable to locate credentials"), "refused .*Unable to locate credentials"),
+        (OSError(5, "Input/output error"), "not to be had in 120 s"),
+    ],
+)
+def test_errors_of_all_kinds_of_storage(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*rest: object) -> None:
+        raise error
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "info", fail)
+    with pytest.raises(DataSetError, match=message):
+        Remote("memory://somewhere", Clock().patience()).size("a")
+
+
 @pytest.mark.server
 def test_what_is_no_data_set(server: Server) -> None:
     assert is_data_set(server.url)
@@ -464,11 +496,13 @@ def test_the_least_recently_used_shard_leaves_first(folder: Path) -> None:
     found, shards = ShardCache(folder, 300), contents(5)
     names = list(shards)
     for tick, name in enumerate([*names[:3], names[0], names[3], names[4], names[0]]):
+        known = (folder / f"{name}.tar").exists()
         file = found.open(name, 100, fill(shards[name]))
         assert file is not None
         assert os.pread(file, 100, 0) == shards[name]
         os.close(file)
-        os.utime(folder / f"{name}.tar", (tick, tick))
+        if not known:  # long ago; what is used again is marked with the time of today
+            os.utime(folder / f"{name}.tar", (tick, tick))
     assert {path.stem for path in folder.glob("*.tar")} == {names[0], names[3], names[4]}
 
 
