@@ -367,8 +367,7 @@ def test_a_skipped_block_is_missing_in_its_pack_and_nowhere_else(
 
 def test_a_lost_shard_is_never_skipped(copy: Path) -> None:
     data = DataSet(copy)
-    for path in copy.glob("train-*.tar"):
-        path.unlink()
+    (copy / "train-000002.tar").unlink()
     lost = Loader(data, plan_of(data), data.shape("train", 1), rank=0, world_size=1, first=0, last=9, bad_blocks="skip")
     with pytest.raises(DataSetError, match="lost after the start"), lost as found:
         list(found)

@@ -60,6 +60,16 @@ def test_a_padded_epoch_stands_alone(plan: EpochPlan, epoch: int) -> None:
     assert taken(plan, steps) == once(plan, range(epoch, epoch + 1))
 
 
+@given(plans("pad"), st.integers(0, 3))
+def test_empty_places_come_last(plan: EpochPlan, epoch: int) -> None:
+    """In each lane, so that ranks are idle at the end and nowhere else."""
+    steps = range(plan.steps_before(epoch), plan.steps_before(epoch + 1))
+    for lane in range(plan.packs_per_step):
+        filled = [len(plan.pack(step, lane)) for step in steps]
+        assert filled == sorted(filled, reverse=True)
+        assert sum(0 < n < plan.blocks_per_pack for n in filled) <= 1
+
+
 @given(plans("drop"), st.integers(0, 3))
 def test_dropping_takes_whole_steps_of_an_epoch(plan: EpochPlan, epoch: int) -> None:
     steps = range(plan.steps_before(epoch), plan.steps_before(epoch + 1))

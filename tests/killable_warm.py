@@ -1,0 +1,21 @@
+"""Imported by the process that ``killable`` forks from: loads what takes long, and opens neither files nor threads."""
+
+from __future__ import annotations
+
+import numpy as np
+import webdataset.writer  # noqa: F401  imports torch
+from test_sharding_runs import SETTINGS
+
+from sharding import __main__  # noqa: F401
+from sharding.convert import converted
+from sharding.crystal import Crystal
+from sharding.decide import decided
+from sharding.packing import pack
+from sharding.settings import ShardSettings
+from sharding.sources import from_crystals, numbered, optimade  # noqa: F401
+
+cubic = Crystal("a", 3.0 * np.eye(3), np.zeros((1, 3)), np.array([26], np.uint8))
+for settings in (SETTINGS, ShardSettings(duplicates="near")):
+    found = converted(numbered([cubic]), from_crystals([]), 0, settings)
+    decided(found, found, settings)
+pack(np.array([1]), np.array([1]), settings.budget)
