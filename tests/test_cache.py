@@ -55,6 +55,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if data is not None and wanted and self.server.ranges:
             first, last = wanted.removeprefix("bytes=").split("-")
             status, data = 206, data[int(first) : int(last) + 1]
+        self.server.encodings.add(self.headers.get("Accept-Encoding"))
         if body:
             self.server.asked[name] += 1
             faults = self.server.faults.get(name) or self.server.faults.get("*") or []
@@ -127,6 +128,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.folder, self.ranges = folder, True
         self.faults: dict[str, list[Fault]] = {}
         self.asked: Counter[str] = Counter()
+        self.encodings: set[str | None] = set()
         self.released = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -215,6 +217,7 @@ def test_a_data_set_on_a_server_is_the_local_one(server: Server, data_folder: Pa
     again = DataSet(server.url, patience=QUICK)
     assert all_blocks(again) == all_blocks(local)
     assert {name for name, count in (server.asked - asked).items() if count} == {"manifest.json", "blocks.parquet"}
+    assert server.encodings == {"identity"}  # in a compressed answer, a range is another one
 
 
 def test_a_data_set_in_memory(data_folder: Path) -> None:

@@ -203,7 +203,7 @@ def test_work_is_for_urls(tmp_path: Path, aflow: list[Crystal]) -> None:
     with pytest.raises(DataSetError, match="--work is for one behind a URL"):
         shard([from_crystals(aflow[:9])], tmp_path / "d", work=tmp_path / "w")
     shard([from_crystals(aflow[:9])], "memory://bucket/d", work=tmp_path / "w")
-    assert fsspec.filesystem("memory").exists("work/d/manifest.json")
+    assert fsspec.filesystem("memory").exists("bucket/d/manifest.json")
     assert (tmp_path / "w" / "unfinished").is_dir()
 
 

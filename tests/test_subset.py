@@ -96,6 +96,13 @@ def test_a_list_of_keys_gives_its_order(data: DataSet, rows: list[dict]) -> None
             np.testing.assert_array_equal(array, stored.arrays()[name])
 
 
+def test_rows_that_have_a_value(data: DataSet, rows: list[dict]) -> None:
+    expected = {r["key"] for r in rows if not np.isnan(r["y.e"])}
+    assert set(select(data, having=["y.e"])["key"].to_pylist()) == expected
+    with pytest.raises(DataSetError, match=r"no column 'y.f'; did you mean 'y.e'"):
+        select(data, having=["y.f"])
+
+
 def test_keys_that_do_not_exist_are_named(data: DataSet, rows: list[dict]) -> None:
     keys = [str(r["key"]) for r in rows]
     with pytest.raises(DataSetError, match="2 of 62 keys are not in it: 'nobody', 'nothing'"):
