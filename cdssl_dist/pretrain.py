@@ -16,6 +16,7 @@ from cdssl_dist.commands import FAILED, Parser, command
 from cdssl_dist.config import Config, load
 from cdssl_dist.loader import DataSet
 from cdssl_dist.mlflow_server import tracking_uri
+from cdssl_dist.remote import is_remote
 from sharding.manifest import Manifest
 
 PREEMPTED = 75  # the exit code of a run that was stopped and saved: run it again
@@ -64,7 +65,8 @@ def pretrain(config: Config) -> int:
 def prepare(config: Config) -> Config:
     """Absolute paths, since workers have folders of their own, and the run folder with its configuration."""
     folder = Path(config.run).resolve()
-    data = config.data.model_copy(update={"path": str(Path(config.data_path).resolve())})
+    path = config.data_path if is_remote(config.data_path) else str(Path(config.data_path).resolve())
+    data = config.data.model_copy(update={"path": path})
     config = config.model_copy(update={"run": str(folder), "data": data})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
