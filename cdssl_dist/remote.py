@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import errno
-import io
 import os
 import threading
 import time
@@ -116,10 +115,6 @@ class Remote:
 
         self._in_pieces(name, size, keep, stop)
 
-    def open(self, name: str) -> io.BufferedReader:
-        """A file that can be sought in, for pyarrow; its reads raise as ``size`` does."""
-        return io.BufferedReader(_File(self, name, self.size(name)), 2**16)
-
     def _in_pieces(
         self, name: str, size: int, keep: Callable[[int, bytes], None], stop: threading.Event | None
     ) -> None:
@@ -187,30 +182,6 @@ class Remote:
             return future.result()
         finally:
             future.cancel()
-
-
-class _File(io.RawIOBase):
-    """A remote file as Python's ``io`` wants it."""
-
-    def __init__(self, remote: Remote, name: str, size: int) -> None:
-        self._remote, self._name, self._size, self._at = remote, name, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        end = min(self._at + len(buffer), self._size, self._at + PIECE)
-        data = self._remote.range(self._name, self._at, end)
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
 
 
 def is_remote(path: object) -> bool:

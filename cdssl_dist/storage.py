@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 from collections import OrderedDict
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
 from cdssl_dist.cache import ShardCache
-from cdssl_dist.remote import Remote
+from cdssl_dist.remote import PIECE, Remote
 from sharding.manifest import DataSetError
 
 OPEN_SHARDS: Final = 128  # of a process; more than it has lanes, times shards that are mixed, as a rule
@@ -101,7 +102,7 @@ class RemoteShards:
 
     def open(self, name: str) -> IO[bytes]:
         """See ``Storage``."""
-        return self._remote.open(name)
+        return io.BufferedReader(_RemoteFile(self._remote, name))
 
     def close(self) -> None:
         """See ``Storage``."""
@@ -116,6 +117,30 @@ class RemoteShards:
             self._remote.download(entry["name"], entry["size"], file, stop)
 
         return self._cache.open(entry["sha256"], entry["size"], download, stop)
+
+
+class _RemoteFile(io.RawIOBase):
+    """A remote file as Python's ``io`` wants it."""
+
+    def __init__(self, remote: Remote, name: str) -> None:
+        self._remote, self._name, self._size, self._at = remote, name, remote.size(name), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._at + len(buffer), self._size, self._at + PIECE)
+        data = self._remote.range(self._name, self._at, end)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 class _Descriptor:
