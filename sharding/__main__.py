@@ -25,7 +25,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("sources", nargs="+", metavar="SOURCE", help="a file, or a scheme such as aflow:")
-    p.add_argument("--out", required=True, help="folder of the data set; must not hold one yet")
+    p.add_argument("--out", required=True, help="folder or URL (s3://…) of the data set; must not hold one yet")
+    p.add_argument("--work", help="folder in which a data set behind a URL is made first; default: below CDSSL_CACHE")
     p.add_argument("--cutoff", type=float, default=DEFAULT.cutoff, help="of edges, Å")
     p.add_argument("--label", action="append", default=[], metavar="NAME=COLUMN", help="carry a column along")
     p.add_argument("--val", type=float, default=DEFAULT.val, help="share of the groups for validation")
@@ -78,10 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             Executor(args.workers, args.address),
             exclude=[open_source(s, ReadOptions(occupancy=args.occupancy)) for s in args.exclude],
             strict=args.strict,
+            work=args.work,
         )
     except (ValueError, OSError, WorkerError) as why:
         print(f"error: {why}", file=sys.stderr)
         return 2 if isinstance(why, ValueError) else 1
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
     print(summary(manifest, args.out))
     return 0
 

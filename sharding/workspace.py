@@ -145,5 +145,8 @@ class Quarantine:
 
 def describe(sources: Sequence[Source], exclude: Sequence[Source], settings: ShardSettings) -> bytes:
     """What a task is: a rerun of another one must not go on with its work."""
-    named = {"sources": [s.name for s in sources], "exclude": [s.name for s in exclude]}
+    named = {
+        part: [{"name": s.name, "occupancy": s.options.occupancy if s.options else None} for s in listed]
+        for part, listed in (("sources", sources), ("exclude", exclude))
+    }
     return json.dumps(named | {"settings": asdict(settings)}, indent=1).encode()

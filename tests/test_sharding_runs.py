@@ -30,7 +30,7 @@ from sharding.executor import Executor
 from sharding.manifest import DataSetError, read_manifest
 from sharding.pipeline import StrictError, shard
 from sharding.settings import ShardSettings
-from sharding.sources import Record, from_crystals, open_source, payload
+from sharding.sources import Record, files, from_crystals, open_source, payload
 
 SETTINGS = ShardSettings(
     budget=Budget(edges=2_048, atoms=256, graphs=16), blocks_per_shard=5, val=0.2, bucket_bytes=200_000
@@ -238,6 +238,16 @@ def test_other_settings_do_not_go_on_with_the_work(source: Path, tmp_path: Path)
             shard([open_source(str(source))], tmp_path / "d", **({"settings": SETTINGS} | changed))  # type: ignore[arg-type]
 
 
+def test_another_way_to_read_does_not_go_on_with_the_work(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(source), "--out", str(tmp_path / "d"), "--workers", "1", "--strict"]) == 2
+    command = [str(source), "--out", str(tmp_path / "d"), "--workers", "1"]
+    assert main([*command, "--occupancy", "majority"]) == 2
+    assert "other sources or settings" in capsys.readouterr().err.splitlines()[-1]
+    assert main(command) == 0
+
+
 # -- what fails --------------------------------------------------------------------------------------------------------
 
 
@@ -319,6 +329,31 @@ def test_a_worker_that_is_killed(source: Path, tmp_path: Path) -> None:
     assert said.splitlines()[-1].startswith("error: a worker process died")
     assert "Traceback" not in said
     assert main([str(source), "--out", str(tmp_path / "d"), "--workers", "1", *COMMAND]) == 0
+
+
+def test_a_folder_that_vanishes_half_way(
+    tmp_path: Path, aflow: list[Crystal], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its files are listed, then they are gone: that is no file that cannot be read, which is quarantined."""
+    (tmp_path / "source").mkdir()
+    for i, crystal in enumerate(aflow[:20]):
+        (tmp_path / "source" / f"{i:02d}.extxyz").write_text(xyz(crystal))
+    walk = files._walk
+
+    def vanishing(spec: str) -> Iterator[tuple[str, str]]:
+        for i, found in enumerate(list(walk(spec))):
+            if i == 10:
+                (tmp_path / "source").rename(tmp_path / "elsewhere")
+            yield found
+
+    command = [str(tmp_path / "source"), "--out", str(tmp_path / "d"), "--workers", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_walk", vanishing)
+        assert main(command) == 2
+    assert "10.extxyz: vanished" in line_of(capsys)
+    (tmp_path / "elsewhere").rename(tmp_path / "source")
+    assert main(command) == 0
+    assert sum(split["graphs"] for split in read_manifest(tmp_path / "d").splits.values()) == 20
 
 
 class Breaking(BaseHTTPRequestHandler):

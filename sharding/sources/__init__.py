@@ -52,6 +52,7 @@ class Source:
         licence: of the data, where the source states one.
         cite: how to cite it.
         units: label name → unit, where the source states them.
+        options: what it was opened with: a rerun with others must not go on with its work.
         records: makes a new iterator of records.
         parse: record → crystals; raises ``RefusedError`` for a record that is no crystal.
     """
@@ -62,6 +63,7 @@ class Source:
     licence: str = "unknown"
     cite: str = ""
     units: dict[str, str] = field(default_factory=dict)
+    options: ReadOptions | None = None  # that it was opened with
 
 
 # The registry. A module is imported when its scheme or ending is met, so that no user pays for readers not used.
@@ -109,11 +111,11 @@ def open_source(spec: str, options: ReadOptions | None = None) -> Source:
     options = options or ReadOptions()
     scheme = spec.split(":", 1)[0] if ":" in spec else ""
     if scheme in _BY_SCHEME:
-        return load(_BY_SCHEME[scheme]).open_source(spec, options)
+        return replace(load(_BY_SCHEME[scheme]).open_source(spec, options), options=options)
     if "://" not in spec and not os.path.exists(spec):
         raise SourceError(f"{spec}: no such file")
     ending = os.path.splitext(spec.lower())[1]
-    return load(_BY_ENDING.get(ending, "files")).open_source(spec, options)
+    return replace(load(_BY_ENDING.get(ending, "files")).open_source(spec, options), options=options)
 
 
 def known() -> str:

@@ -104,6 +104,8 @@ def _pieces(spec: str, name: str, options: ReadOptions) -> Generator[Piece | Fau
             try:
                 file = stack.enter_context(opened(path, forward=_archive_kind(relative) != "zip"))
             except SourceError as why:
+                if "://" not in path and not os.path.lexists(path):  # it was listed a moment ago
+                    raise SourceError(f"{path}: vanished while its folder was read; run again") from None
                 yield Fault(relative, "unparsable", str(why))
                 continue
             yield from _file_pieces(file, path, relative, relative, options)
