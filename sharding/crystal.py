@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -120,7 +121,9 @@ def _is_text(key: str) -> bool:
 
 def reduced_formula(numbers: NDArray[np.uint8]) -> str:
     """Formula divided by the greatest common divisor, elements in alphabetical order (as OPTIMADE writes it)."""
-    found, counts = np.unique(numbers, return_counts=True)
-    divisor = int(np.gcd.reduce(counts))
-    parts = sorted((SYMBOLS[int(z)], int(n) // divisor) for z, n in zip(found, counts, strict=True))
+    counts = np.bincount(numbers)
+    found = np.flatnonzero(counts).tolist()
+    amounts = counts[found].tolist()
+    divisor = math.gcd(*amounts)
+    parts = sorted((SYMBOLS[z], n // divisor) for z, n in zip(found, amounts, strict=True))
     return "".join(symbol + (str(n) if n > 1 else "") for symbol, n in parts)

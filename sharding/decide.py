@@ -51,6 +51,8 @@ def decided(found: Spill, excluded: Spill | None, settings: ShardSettings) -> Sp
 
     def drop(code: str, reasons: dict[int, str]) -> None:
         nonlocal found
+        if not reasons:
+            return
         refusals.extend(refusal(found.rows, i, code, text) for i, text in reasons.items())
         found = chosen(found, np.setdiff1d(np.arange(len(found)), np.fromiter(reasons, np.int64, len(reasons))))
 

@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 
 from sharding.crystal import MIN_DISTANCE, Crystal, RefusedError, check
 from sharding.jit import compiled
+from sharding.near import SLACK, bins_of, fill_bins, near_atoms, sort_by_dst
 
 Array = NDArray[Any]
 
 TIE: Final = 1e-8  # Å; a pair at exactly the cutoff is inside, whatever the rounding of its coordinates
 MAX_SHIFT: Final = 127  # image shifts are stored as i8
+POROUS: Final = 0.12  # atoms/Å³; between its pores a crystal is as dense as others
 MAX_ATOMS: Final = 65_535  # edges are stored as 16-bit indices
 
 
@@ -62,18 +64,18 @@ class Multigraphs:
 
     def take(self, graphs: NDArray[np.int64]) -> Multigraphs:
         """The graphs with these indices, in this order."""
-        atoms = ranges(offsets(self.n_atoms)[graphs], self.n_atoms[graphs])
-        edges = ranges(offsets(self.n_edges)[graphs], self.n_edges[graphs])
+        atoms = offsets(self.n_atoms)[graphs], self.n_atoms[graphs].astype(np.int64)
+        edges = offsets(self.n_edges)[graphs], self.n_edges[graphs].astype(np.int64)
         return Multigraphs(
             keys=[self.keys[i] for i in graphs],
             n_atoms=self.n_atoms[graphs],
             n_edges=self.n_edges[graphs],
             lattice=self.lattice[graphs],
-            atomic_numbers=self.atomic_numbers[atoms],
-            positions=self.positions[atoms],
-            edge_src=self.edge_src[edges],
-            edge_dst=self.edge_dst[edges],
-            edge_shift=self.edge_shift[edges],
+            atomic_numbers=_segments(self.atomic_numbers, *atoms),
+            positions=_segments(self.positions, *atoms),
+            edge_src=_segments(self.edge_src, *edges),
+            edge_dst=_segments(self.edge_dst, *edges),
+            edge_shift=_segments(self.edge_shift, *edges),
             labels={name: values[graphs] for name, values in self.labels.items()},
         )
 
@@ -115,6 +117,27 @@ def ranges(starts: NDArray[Any], counts: NDArray[Any]) -> NDArray[np.int64]:
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
 
 
+def _segments(values: NDArray[Any], starts: NDArray[Any], counts: NDArray[Any]) -> NDArray[Any]:
+    """The values of some segments, one segment after the other."""
+    out = np.empty((int(counts.sum()), *values.shape[1:]), values.dtype)
+    _copy_segments(_as_bytes(values), starts, counts, _as_bytes(out))
+    return out
+
+
+def _as_bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """The same memory as a row of bytes for each value."""
+    values = np.ascontiguousarray(values)
+    return values.view(np.uint8).reshape(len(values), values.itemsize * int(np.prod(values.shape[1:])))
+
+
+@compiled
+def _copy_segments(values: Array, starts: Array, counts: Array, out: Array) -> None:
+    at = 0
+    for g in range(len(starts)):
+        out[at : at + counts[g]] = values[starts[g] : starts[g] + counts[g]]
+        at += counts[g]
+
+
 def segment_sum(values: NDArray[Any], counts: NDArray[Any]) -> NDArray[np.int64]:
     """Sum of the values of each segment, empty segments included: (G,)."""
     total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
@@ -141,6 +164,8 @@ def upper_triangular(lattice: NDArray[np.float64]) -> tuple[NDArray[np.float64],
 def _search(
     cells: Array,
     points: Array,
+    fractional: Array,
+    heights: Array,
     starts: Array,
     cutoff: float,
     src: Array,
@@ -155,6 +180,8 @@ def _search(
     Args:
         cells: (G, 3, 3) upper triangular lattices, rows, Å.
         points: (N, 3) wrapped positions in the same axes, Å.
+        fractional: (N, 3) the same in units of the cell vectors, in [0, 1).
+        heights: (G, 3) distances between opposite faces of the cells, Å.
         starts: (G + 1,) first atom of each crystal.
         cutoff: Å, the tie tolerance already added.
         src, dst, shift: filled in order.
@@ -170,13 +197,51 @@ def _search(
     slack = 1e-9 * (1.0 + cutoff)  # an interval end rounded inwards must not lose a tie
     count = 0
     nearest[:] = np.inf
+    near = np.empty(np.diff(starts).max() if len(cells) else 0, np.int64)
+    ends, members = near, near  # for the compiler
     for g in range(len(cells)):
         a0, a1, a2 = cells[g, 0, 0], cells[g, 0, 1], cells[g, 0, 2]
         b1, b2, c2 = cells[g, 1, 1], cells[g, 1, 2], cells[g, 2, 2]
         before = count
         widest[g] = 0
+        atoms = fractional[starts[g] : starts[g + 1]]
+        # Where two opposite faces are farther apart than this, some atoms are not near; where all are, one image at
+        # most of an atom is within the cutoff.
+        some_wide = heights[g].max() > 2 * (cutoff + SLACK)
+        all_wide = heights[g].min() > 2 * (cutoff + SLACK)
+        bins = bins_of(heights[g], cutoff, len(atoms))
+        binned = bins.max() > 1
+        if binned:
+            ends, members = fill_bins(atoms, bins)
         for i in range(starts[g], starts[g + 1]):
-            for j in range(i, starts[g + 1]):
+            first = count
+            n_near = starts[g + 1] - i
+            if some_wide:
+                n_near = near_atoms(atoms, heights[g], cutoff, bins, ends, members, i - starts[g], near)
+            for m in range(n_near):
+                j = starts[g] + near[m] if some_wide else i + m
+                if all_wide:
+                    if i == j:
+                        continue
+                    na = int(np.rint(fractional[i, 0] - fractional[j, 0]))
+                    nb = int(np.rint(fractional[i, 1] - fractional[j, 1]))
+                    nc = int(np.rint(fractional[i, 2] - fractional[j, 2]))
+                    x = points[j, 0] - points[i, 0] + na * a0
+                    y = points[j, 1] - points[i, 1] + na * a1 + nb * b1
+                    z = points[j, 2] - points[i, 2] + na * a2 + nb * b2 + nc * c2
+                    squared = x * x + y * y + z * z
+                    if squared <= limit:
+                        if count < capacity:
+                            src[count] = i - starts[g]
+                            dst[count] = j - starts[g]
+                            shift[count, 0] = na
+                            shift[count, 1] = nb
+                            shift[count, 2] = nc
+                        count += 1
+                        nearest[i] = min(nearest[i], squared)
+                        nearest[j] = min(nearest[j], squared)
+                        widest[g] = max(widest[g], abs(na), abs(nb), abs(nc))
+                    continue
                 x0 = points[j, 0] - points[i, 0]
                 y0 = points[j, 1] - points[i, 1]
                 z0 = points[j, 2] - points[i, 2]
@@ -216,6 +281,8 @@ def _search(
                             nearest[i] = min(nearest[i], squared)
                             nearest[j] = min(nearest[j], squared)
                             widest[g] = max(widest[g], abs(na), abs(nb), abs(nc))
+            if binned and count <= capacity:
+                sort_by_dst(dst[first:count], shift[first:count])
         n_edges[g] = count - before
     return count
 
@@ -245,24 +312,28 @@ def build(
     n_atoms = np.array([len(c.atomic_numbers) for c in good], np.uint32)
     lattice = np.array([c.lattice for c in good], np.float64).reshape(-1, 3, 3)
     positions = np.concatenate([np.empty((0, 3)), *(c.positions for c in good)])
-    fractional = _apply(positions, np.linalg.inv(lattice), n_atoms)
+    inverse = np.linalg.inv(lattice)
+    fractional = _apply(positions, inverse, n_atoms)
     fractional -= np.floor(fractional)
     fractional[fractional >= 1.0] = 0.0  # a tiny negative number plus one
     positions = _apply(fractional, lattice, n_atoms)
+    heights = 1 / np.linalg.norm(inverse, axis=1)
     cells, rotation = upper_triangular(lattice)
     starts = offsets(n_atoms)
 
     n_edges = np.empty(len(good), np.uint32)
     widest = np.empty(len(good), np.int64)
     nearest = np.empty(len(positions))
-    density = n_atoms / np.abs(np.linalg.det(lattice))
+    density = np.maximum(n_atoms / np.abs(np.linalg.det(lattice)), POROUS)
     capacity = int((n_atoms * density).sum() * 2.2 * cutoff**3) + 4096  # half of 4/3 π r³ each, and some room
     while True:
         src = np.empty(capacity, np.uint16)
         dst = np.empty(capacity, np.uint16)
         shift = np.empty((capacity, 3), np.int16)
         points = _apply(positions, rotation, n_atoms)
-        count = _search(cells, points, starts, cutoff + TIE, src, dst, shift, n_edges, nearest, widest)
+        count = _search(
+            cells, points, fractional, heights, starts, cutoff + TIE, src, dst, shift, n_edges, nearest, widest
+        )
         if count <= capacity:
             break
         capacity = count

@@ -25,6 +25,7 @@ from sharding.graph import Multigraphs, concatenate, sliced
 ROWS: Final = "rows"  # an Arrow table, as bytes
 REFUSALS: Final = "refusals"  # JSON
 LABEL: Final = "y."
+MAPPED: Final = 64  # files at a time: a mapped file is an open one
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +44,17 @@ class Spill:
         return len(self.hashes)
 
 
-def sort(hashes: NDArray[np.uint64], graphs: Multigraphs, rows: pa.Table, refusals: list[Refusal]) -> Spill:
-    """A spill from graphs in any order; equal hashes stay in theirs."""
+def sort(
+    hashes: NDArray[np.uint64],
+    graphs: Multigraphs,
+    rows: pa.Table,
+    refusals: list[Refusal],
+    select: NDArray[np.int64] | None = None,
+) -> Spill:
+    """A spill from graphs in any order; equal hashes stay in theirs. With ``select``, those of the sorted ones."""
     order = np.argsort(hashes, kind="stable")
+    if select is not None:
+        order = order[select]
     return Spill(hashes[order], graphs.take(order), rows.take(order), refusals)
 
 
@@ -86,16 +95,46 @@ def refusals(path: Path) -> list[Refusal]:
     return [Refusal(**refusal) for refusal in json.loads(text)]
 
 
-def gather(paths: Sequence[Path], low: int, high: int) -> Spill:
-    """One range of hashes of many files (one at least), sorted again."""
+def gather(paths: Sequence[Path], low: int, high: int, select: NDArray[np.int64] | None = None) -> Spill:
+    """One range of hashes of many files (one at least), sorted again.
+
+    Args:
+        paths: the files.
+        low, high: the range, [low, high).
+        select: which of the sorted graphs, in which order; all where left out.
+    """
+    groups: list[Spill] = []
     parts: list[Spill] = []
-    for path in paths:
+    for number, path in enumerate(paths, 1):
         part = read(path, low, high)
-        if len(part) or path is paths[-1]:  # the last gives the columns where there is nothing
-            parts.append(_copied(part))
-    graphs = concatenate([part.graphs for part in parts])
-    rows = pa.concat_tables([part.rows for part in parts]).combine_chunks()
-    return sort(np.concatenate([part.hashes for part in parts]), graphs, rows, [])
+        if len(part) or (number == len(paths) and not groups and not parts):  # one at least, for its columns
+            parts.append(part)
+        if len(parts) == MAPPED or (number == len(paths) and parts):
+            groups.append(_joined(parts))
+            parts = []
+    joined = _joined(groups)
+    return sort(joined.hashes, joined.graphs, joined.rows, [], select)
+
+
+def facts(paths: Sequence[Path], low: int, high: int) -> pa.Table:
+    """The rows of one range of hashes of many files, sorted, with ``n_atoms`` and ``n_edges`` (half edges).
+
+    That is what packing needs to know; the graphs themselves are not read.
+    """
+    tables: list[pa.Table] = []
+    hashes: list[NDArray[np.uint64]] = []
+    for number, path in enumerate(paths, 1):
+        part = read(path, low, high)
+        if len(part) or number == 1:
+            hashes.append(part.hashes.copy())
+            sizes = {"n_atoms": part.graphs.n_atoms.copy(), "n_edges": part.graphs.n_edges.copy()}
+            rows = part.rows
+            for name, values in sizes.items():
+                rows = rows.append_column(name, pa.array(values))
+            tables.append(rows)
+        if number % MAPPED == 0:
+            tables = [pa.concat_tables(tables).combine_chunks()]
+    return pa.concat_tables(tables).combine_chunks().take(np.argsort(np.concatenate(hashes), kind="stable"))
 
 
 @dataclass(frozen=True)
@@ -113,10 +152,13 @@ def merge(task: Merging) -> int:
     return len(read(task.path))
 
 
-def _copied(part: Spill) -> Spill:
-    """The same, not mapped: a mapped file is an open one, and there may be thousands."""
-    everything = np.arange(len(part))
-    return Spill(part.hashes.copy(), part.graphs.take(everything), part.rows.take(everything), [])
+def _joined(parts: list[Spill]) -> Spill:
+    """One after the other; of several, a copy, so that their files are closed."""
+    if len(parts) == 1:
+        return parts[0]
+    graphs = concatenate([part.graphs for part in parts])
+    rows = pa.concat_tables([part.rows for part in parts]).combine_chunks()
+    return Spill(np.concatenate([part.hashes for part in parts]), graphs, rows, [])
 
 
 def ranges_of(buckets: int) -> list[tuple[int, int]]:

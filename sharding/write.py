@@ -19,12 +19,11 @@ from numpy.typing import NDArray
 from sharding import spill
 from sharding.block import encode
 from sharding.crystal import Refusal
-from sharding.decide import chosen, refusal, repeated_keys
+from sharding.decide import refusal, repeated_keys
 from sharding.manifest import SPLITS, write_atomically
 from sharding.packing import pack
 from sharding.settings import ShardSettings
 from sharding.shards import ShardWriter
-from sharding.spill import Spill
 
 FULL: Final = 0.97  # of the edge budget; what is emptier is packed once more
 
@@ -70,18 +69,18 @@ def arrange(task: Packing) -> Packed:
     """Pack, count, and write what is set aside."""
     result = task.path.with_suffix(".json")
     if not result.exists():
-        found, dropped = _gather(task)
+        facts, keep, dropped = _facts(task)
         rest = [np.empty(0, np.int64)]
         counts = []
         for split in range(len(SPLITS)):
-            blocks, left = _blocks(found, split, task)
+            blocks, left = _blocks(facts, keep, split, task)
             counts.append(len(blocks))
             rest += left
         aside = np.sort(np.concatenate(rest))
         if task.set_aside:
-            spill.write(task.path, chosen(found, aside))
-        graphs = len(found) - (len(aside) if task.set_aside else 0)
-        widest = int(found.graphs.n_atoms.max(initial=0))
+            spill.write(task.path, spill.gather(task.graphs, task.low, task.high, aside))
+        graphs = len(keep) - (len(aside) if task.set_aside else 0)
+        widest = int(np.asarray(facts["n_atoms"]).max(initial=0))
         packed = Packed(counts, graphs, widest, dropped)
         write_atomically(result, json.dumps(asdict(packed)).encode())
     content = json.loads(result.read_text())
@@ -96,15 +95,16 @@ def write(task: Writing) -> dict[str, Any]:
         file with the rows of the graphs.
     """
     if not task.path.exists():
-        found, _ = _gather(task.packing)
-        members, _ = _blocks(found, task.split, task.packing)
+        packing = task.packing
+        facts, keep, _ = _facts(packing)
+        members, _ = _blocks(facts, keep, task.split, packing)
         assert len(members) == task.blocks
-        order = np.concatenate(members)
-        graphs, rows = found.graphs.take(order), found.rows.take(order)
+        found = spill.gather(packing.graphs, packing.low, packing.high, np.concatenate(members))
+        graphs = found.graphs
         shards = _write_shards(task, graphs, np.array([len(m) for m in members]))
         part = f"graphs.parquet/part-{task.part:05d}.parquet"
         numbers = np.repeat(np.arange(task.first_block, task.first_block + task.blocks), [len(m) for m in members])
-        columns = _graph_table(graphs, rows).append_column("block", pa.array(numbers.astype(np.uint32)))
+        columns = _graph_table(graphs, found.rows).append_column("block", pa.array(numbers.astype(np.uint32)))
         write_atomically(task.folder / part, parquet(columns))
         write_atomically(task.path, json.dumps({**shards, "graphs": len(graphs), "part": part}).encode())
     result: dict[str, Any] = json.loads(task.path.read_text())
@@ -118,20 +118,22 @@ def parquet(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _gather(task: Packing) -> tuple[Spill, list[Refusal]]:
-    """The crystals of a range, one for each key: in stage 2 those of different formulas did not meet."""
-    found = spill.gather(task.graphs, task.low, task.high)
-    repeated = repeated_keys(found.rows)
-    if not repeated:
-        return found, []
-    keep = np.setdiff1d(np.arange(len(found)), list(repeated))
-    return chosen(found, keep), [refusal(found.rows, i, "duplicate_key", text) for i, text in repeated.items()]
+def _facts(task: Packing) -> tuple[pa.Table, NDArray[np.int64], list[Refusal]]:
+    """What is known of the crystals of a range; which to keep, one for each key, since those of different formulas did
+    not meet in stage 2; and the others' refusals.
+    """
+    facts = spill.facts(task.graphs, task.low, task.high)
+    repeated = repeated_keys(facts)
+    keep = np.setdiff1d(np.arange(len(facts)), np.fromiter(repeated, np.int64, len(repeated)))
+    return facts, keep, [refusal(facts, i, "duplicate_key", text) for i, text in repeated.items()]
 
 
-def _blocks(found: Spill, split: int, task: Packing) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
+def _blocks(
+    facts: pa.Table, keep: NDArray[np.int64], split: int, task: Packing
+) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
     """The blocks of a split as indices into the range: those to be written, and those set aside."""
-    mine = np.flatnonzero(np.asarray(found.rows["split"]) == split)
-    edges, atoms = 2 * found.graphs.n_edges[mine].astype(np.int64), found.graphs.n_atoms[mine]
+    mine = keep[np.asarray(facts["split"])[keep] == split]
+    edges, atoms = 2 * np.asarray(facts["n_edges"])[mine].astype(np.int64), np.asarray(facts["n_atoms"])[mine]
     block_of, count = pack(edges, atoms, task.settings.budget)
     if count == 0:
         return [], []
