@@ -36,5 +36,14 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+# matgl, which stands beside us in the benchmarks, lives in an environment of its own, so that it decides nothing here.
+.bench-venv/.installed:
+	$(PYTHON) -m venv .bench-venv
+	.bench-venv/bin/python -m pip install --quiet -c constraints.txt matgl==4.1.2 torch==2.13.0
+	@touch $@
+
+bench: setup .bench-venv/.installed
+	$(BIN)/python -m cdssl_dist.bench graph
+
 clean:
 	rm -rf runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,42 @@
+"""matgl's path from text to graphs, timed in an environment of its own: ``.bench-venv/bin/python matgl_path.py FILE``.
+
+Reads pymatgen JSON (a list of records with a ``structure``) or a CSV with a ``cif`` column, as ``cdssl bench graph``
+wrote them, and builds a graph of each with ``Structure2Graph``; nothing is written, which is in its favour.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import time
+
+import torch
+from matgl.config import DEFAULT_ELEMENTS
+from matgl.ext.pymatgen import Structure2Graph
+from pymatgen.core import Structure
+
+torch.set_num_threads(1)
+
+
+def structures(path: str, limit: int) -> list[Structure]:
+    """The structures of a file."""
+    with open(path) as file:
+        if path.endswith(".json"):
+            return [Structure.from_dict(record["structure"]) for record in json.load(file)[:limit]]
+        return [
+            Structure.from_str(row["cif"], "cif") for _, row in zip(range(limit), csv.DictReader(file), strict=False)
+        ]
+
+
+path, limit, repeats = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+converter = Structure2Graph(element_types=DEFAULT_ELEMENTS, cutoff=5.0)
+converter.get_graph(structures(path, 1)[0])  # what is loaded or compiled once
+rates = []
+for _ in range(repeats):
+    begin = time.perf_counter()
+    found = structures(path, limit)
+    for structure in found:
+        converter.get_graph(structure)
+    rates.append(len(found) / (time.perf_counter() - begin))
+print(json.dumps(rates))

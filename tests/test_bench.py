@@ -1,0 +1,45 @@
+"""The benchmarks measure what they say: their data is readable, their figures are complete."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cdssl_dist import bench, bench_data
+from sharding.crystal import Crystal
+from sharding.graph import build
+from sharding.sources import open_source
+
+
+@pytest.mark.parametrize("write", [bench_data.write_json, bench_data.write_csv])
+def test_what_is_made_where_nothing_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: object) -> None:
+    """Texts say the same crystals as ``aflow:`` itself."""
+    monkeypatch.setattr(bench_data, "SHARED", tmp_path)
+    path = tmp_path / ("some.json" if write is bench_data.write_json else "some.csv")
+    write(path, 40)  # type: ignore[operator]
+    source = open_source(str(path))
+    crystals = [item for record in source.records() for item in source.parse(record)]
+    assert all(isinstance(item, Crystal) for item in crystals)
+    expected, _ = build(bench_data.made(40), 5.0)
+    graphs, refused = build(crystals, 5.0)  # type: ignore[arg-type]
+    assert not refused
+    assert graphs.n_edges.tolist() == expected.n_edges.tolist()
+    assert len(set(graphs.keys)) == 40
+
+
+@pytest.mark.slow
+def test_the_figures_are_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["graph", "--json", "--repeat", "1", "--crystals", "512"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert {"json", "csv"} <= figures["text to shard"].keys()
+    for search in figures["neighbour search"].values():
+        assert search["directed edges"] == search["pymatgen's directed edges"] > 0
+    assert [row["crystals"] for row in figures["growth"]] == [64, 128, 256, 512]
+
+
+def test_wrong_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["graph", "--repeat", "0"])
+    assert "--repeat must be 1" in capsys.readouterr().err.splitlines()[-1]
