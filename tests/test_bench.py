@@ -7,22 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from cdssl_dist import bench, bench_data
+from cdssl_dist.bench import data
+from cdssl_dist.bench.__main__ import main
 from sharding.crystal import Crystal
 from sharding.graph import build
 from sharding.sources import open_source
 
 
-@pytest.mark.parametrize("write", [bench_data.write_json, bench_data.write_csv])
+@pytest.mark.parametrize("write", [data.write_json, data.write_csv])
 def test_what_is_made_where_nothing_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: object) -> None:
     """Texts say the same crystals as ``aflow:`` itself."""
-    monkeypatch.setattr(bench_data, "SHARED", tmp_path)
-    path = tmp_path / ("some.json" if write is bench_data.write_json else "some.csv")
+    monkeypatch.setattr(data, "SHARED", tmp_path)
+    path = tmp_path / ("some.json" if write is data.write_json else "some.csv")
     write(path, 40)  # type: ignore[operator]
     source = open_source(str(path))
     crystals = [item for record in source.records() for item in source.parse(record)]
     assert all(isinstance(item, Crystal) for item in crystals)
-    expected, _ = build(bench_data.made(40), 5.0)
+    expected, _ = build(data.made(40), 5.0)
     graphs, refused = build(crystals, 5.0)  # type: ignore[arg-type]
     assert not refused
     assert graphs.n_edges.tolist() == expected.n_edges.tolist()
@@ -31,7 +32,7 @@ def test_what_is_made_where_nothing_is_shared(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.slow
 def test_the_figures_are_complete(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(["graph", "--json", "--repeat", "1", "--crystals", "512"]) == 0
+    assert main(["graph", "--json", "--repeat", "1", "--crystals", "512"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert {"json", "csv"} <= figures["text to shard"].keys()
     for search in figures["neighbour search"].values():
@@ -41,5 +42,5 @@ def test_the_figures_are_complete(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_wrong_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        bench.main(["graph", "--repeat", "0"])
+        main(["graph", "--repeat", "0"])
     assert "--repeat must be 1" in capsys.readouterr().err.splitlines()[-1]

@@ -15,7 +15,7 @@ import numpy as np
 from sharding.crystal import SYMBOLS, Crystal
 from sharding.sources import open_source
 
-SHARED: Final = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+SHARED: Final = Path("../shared/data")  # beside the checkout in which it is run
 
 
 def json_records(count: int) -> Iterator[dict[str, Any]]:

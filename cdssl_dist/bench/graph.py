@@ -10,56 +10,46 @@ import contextlib
 import io
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
-from cdssl_dist import bench_data
-from cdssl_dist.commands import Parser, command
+from cdssl_dist.bench import data
+from cdssl_dist.bench.common import ENVIRONMENT, BenchError, Figures, median
 from sharding.crystal import Crystal
 from sharding.graph import build
 from sharding.pipeline import shard
 from sharding.settings import ShardSettings
 from sharding.sources import ReadOptions, Source, open_source
 
-REPO: Final = Path(__file__).resolve().parent.parent
-MATGL: Final = REPO / ".bench-venv" / "bin" / "python"
 CUTOFF: Final = 5.0  # Å
 GROWTH: Final = (1, 2, 4, 8)
 
-Figures = dict[str, Any]
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """See ``cdssl_dist.bench``."""
+    parser.add_argument("--crystals", type=int, default=16_000, help="in the largest text that is read; 64 at least")
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, and print a table or JSON."""
-    p = Parser("cdssl bench", "Measure this machine. It should have nothing else to do.")
-    p.add_argument("what", choices=("graph",), help="graph: databases → shards")
-    p.add_argument("--json", action="store_true", help="print one JSON object")
-    p.add_argument("--repeat", type=int, default=5, help="runs of each measurement, of which the median is taken")
-    p.add_argument("--crystals", type=int, default=16_000, help="in the largest text that is read")
-    args = p.parse_args(argv)
-    if args.repeat < 1 or args.crystals < 64:
-        p.error("--repeat must be 1 at least, --crystals 64")
+def measure(args: Namespace) -> Figures:
+    """All figures: structures per second and core, unless named otherwise."""
+    if args.crystals < 64:
+        raise BenchError("--crystals must be 64 at least")
     with tempfile.TemporaryDirectory(prefix="cdssl-bench-") as folder:
-        figures = {"machine": machine()} | graph(Path(folder), args.crystals, args.repeat)
-    print(json.dumps(figures, indent=1) if args.json else table(figures))
-    return 0
+        return _figures(Path(folder), args.crystals, args.repeat)
 
 
-def graph(folder: Path, crystals: int, repeat: int) -> Figures:
-    """All figures of ``cdssl bench graph``: structures per second and core, unless named otherwise."""
-    texts = {"json": folder / "some.json", "csv": folder / "some.csv", "mof": bench_data.mofs()}
-    bench_data.write_json(folder / "some.json", crystals)
-    bench_data.write_csv(folder / "some.csv", crystals // 4)
+def _figures(folder: Path, crystals: int, repeat: int) -> Figures:
+    texts = {"json": folder / "some.json", "csv": folder / "some.csv", "mof": data.mofs()}
+    data.write_json(folder / "some.json", crystals)
+    data.write_csv(folder / "some.csv", crystals // 4)
     limits = {"json": crystals, "csv": crystals // 4, "mof": max(crystals // 16, 64)}
     figures: Figures = {"text to shard": {}, "neighbour search": {}, "matgl": {}, "growth": []}
     for name, path in texts.items():
@@ -72,7 +62,7 @@ def graph(folder: Path, crystals: int, repeat: int) -> Figures:
             rates[title] = median(repeat, lambda s=settings, src=source: _sharding(src, s))  # type: ignore[misc]
         figures["text to shard"][name] = rates
         figures["neighbour search"][name] = _searches(source, repeat)
-        if MATGL.exists() and path.suffix in (".json", ".csv"):
+        if (ENVIRONMENT / "bin" / "python").exists() and path.suffix in (".json", ".csv"):
             figures["matgl"][name] = _matgl(path, min(limits[name], 1_000), repeat)
     figures["growth"] = [_growth(folder, crystals * factor // GROWTH[-1], repeat) for factor in GROWTH]
     return figures
@@ -119,9 +109,9 @@ def _searches(source: Source, repeat: int) -> Figures:
 
 
 def _matgl(path: Path, limit: int, repeat: int) -> float:
-    script = REPO / "benchmarks" / "matgl_path.py"
+    script = Path(__file__).with_name("matgl_graph.py")
     answer = subprocess.run(
-        [str(MATGL), str(script), str(path), str(limit), str(repeat)],
+        [str(ENVIRONMENT / "bin" / "python"), str(script), str(path), str(limit), str(repeat)],
         capture_output=True,
         text=True,
         check=False,
@@ -153,27 +143,9 @@ def _growth(folder: Path, crystals: int, repeat: int) -> Figures:
     return {"crystals": crystals, "seconds": statistics.median(seconds), "peak MiB": statistics.median(memory)}
 
 
-def median(repeat: int, measure: Callable[[], float]) -> float:
-    """The median of some runs, after one that loads and compiles."""
-    measure()
-    return statistics.median(measure() for _ in range(repeat))
-
-
-def machine() -> Figures:
-    """What the figures were measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "load before": round(os.getloadavg()[0], 2),
-    }
-
-
 def table(figures: Figures) -> str:
     """The figures for people."""
-    lines = [", ".join(f"{name}: {value}" for name, value in figures["machine"].items()), ""]
+    lines = []
     for title in ("text to shard", "neighbour search"):
         for name, rates in figures[title].items():
             shown = ", ".join(f"{what} {value:,.0f}" for what, value in rates.items())
@@ -182,7 +154,3 @@ def table(figures: Figures) -> str:
     for row in figures["growth"]:
         lines.append(f"growth: {row['crystals']:,} crystals in {row['seconds']:.1f} s, {row['peak MiB']:,.0f} MiB")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

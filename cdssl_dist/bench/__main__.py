@@ -1,0 +1,49 @@
+"""``cdssl bench WHAT``, also ``python -m cdssl_dist.bench WHAT``."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from cdssl_dist.bench.common import machine
+from cdssl_dist.commands import Parser, command
+
+# what → its module, imported when it is asked for: on a machine with a GPU there may be no Ray and no pymatgen
+BENCHMARKS: Final = {
+    "graph": ("cdssl_dist.bench.graph", "databases → shards: structures per second, growth of time and memory"),
+}
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, and print a table or one JSON object."""
+    what, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
+    if what not in BENCHMARKS:
+        parser = Parser("cdssl bench", "Measure this machine, which should have nothing else to do.")
+        choices = parser.add_subparsers(metavar="WHAT", required=True)
+        for name, (_, title) in BENCHMARKS.items():
+            choices.add_parser(name, help=title)
+        parser.parse_args([what])  # says what there is, and exits
+    module, title = BENCHMARKS[what]
+    benchmark = importlib.import_module(module)
+    parser = Parser(f"cdssl bench {what}", title)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--repeat", type=int, default=5, help="runs of each measurement, of which the median is taken")
+    benchmark.add_arguments(parser)
+    args = parser.parse_args(rest)
+    if args.repeat < 1:
+        parser.error("--repeat must be 1 at least")
+    before = machine()
+    figures = benchmark.measure(args)
+    if args.json:
+        print(json.dumps({"machine": before} | figures, indent=1))
+    else:
+        print(", ".join(f"{name}: {value}" for name, value in before.items()) + "\n\n" + benchmark.table(figures))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

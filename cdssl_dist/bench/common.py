@@ -1,0 +1,36 @@
+"""What all benchmarks share."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+ENVIRONMENT: Final = Path(".bench-venv")  # of `make bench`, in the folder where it was run: what only benchmarks need
+
+Figures = dict[str, Any]
+
+
+class BenchError(ValueError):
+    """What is asked for cannot be measured."""
+
+
+def median(repeat: int, measure: Callable[[], float]) -> float:
+    """The median of some runs, after one that loads and compiles."""
+    measure()
+    return statistics.median(measure() for _ in range(repeat))
+
+
+def machine() -> Figures:
+    """What the figures were measured on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "load before": round(os.getloadavg()[0], 2),
+    }
