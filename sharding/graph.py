@@ -1,10 +1,4 @@
-"""Crystals → periodic multigraphs: every image of every atom within the cutoff, ties included.
-
-The neighbour search is exact for any cell, however skewed or thin. For atoms i, j it lists the integer shifts n with
-‖x_j + nL − x_i‖ ≤ r as lattice points in a ball (Fincke and Pohst 1985): in axes where L is upper triangular, n_a is
-bounded by the first coordinate alone, n_b by the second given n_a, and n_c by the third. Few shifts are tried that are
-not edges, no image box has to be guessed, and the shifts come out in lexicographic order, which is the order stored.
-"""
+"""Crystals → periodic multigraphs: every image of every atom within the cutoff, ties included."""
 
 from __future__ import annotations
 
@@ -17,7 +11,7 @@ from numpy.typing import NDArray
 
 from sharding.crystal import MIN_DISTANCE, Crystal, RefusedError, check
 from sharding.jit import compiled
-from sharding.near import SLACK, bins_of, fill_bins, near_atoms, sort_by_dst
+from sharding.neighbours import half_edges
 
 Array = NDArray[Any]
 
@@ -160,133 +154,6 @@ def upper_triangular(lattice: NDArray[np.float64]) -> tuple[NDArray[np.float64],
     return np.ascontiguousarray(np.swapaxes(r, -1, -2)[..., ::-1, ::-1]), q[..., ::-1]
 
 
-@compiled
-def _search(
-    cells: Array,
-    points: Array,
-    fractional: Array,
-    heights: Array,
-    starts: Array,
-    cutoff: float,
-    src: Array,
-    dst: Array,
-    shift: Array,
-    n_edges: Array,
-    nearest: Array,
-    widest: Array,
-) -> int:
-    """List the half edges of every crystal; once the arrays are full, only count.
-
-    Args:
-        cells: (G, 3, 3) upper triangular lattices, rows, Å.
-        points: (N, 3) wrapped positions in the same axes, Å.
-        fractional: (N, 3) the same in units of the cell vectors, in [0, 1).
-        heights: (G, 3) distances between opposite faces of the cells, Å.
-        starts: (G + 1,) first atom of each crystal.
-        cutoff: Å, the tie tolerance already added.
-        src, dst, shift: filled in order.
-        n_edges: (G,) set to the number of half edges.
-        nearest: (N,) set to the squared distance to the nearest neighbour, inf without one.
-        widest: (G,) set to the largest component of a shift.
-
-    Returns:
-        The number of half edges of all crystals.
-    """
-    capacity = len(src)
-    limit = cutoff * cutoff
-    slack = 1e-9 * (1.0 + cutoff)  # an interval end rounded inwards must not lose a tie
-    count = 0
-    nearest[:] = np.inf
-    near = np.empty(np.diff(starts).max() if len(cells) else 0, np.int64)
-    ends, members = near, near  # for the compiler
-    for g in range(len(cells)):
-        a0, a1, a2 = cells[g, 0, 0], cells[g, 0, 1], cells[g, 0, 2]
-        b1, b2, c2 = cells[g, 1, 1], cells[g, 1, 2], cells[g, 2, 2]
-        before = count
-        widest[g] = 0
-        atoms = fractional[starts[g] : starts[g + 1]]
-        # Where two opposite faces are farther apart than this, some atoms are not near; where all are, one image at
-        # most of an atom is within the cutoff.
-        some_wide = heights[g].max() > 2 * (cutoff + SLACK)
-        all_wide = heights[g].min() > 2 * (cutoff + SLACK)
-        bins = bins_of(heights[g], cutoff, len(atoms))
-        binned = bins.max() > 1
-        if binned:
-            ends, members = fill_bins(atoms, bins)
-        for i in range(starts[g], starts[g + 1]):
-            first = count
-            n_near = starts[g + 1] - i
-            if some_wide:
-                n_near = near_atoms(atoms, heights[g], cutoff, bins, ends, members, i - starts[g], near)
-            for m in range(n_near):
-                j = starts[g] + near[m] if some_wide else i + m
-                if all_wide:
-                    if i == j:
-                        continue
-                    na = int(np.rint(fractional[i, 0] - fractional[j, 0]))
-                    nb = int(np.rint(fractional[i, 1] - fractional[j, 1]))
-                    nc = int(np.rint(fractional[i, 2] - fractional[j, 2]))
-                    x = points[j, 0] - points[i, 0] + na * a0
-                    y = points[j, 1] - points[i, 1] + na * a1 + nb * b1
-                    z = points[j, 2] - points[i, 2] + na * a2 + nb * b2 + nc * c2
-                    squared = x * x + y * y + z * z
-                    if squared <= limit:
-                        if count < capacity:
-                            src[count] = i - starts[g]
-                            dst[count] = j - starts[g]
-                            shift[count, 0] = na
-                            shift[count, 1] = nb
-                            shift[count, 2] = nc
-                        count += 1
-                        nearest[i] = min(nearest[i], squared)
-                        nearest[j] = min(nearest[j], squared)
-                        widest[g] = max(widest[g], abs(na), abs(nb), abs(nc))
-                    continue
-                x0 = points[j, 0] - points[i, 0]
-                y0 = points[j, 1] - points[i, 1]
-                z0 = points[j, 2] - points[i, 2]
-                low_a = int(np.ceil((-cutoff - x0 - slack) / a0))
-                high_a = int(np.floor((cutoff - x0 + slack) / a0))
-                if i == j:
-                    low_a = 0  # of ±n only one is kept
-                for na in range(low_a, high_a + 1):
-                    x = x0 + na * a0
-                    room = np.sqrt(max(limit - x * x, 0.0)) + slack
-                    y1 = y0 + na * a1
-                    z1 = z0 + na * a2
-                    low_b = int(np.ceil((-room - y1) / b1))
-                    high_b = int(np.floor((room - y1) / b1))
-                    if i == j and na == 0:
-                        low_b = 0
-                    for nb in range(low_b, high_b + 1):
-                        y = y1 + nb * b1
-                        left = np.sqrt(max(limit - x * x - y * y, 0.0)) + slack
-                        z2 = z1 + nb * b2
-                        low_c = int(np.ceil((-left - z2) / c2))
-                        high_c = int(np.floor((left - z2) / c2))
-                        if i == j and na == 0 and nb == 0:
-                            low_c = 1
-                        for nc in range(low_c, high_c + 1):
-                            z = z2 + nc * c2
-                            squared = x * x + y * y + z * z
-                            if squared > limit:
-                                continue
-                            if count < capacity:
-                                src[count] = i - starts[g]
-                                dst[count] = j - starts[g]
-                                shift[count, 0] = na
-                                shift[count, 1] = nb
-                                shift[count, 2] = nc
-                            count += 1
-                            nearest[i] = min(nearest[i], squared)
-                            nearest[j] = min(nearest[j], squared)
-                            widest[g] = max(widest[g], abs(na), abs(nb), abs(nc))
-            if binned and count <= capacity:
-                sort_by_dst(dst[first:count], shift[first:count])
-        n_edges[g] = count - before
-    return count
-
-
 def build(
     crystals: Sequence[Crystal], cutoff: float, label_names: Sequence[str] = ()
 ) -> tuple[Multigraphs, dict[int, RefusedError]]:
@@ -331,7 +198,7 @@ def build(
         dst = np.empty(capacity, np.uint16)
         shift = np.empty((capacity, 3), np.int16)
         points = _apply(positions, rotation, n_atoms)
-        count = _search(
+        count = half_edges(
             cells, points, fractional, heights, starts, cutoff + TIE, src, dst, shift, n_edges, nearest, widest
         )
         if count <= capacity:

@@ -185,6 +185,27 @@ def test_skewed_supercells_as_libraries_find_them(
     assert tried >= 7
 
 
+@pytest.mark.parametrize(
+    ("lengths", "each"),
+    [((33, 27, 30), 4.1), ((7, 26, 41), 3.7), ((3, 4, 130), 3.0), ((12, 12, 12), 2.9), ((22, 41, 9), 3.9)],
+    ids=["wide", "slab", "needle", "between", "porous"],
+)
+def test_large_cells_as_libraries_find_them(lengths: tuple[float, float, float], each: float) -> None:
+    """Cells in which not every pair is tried: wide ones, and ones wide along some axes; straight and skewed."""
+    rng = np.random.default_rng(6)
+    for skew in (0.0, 0.6):
+        lattice = np.diag(lengths) + skew * np.tril(rng.uniform(-1, 1, (3, 3)), -1) * np.array(lengths)
+        grid = np.array(list(itertools.product(*(np.arange(1, n // each + 1) for n in lengths))))
+        fractional = grid / (np.array(lengths) // each) + rng.uniform(-0.2, 0.2, grid.shape) * each / np.array(lengths)
+        fractional = rng.permutation(fractional)[: len(grid) * 3 // 4] + rng.integers(-2, 3, 3)
+        crystal = Crystal("large", lattice, fractional @ lattice, np.full(len(fractional), 6, np.uint8))
+        graphs, found = only(crystal), directed(crystal)
+        np.testing.assert_array_equal(found, by_ase(crystal))
+        np.testing.assert_array_equal(found, by_pymatgen(crystal))
+        rows = np.column_stack([graphs.edge_src, graphs.edge_dst, graphs.edge_shift]).astype(int)
+        np.testing.assert_array_equal(rows, in_order(rows), "the stored order")
+
+
 def test_a_supercell_has_the_same_distances(aflow: list[Crystal]) -> None:
     def distances(crystal: Crystal) -> NDArray[np.float64]:
         i, j, *n = directed(crystal).T
@@ -332,7 +353,7 @@ def test_upper_triangular_is_the_same_cell_turned() -> None:
 def test_interpreted_is_compiled(aflow: list[Crystal], monkeypatch: pytest.MonkeyPatch) -> None:
     few = [*aflow[:12], *bad_crystals().values()][:-1]
     compiled, refused = build(few, CUTOFF)
-    monkeypatch.setattr(graph, "_search", graph._search.py_func)
+    monkeypatch.setattr(graph, "half_edges", graph.half_edges.py_func)
     interpreted, also_refused = build(few, CUTOFF)
     assert_equal(interpreted, compiled)
     assert {i: why.text for i, why in also_refused.items()} == {i: why.text for i, why in refused.items()}
