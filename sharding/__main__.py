@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from sharding.block import Budget
 from sharding.executor import Executor, WorkerError
@@ -40,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that convert")
     p.add_argument("--address", help="of a Ray cluster that converts, with --workers tasks at a time")
     p.add_argument("--exclude", action="append", default=[], metavar="SOURCE", help="keep out twins of its crystals")
+    p.add_argument("--exclude-keys", metavar="FILE", help="of the excluded, only these: a text with a key in each line")
     p.add_argument(
         "--duplicates", choices=("keep", "exact", "near"), default=DEFAULT.duplicates, help="which repetitions to drop"
     )
@@ -72,12 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             duplicates="keep" if args.no_fingerprints else args.duplicates,
         )
         options = ReadOptions(labels=labels, limit=args.limit, occupancy=args.occupancy)
+        excluded = ReadOptions(occupancy=args.occupancy, keys=_keys(args.exclude_keys))
+        if args.exclude_keys and not args.exclude:
+            raise ValueError("--exclude-keys chooses among the crystals of --exclude: give that too")
         manifest = shard(
             [open_source(s, options) for s in args.sources],
             args.out,
             settings,
             Executor(args.workers, args.address),
-            exclude=[open_source(s, ReadOptions(occupancy=args.occupancy)) for s in args.exclude],
+            exclude=[open_source(s, excluded) for s in args.exclude],
             strict=args.strict,
             work=args.work,
         )
@@ -108,6 +113,12 @@ def summary(manifest: Manifest, folder: str) -> str:
     lines.append(f"  quarantined: {refused or 'none'}")
     lines.append(f"  digest {manifest.digest}")
     return "\n".join(lines)
+
+
+def _keys(path: str | None) -> frozenset[str] | None:
+    if path is None:
+        return None
+    return frozenset(line for line in Path(path).read_text().splitlines() if line)
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -14,6 +14,7 @@ MIN_DISTANCE: Final = 0.5  # Å between atoms
 MIN_HEIGHT: Final = 0.01  # Å between the layers of a cell; below, its vectors are as good as dependent
 MIN_VOLUME_PER_ATOM: Final = 1.5  # Å³
 MAX_VOLUME_PER_ATOM: Final = 500.0  # Å³
+MAX_LABEL: Final = 3.4e38  # what 32-bit floats hold
 
 # fmt: off
 SYMBOLS: Final = (  # the index is the atomic number; index 0 is no element
@@ -78,7 +79,7 @@ def check(crystals: Sequence[Crystal]) -> dict[int, RefusedError]:
     """What no crystal can be: index of the crystal → reason, for those to refuse.
 
     Reason codes: ``unparsable`` (shapes), ``no_atoms``, ``not_finite``, ``key``, ``species``, ``too_close``,
-    ``singular_cell``, ``volume``.
+    ``label``, ``singular_cell``, ``volume``.
     """
     refused: dict[int, RefusedError] = {}
     for i, c in enumerate(crystals):
@@ -93,6 +94,9 @@ def check(crystals: Sequence[Crystal]) -> dict[int, RefusedError]:
             refused[i] = RefusedError("key", "the key is empty or not UTF-8 text")
         elif c.atomic_numbers.min() < 1 or c.atomic_numbers.max() >= len(SYMBOLS):
             refused[i] = RefusedError("species", "an atomic number is outside 1–118")
+        elif wrong := [name for name, value in c.labels.items() if abs(value) > MAX_LABEL]:
+            text = f"label {wrong[0]!r} is {c.labels[wrong[0]]:g}, which 32-bit floats cannot hold"
+            refused[i] = RefusedError("label", text)
     rest = [i for i in range(len(crystals)) if i not in refused]
     lattice = np.array([crystals[i].lattice for i in rest]).reshape(-1, 3, 3)
     volume = np.abs(np.linalg.det(lattice))

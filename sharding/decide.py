@@ -75,14 +75,24 @@ def decided(found: Spill, excluded: Spill | None, settings: ShardSettings) -> Sp
 
 
 def groups_of(found: Spill, settings: ShardSettings) -> list[str]:
-    """The group of each crystal: the source's own word, else its twin group, else its formula."""
+    """The group of each crystal: the source's own word, else its twin group, else its formula.
+
+    A twin of a crystal whose source names its group joins that group. Groups that sources name are not joined with each
+    other: the prototypes of ``aflow:`` are alike enough that all would become one.
+    """
     given = found.rows["group"].to_pylist()
     formulas = found.rows["formula"].to_pylist()
     if not settings.fingerprints or len(found) == 0:
         return [group or formula for group, formula in zip(given, formulas, strict=True)]
     stands = twins.twin_groups(_catalogue(found))
-    keys = found.graphs.keys
-    return [own or f"{f} {keys[s]}" for own, f, s in zip(given, formulas, stands, strict=True)]
+    names: dict[int, str] = {}  # of twin groups with a name that a source gave: the first of them
+    for own, s in zip(given, stands.tolist(), strict=True):
+        if own:
+            names[s] = min(own, names.get(s, own))
+    return [
+        own or names.get(s) or f"{formula} {found.graphs.keys[s]}"
+        for own, formula, s in zip(given, formulas, stands.tolist(), strict=True)
+    ]
 
 
 def split_of(group: str, settings: ShardSettings) -> str:

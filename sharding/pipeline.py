@@ -13,6 +13,8 @@ whole, a rerun after a kill does what is missing, and its result is the same. Th
 from __future__ import annotations
 
 import hashlib
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sharding import convert, decide, spill, write
+from sharding.crystal import Refusal
 from sharding.executor import Executor
 from sharding.graph import TIE
 from sharding.manifest import BLOCK_SCHEMA, SPLITS, DataSetError, Manifest, write_atomically
@@ -90,7 +93,8 @@ def _sharded(
     """All stages."""
     with executor, Quarantine(work.folder / "quarantine.jsonl") as refused:
         unlabelled = replace(settings, labels={})
-        excluded = _convert("exclude", exclude, work.path / "excluded", unlabelled, executor)
+        excluded = _convert("exclude", exclude, work.path / "excluded", unlabelled, executor, refused, strict)
+        _all_met(exclude, excluded)
         graphs = _convert("convert", sources, work.path / "1-graphs", settings, executor, refused, strict)
         names = ", ".join(source.name for source in sources)
         if not graphs:
@@ -110,10 +114,10 @@ def _convert(
     folder: Path,
     settings: ShardSettings,
     executor: Executor,
-    refused: Quarantine | None = None,
-    strict: bool = False,
+    refused: Quarantine,
+    strict: bool,
 ) -> list[Path]:
-    """Stage 1: the files."""
+    """Stage 1: the files. The same for what is to be kept out, where a refusal matters as much: it hides twins."""
     if not sources:
         return []
     folder.mkdir(exist_ok=True)
@@ -124,10 +128,26 @@ def _convert(
             if strict and done.refused:
                 first = done.refused[0]
                 raise StrictError(f"{first.source}, {first.position}: {first.text} [{first.code}]")
-            if refused is not None:
-                refused.add(done.refused)
+            refused.add([_hides_twins(r) for r in done.refused] if title == "exclude" else done.refused)
             progress.add(done.crystals)
     return paths
+
+
+def _hides_twins(refusal: Refusal) -> Refusal:
+    text = f"of the excluded: {refusal.text} [{refusal.code}]; twins of it, if there are any, are not kept out"
+    return replace(refusal, code="exclude_refused", text=text)
+
+
+def _all_met(exclude: Sequence[Source], files: list[Path]) -> None:
+    """Check that keys which are to be excluded occur: a list of other ids would keep nothing out."""
+    wanted = {key for source in exclude for key in (source.options and source.options.keys) or ()}
+    if not wanted:
+        return
+    met = {key for path in files for key in spill.read(path).rows["key"].to_pylist()}
+    met |= {refusal.key for path in files for refusal in spill.refusals(path)}
+    if absent := sorted(wanted - met):
+        listed = ", ".join(map(repr, absent[:5])) + (", …" if len(absent) > 5 else "")
+        raise DataSetError(f"{len(absent)} of {len(wanted)} keys to exclude are in no excluded source: {listed}")
 
 
 def _merge(files: list[Path], folder: Path, settings: ShardSettings, executor: Executor) -> list[Path]:
@@ -219,13 +239,18 @@ def _write(
                 block += n
                 shard += -(-n // settings.blocks_per_shard)
     names, shards, tables = [], [], []
+    labelled: Counter[str] = Counter()
     with Progress("write", "crystals", sum(p.graphs for p in packed)) as progress:
         for result in executor.map(write.write, tasks):
             names.append(result["part"])
             shards += result["shards"]
             tables.append(pa.Table.from_pylist(result["blocks"], BLOCK_SCHEMA))
+            labelled.update(result["labelled"])
             progress.add(result["graphs"])
 
+    for name, column in settings.labels.items():
+        if not labelled[name]:
+            print(f"warning: no crystal has a label {name!r}; is {column!r} the name of its column?", file=sys.stderr)
     blocks = pa.concat_tables(tables).combine_chunks()
     write_atomically(folder / "blocks.parquet", write.parquet(blocks))
     refused.finish()

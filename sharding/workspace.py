@@ -19,7 +19,7 @@ from typing import Final
 from sharding.crystal import Refusal
 from sharding.manifest import SPLITS, DataSetError, Manifest, read_manifest, write_atomically
 from sharding.settings import ShardSettings
-from sharding.sources import Source
+from sharding.sources import ReadOptions, Source
 
 WORK: Final = ".work"
 TEMPORARY: Final = re.compile(r"\..+\.\d+\.tmp")
@@ -146,7 +146,15 @@ class Quarantine:
 def describe(sources: Sequence[Source], exclude: Sequence[Source], settings: ShardSettings) -> bytes:
     """What a task is: a rerun of another one must not go on with its work."""
     named = {
-        part: [{"name": s.name, "occupancy": s.options.occupancy if s.options else None} for s in listed]
+        part: [{"name": source.name} | _shaping(source.options) for source in listed]
         for part, listed in (("sources", sources), ("exclude", exclude))
     }
     return json.dumps(named | {"settings": asdict(settings)}, indent=1).encode()
+
+
+def _shaping(options: ReadOptions | None) -> dict[str, object]:
+    """What of the options of a source decides what it gives; labels are in the settings."""
+    if options is None:
+        return {}
+    keys = hashlib.sha256("\0".join(sorted(options.keys)).encode()).hexdigest() if options.keys is not None else None
+    return {"occupancy": options.occupancy, "keys": keys}

@@ -91,8 +91,8 @@ def write(task: Writing) -> dict[str, Any]:
     """Write the shards and the part of the graph table.
 
     Returns:
-        ``blocks``: rows of the block table; ``shards``: entries of the manifest; ``graphs``: how many; ``part``: the
-        file with the rows of the graphs.
+        ``blocks``: rows of the block table; ``shards``: entries of the manifest; ``graphs``: how many;
+        ``labelled``: how many have each label; ``part``: the file with the rows of the graphs.
     """
     if not task.path.exists():
         packing = task.packing
@@ -106,7 +106,9 @@ def write(task: Writing) -> dict[str, Any]:
         numbers = np.repeat(np.arange(task.first_block, task.first_block + task.blocks), [len(m) for m in members])
         columns = _graph_table(graphs, found.rows).append_column("block", pa.array(numbers.astype(np.uint32)))
         write_atomically(task.folder / part, parquet(columns))
-        write_atomically(task.path, json.dumps({**shards, "graphs": len(graphs), "part": part}).encode())
+        labelled = {name: int(np.isfinite(values).sum()) for name, values in graphs.labels.items()}
+        counts = {"graphs": len(graphs), "labelled": labelled}
+        write_atomically(task.path, json.dumps({**shards, **counts, "part": part}).encode())
     result: dict[str, Any] = json.loads(task.path.read_text())
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import resource
@@ -21,6 +22,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from killable import Killable, until
+from pymatgen.core import Lattice, Structure
 from test_format import contents, optimade, refusals_of
 
 from sharding.__main__ import main
@@ -408,3 +410,27 @@ def xyz(crystal: Crystal) -> str:
     atoms = "".join(f"{SYMBOLS[z]} {x:.12g} {y:.12g} {w:.12g}\n" for z, (x, y, w) in rows)
     head = f'Lattice="{cell}" Properties=species:S:1:pos:R:3 id="{crystal.key}" pbc="T T T" note="{"long " * 500}"'
     return f"{len(crystal.positions)}\n{head}\n{atoms}"
+
+
+# -- labels ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_label_that_nobody_has_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A misspelled column of a JSON file cannot be known before it was read whole."""
+    rock_salt = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.6), ["Na", "Cl"], [[0] * 3, [0.5] * 3]).as_dict()
+    rows = [{"id": f"x{i}", "gap": float(i), "structure": rock_salt} for i in range(4)]
+    (tmp_path / "some.json").write_text(json.dumps(rows))
+    labels = ["--label", "gap=gap", "--label", "energy=enrgy"]
+    command = [str(tmp_path / "some.json"), "--out", str(tmp_path / "d"), "--workers", "1", "--duplicates", "keep"]
+    assert main([*command, *labels]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert warnings == ["warning: no crystal has a label 'energy'; is 'enrgy' the name of its column?"]
+
+
+def test_a_label_that_does_not_fit_is_no_infinity(tmp_path: Path, aflow: list[Crystal]) -> None:
+    labels = [1.0, -3e38, 1e39, float("nan"), float("-inf")]
+    crystals = [replace(aflow[i], labels={"gap": value}) for i, value in enumerate(labels)]
+    shard([from_crystals(crystals)], tmp_path / "d", replace(SETTINGS, labels={"gap": "gap"}))
+    refused = {line["key"]: line["text"] for line in refusals_of(tmp_path / "d")}
+    assert refused.keys() == {aflow[2].key, aflow[4].key}
+    assert refused[aflow[2].key] == "label 'gap' is 1e+39, which 32-bit floats cannot hold"

@@ -14,9 +14,9 @@ from scipy.spatial.transform import Rotation
 from test_format import optimade, refusals_of
 
 from sharding.__main__ import main
-from sharding.crystal import Crystal
+from sharding.crystal import Crystal, reduced_formula
 from sharding.manifest import DataSetError, read_manifest
-from sharding.pipeline import shard
+from sharding.pipeline import StrictError, shard
 from sharding.settings import Duplicates, ShardSettings
 from sharding.sources import from_crystals
 
@@ -58,6 +58,56 @@ def test_what_is_excluded_stays_out_in_any_disguise(plain: list[Crystal], tmp_pa
     assert not names & kept(tmp_path / "d").keys()
     assert len(out) < 1.2 * len(names)  # and hardly anything else
     assert read_manifest(tmp_path / "d").quarantined["excluded"] == len(out)
+
+
+def test_only_some_of_a_file_are_excluded(
+    plain: list[Crystal], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A labeled file holds its training part too; the keys of its test part say what is kept out."""
+    labeled = optimade(tmp_path / "labeled.parquet", [disguised(c, i) for i, c in enumerate(plain[:20])], {})
+    source = optimade(tmp_path / "all.parquet", plain, {})
+    keys = [f"copy of {c.key}" for c in plain[:10]]
+    (tmp_path / "test.txt").write_text("\n".join(keys) + "\n")
+    command = [
+        str(source),
+        "--out",
+        str(tmp_path / "d"),
+        "--workers",
+        "1",
+        "--exclude-keys",
+        str(tmp_path / "test.txt"),
+    ]
+    assert main(command) == 2
+    assert "give that too" in capsys.readouterr().err
+    assert main([*command, "--exclude", str(labeled)]) == 0
+    out = {r["text"] for r in refusals_of(tmp_path / "d") if r["code"] == "excluded"}
+    assert out == {f"a twin of {key!r}, which is excluded" for key in keys}
+
+    (tmp_path / "test.txt").write_text("\n".join([*keys, "JVASP-1"]))
+    assert main([*command, "--exclude", str(labeled), "--out", str(tmp_path / "e")]) == 2
+    assert "1 of 11 keys to exclude are in no excluded source: 'JVASP-1'" in capsys.readouterr().err
+
+
+def test_an_excluded_crystal_that_cannot_be_compared_is_said(plain: list[Crystal], tmp_path: Path) -> None:
+    """It keeps nothing out, which would be a leak that nobody sees."""
+    thin = replace(plain[0], key="thin", lattice=100 * plain[0].lattice)
+    shard([from_crystals(plain)], tmp_path / "d", exclude=[from_crystals([thin, plain[7]], "labeled")])
+    (line,) = [r for r in refusals_of(tmp_path / "d") if r["code"] == "exclude_refused"]
+    assert (line["key"], line["source"]) == ("thin", "labeled") and "[volume]" in line["text"]
+    assert plain[0].key in kept(tmp_path / "d") and plain[7].key not in kept(tmp_path / "d")
+    with pytest.raises(StrictError, match=r"labeled.*\[volume\]"):
+        shard([from_crystals(plain)], tmp_path / "e", exclude=[from_crystals([thin], "labeled")], strict=True)
+
+
+def test_a_twin_joins_the_group_that_a_source_names(plain: list[Crystal], tmp_path: Path) -> None:
+    """Prototypes are split as wholes; the same compounds from another database must not land on the other side."""
+    named = [replace(c, group=f"prototype {len(reduced_formula(c.atomic_numbers))}") for c in plain]
+    copies = [disguised(c, i) for i, c in enumerate(plain)]
+    settings = ShardSettings(duplicates="keep", val=0.5)
+    shard([from_crystals(copies, "other"), from_crystals(named)], tmp_path / "d", settings)
+    split = kept(tmp_path / "d")
+    assert {"train", "val"} <= set(split.values())
+    assert all(split[c.key] == split[f"copy of {c.key}"] for c in named)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ class ReadOptions:
     labels: dict[str, str] = field(default_factory=dict)  # label name → column in the source, dotted where nested
     limit: int | None = None  # read this many crystals, then stop
     occupancy: Literal["refuse", "majority"] = "refuse"  # of a disordered crystal: the crystal, or its rarer species
+    keys: frozenset[str] | None = None  # only the crystals with these keys
     max_record_bytes: int = 256 * 2**20  # of one crystal, decompressed: guards against decompression bombs
 
 
@@ -147,9 +148,12 @@ def from_crystals(crystals: Iterable[Crystal], name: str = "python", **about: An
 
 def parse_records(source: Source, records: Iterable[Record]) -> Iterator[Crystal | Refusal]:
     """Parse, and turn what cannot be parsed into refusals: one bad record loses nothing else."""
+    keys = source.options.keys if source.options else None
     for record in records:
         try:
             for item in source.parse(record):
+                if keys is not None and item.key not in keys:
+                    continue
                 placed = not isinstance(item, Crystal) or item.position
                 yield item if placed else replace(item, position=record.position)
         except RefusedError as why:
