@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,11 @@ class Crystal:
     labels: Mapping[str, float] = field(default_factory=dict)  # name → value, NaN where missing
     group: str | None = None  # crystals of one group never straddle a split
     position: str = ""  # where in its source, for the quarantine
+
+    def at(self, position: str) -> Crystal:
+        """The same, as found there. ``dataclasses.replace`` would take a tenth of the time of reading."""
+        c = self
+        return Crystal(c.key, c.lattice, c.positions, c.atomic_numbers, c.labels, c.group, position)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +88,20 @@ def check(crystals: Sequence[Crystal]) -> dict[int, RefusedError]:
     ``label``, ``singular_cell``, ``volume``.
     """
     refused: dict[int, RefusedError] = {}
+    not_finite = _where(lambda x: ~np.isfinite(x), [c.lattice for c in crystals])
+    not_finite |= _where(lambda x: ~np.isfinite(x), [c.positions for c in crystals])
+    no_elements = _where(lambda z: (z < 1) | (z >= len(SYMBOLS)), [c.atomic_numbers for c in crystals])
     for i, c in enumerate(crystals):
         n = len(c.atomic_numbers)
         if n == 0:
             refused[i] = RefusedError("no_atoms", "the cell holds no atoms")
         elif c.positions.shape != (n, 3) or c.lattice.shape != (3, 3):
             refused[i] = RefusedError("unparsable", "the numbers of species and of positions differ")
-        elif not (np.isfinite(c.lattice).all() and np.isfinite(c.positions).all()):
+        elif i in not_finite:
             refused[i] = RefusedError("not_finite", "a cell vector or a position is NaN or infinite")
         elif not _is_text(c.key):
             refused[i] = RefusedError("key", "the key is empty or not UTF-8 text")
-        elif c.atomic_numbers.min() < 1 or c.atomic_numbers.max() >= len(SYMBOLS):
+        elif i in no_elements:
             refused[i] = RefusedError("species", "an atomic number is outside 1–118")
         elif wrong := [name for name, value in c.labels.items() if abs(value) > MAX_LABEL]:
             text = f"label {wrong[0]!r} is {c.labels[wrong[0]]:g}, which 32-bit floats cannot hold"
@@ -116,6 +125,13 @@ def check(crystals: Sequence[Crystal]) -> dict[int, RefusedError]:
     return refused
 
 
+def _where(wrong: Callable[[NDArray[Any]], NDArray[np.bool_]], arrays: Sequence[NDArray[Any]]) -> set[int]:
+    """Which of some arrays have a wrong value; looked at all together, which is faster than one by one."""
+    values = np.concatenate([np.empty(0), *(array.ravel() for array in arrays)])
+    ends = np.cumsum([array.size for array in arrays])
+    return set(np.searchsorted(ends, np.flatnonzero(wrong(values)), side="right").tolist())
+
+
 def _is_text(key: str) -> bool:
     try:
         return bool(key.encode())
@@ -125,9 +141,7 @@ def _is_text(key: str) -> bool:
 
 def reduced_formula(numbers: NDArray[np.uint8]) -> str:
     """Formula divided by the greatest common divisor, elements in alphabetical order (as OPTIMADE writes it)."""
-    counts = np.bincount(numbers)
-    found = np.flatnonzero(counts).tolist()
-    amounts = counts[found].tolist()
-    divisor = math.gcd(*amounts)
-    parts = sorted((SYMBOLS[z], n // divisor) for z, n in zip(found, amounts, strict=True))
+    counts = Counter(numbers.astype(np.uint8, copy=False).tobytes())  # counts bytes, which C does
+    divisor = math.gcd(*counts.values())
+    parts = sorted((SYMBOLS[z], n // divisor) for z, n in counts.items())
     return "".join(symbol + (str(n) if n > 1 else "") for symbol, n in parts)

@@ -154,8 +154,7 @@ def parse_records(source: Source, records: Iterable[Record]) -> Iterator[Crystal
             for item in source.parse(record):
                 if keys is not None and item.key not in keys:
                     continue
-                placed = not isinstance(item, Crystal) or item.position
-                yield item if placed else replace(item, position=record.position)
+                yield item if isinstance(item, Refusal) or item.position else item.at(record.position)
         except RefusedError as why:
             yield Refusal("", source.name, record.position, why.code, why.text[:300])
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -121,7 +120,7 @@ def _parse(source: str, key: str, options: ReadOptions, record: Record) -> Itera
             else:
                 entry = dict(zip(SITES, (lattices[i], positions[i], names[i]), strict=True)) | {"species": species[i]}
                 crystal = dialects.optimade(entry, name, found, options)
-            yield replace(crystal, position=f"row {first + i}")
+            yield crystal.at(f"row {first + i}")
         except (RefusedError, ValueError, KeyError, TypeError) as why:
             code = why.code if isinstance(why, RefusedError) else "unparsable"
             yield refusal(name or "", source, f"row {first + i}", code, str(why))

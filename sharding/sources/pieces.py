@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -91,7 +90,7 @@ def parsed(
                 position = f"{piece.position}, {item.position}" if item.position else piece.position
                 yield refusal(item.key, name, position, item.code, item.text)
             else:
-                yield replace(item, position=piece.position)
+                yield item.at(piece.position)
 
 
 def refusal(key: str, source: str, position: str, code: str, text: str) -> Refusal:
