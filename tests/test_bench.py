@@ -37,7 +37,7 @@ def test_the_figures_are_complete(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"json", "csv"} <= figures["text to shard"].keys()
     for search in figures["neighbour search"].values():
         assert search["directed edges"] == search["pymatgen's directed edges"] > 0
-    assert [row["crystals"] for row in figures["growth"]] == [64, 128, 256, 512]
+    assert [row["crystals"] for row in figures["growth"]] == [256, 512, 1024, 2048]
 
 
 def test_wrong_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
