@@ -36,6 +36,8 @@ class DataConfig(Section):
     packs_per_step: int = Field(8, ge=1)  # P: the global batch, whatever the number of ranks
     blocks_per_pack: int = Field(1, ge=1)  # k: the micro-batch of one rank
     prefetch: int = Field(4, ge=1)  # packs that are read ahead
+    cache_gb: float = Field(50.0, ge=0)  # 10⁹ bytes of remote shards that a node keeps; 0 keeps none
+    bad_blocks: Literal["error", "skip"] = "error"  # a block that is not what its checksum says
     val_packs: int | None = Field(None, ge=1)  # of one validation; all where left out
 
 
@@ -197,8 +199,9 @@ class Config(Section):
     def digest(self) -> str:
         """SHA-256 of what decides the encoder: not of paths, cluster size or bookkeeping."""
         content = self.model_dump(mode="json", exclude={"run", "cluster", "tracking", "registry", "checkpoint"})
-        content["data"].pop("path"), content["data"].pop("prefetch")
-        for free in ("threads", "stage", "device"):  # where and how, not what is computed
+        for free in ("path", "prefetch", "cache_gb", "bad_blocks"):  # where and how, not what is computed
+            content["data"].pop(free)
+        for free in ("threads", "stage", "device"):
             content["engine"].pop(free)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -16,7 +16,7 @@ from cdssl_dist.checkpoint import Checkpoint, Progress
 from cdssl_dist.config import Config
 from cdssl_dist.edges import GaussianExpansion
 from cdssl_dist.engine import Engine, EngineSettings, init_distributed
-from cdssl_dist.evaluate import Validation, fit_reference
+from cdssl_dist.evaluate import Validation, fit_reference, gathered
 from cdssl_dist.export import EncoderCard, write_encoder
 from cdssl_dist.guard import Guard, GuardRules, GuardStop
 from cdssl_dist.loader import DataSet, Loader, Step
@@ -72,16 +72,19 @@ class Trainer:
         self.folder = Path(config.run)
         self.checkpoints = self.folder / "checkpoints"
 
-        self.data = DataSet(config.data_path)
+        self.data = DataSet(config.data_path, cache_gb=config.data.cache_gb)
         k, per_step = config.data.blocks_per_pack, config.data.packs_per_step
         self.plan = EpochPlan(self.data.table("train"), config.noise.seed, k, per_step)
         end = self.data.manifest.cutoff + config.graph.margin
         expansion = GaussianExpansion(config.graph.centers, end, config.graph.gamma)
         self.task = Denoising(expansion, config.noise.range, config.noise.seed)
-        self.reference = fit_reference(
-            self.data, replace(self.plan, last="pad"), self.task, config.tracking.baseline_packs, device
+        packs, bad_blocks = config.tracking.baseline_packs, config.data.bad_blocks
+        fitted = replace(self.plan, last="pad")
+        self.reference = fit_reference(self.data, fitted, self.task, packs, device, bad_blocks)
+        packs_of_val = config.data.val_packs
+        self.validation = Validation(
+            self.data, self.task, self.reference, k, per_step, packs_of_val, device, bad_blocks
         )
-        self.validation = Validation(self.data, self.task, self.reference, k, per_step, config.data.val_packs, device)
 
         torch.manual_seed(config.model.seed)
         self.size = config.model.model_dump(exclude={"seed"})
@@ -100,6 +103,7 @@ class Trainer:
         self.ledger = Ledger.read(self.folder)
         self.guard = Guard(GuardRules(**config.guard.model_dump()))
         self.stopping = False
+        self.skipped: tuple[int, ...] = ()  # bad blocks that this rank left out of the step
         self.lr = 0.0
         self.metrics: dict[str, float] = {}  # of the last validation
 
@@ -151,6 +155,7 @@ class Trainer:
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device) if due else None
         # DeepSpeed divides by micro-steps and averages over ranks; the loss is per scored edge of the whole step.
         scale = self.world_size * len(step.packs) / max(step.edges, 1)
+        self.skipped = step.skipped
         for raw in step.packs:
             batch = widen(raw.to(self.device))
             reference = self.reference if due else None
@@ -163,11 +168,15 @@ class Trainer:
 
     def _decide(self, norm: float) -> float | None:
         """The engine's question, once a step on all ranks: the learning rate to apply it with, or None."""
-        # The norm was reduced already, so all ranks judge alike; what they do not share is who was asked to stop.
+        # The norm was reduced already, so all ranks judge alike; what they do not share is who was asked to stop, and
+        # who met bad blocks.
         self.guard.judge(norm, rollbacks=len(self.ledger.rollbacks))
-        asked = torch.tensor([float(self.stop_requested())], device=self.device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        self.stopping = bool(asked.item())
+        mine = torch.tensor([float(self.stop_requested()), float(len(self.skipped))], device=self.device)
+        dist.all_reduce(mine)
+        asked, skipped = mine.tolist()
+        self.stopping = asked > 0
+        if skipped:
+            self._tell_skipped(self.cursor, "train", gathered(self.skipped))
         if self.guard.last.verdict not in ("apply", "clip"):
             return None
         before = self.guard.state.applied - 1
@@ -211,7 +220,13 @@ class Trainer:
         if self.log:
             self.log.metrics(self.cursor, self.metrics)
             self.log.say(f"step {self.cursor}  " + "  ".join(f"{n} {v:.4f}" for n, v in self.metrics.items()))
+        self._tell_skipped(self.cursor, "val", self.validation.skipped)
         self.meter.restart()
+
+    def _tell_skipped(self, step: int, split: str, blocks: list[int]) -> None:
+        """An event for the bad blocks that a step or a validation went without, on whatever rank."""
+        if self.log and blocks:
+            self.log.event(step, "bad blocks", split=split, blocks=blocks)
 
     def _tell(self, step: Step) -> None:
         """An event for each verdict that is not plainly to apply; a stop ends the run."""
@@ -266,6 +281,7 @@ class Trainer:
             last=self.config.schedule.steps,
             prefetch=self.config.data.prefetch,
             pin=self.device.type == "cuda",
+            bad_blocks=self.config.data.bad_blocks,
         )
 
     def _status(self, state: str, figures: dict[str, float]) -> None:
