@@ -149,16 +149,25 @@ def widen(raw: RawPack) -> GraphBatch:
     graph_of_atom = torch.repeat_interleave(graphs, atoms_of_graph, output_size=n_total)
     graph_of_half = torch.repeat_interleave(graphs, edges_of_graph, output_size=half)
     first_atom = torch.cumsum(atoms_of_graph, 0) - atoms_of_graph
-    src = raw.edge_src.long() + first_atom.index_select(0, graph_of_half)
-    dst = raw.edge_dst.long() + first_atom.index_select(0, graph_of_half)
+    first_of_half = first_atom.index_select(0, graph_of_half)
+    src, dst = raw.edge_src.long() + first_of_half, raw.edge_dst.long() + first_of_half
 
-    receiver, order = torch.sort(torch.cat([src, dst]), stable=True)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(2 * half, device=device)
-    sender = torch.cat([dst, src]).index_select(0, order)
-    shift = torch.cat([raw.edge_shift, -raw.edge_shift]).index_select(0, order)
-    mirror = place.index_select(0, torch.where(order < half, order + half, order - half))
-    row_ptr = torch.searchsorted(receiver, torch.arange(n_total + 1, device=device))
+    # The half list is sorted by src, so only dst is. An atom's edges are those that it is the src of, then the others.
+    atoms, halves = torch.arange(n_total + 1, device=device), torch.arange(half, device=device)
+    sorted_dst, by_dst = torch.sort(dst.int(), stable=True)
+    as_src, as_dst = torch.searchsorted(src, atoms), torch.searchsorted(sorted_dst, atoms.int())
+    row_ptr = as_src + as_dst
+    forward = halves + as_dst.index_select(0, src)  # places of the edges that src receives, and of their reverses
+    backward = torch.empty_like(forward)
+    backward[by_dst] = halves + as_src[1:].index_select(0, sorted_dst)
+    place = torch.cat([forward, backward])
+
+    def placed(of_src: Tensor, of_dst: Tensor) -> Tensor:
+        both = torch.cat([of_src, of_dst])
+        return torch.empty_like(both).index_copy_(0, place, both)
+
+    receiver = torch.repeat_interleave(atoms[:-1], row_ptr.diff(), output_size=2 * half)
+    sender = placed(dst, src)
 
     return GraphBatch(
         atomic_numbers=raw.atomic_numbers.long(),
@@ -167,10 +176,10 @@ def widen(raw: RawPack) -> GraphBatch:
         graph_of_atom=graph_of_atom,
         receiver=receiver,
         sender=sender,
-        shift=shift.to(torch.float32),
+        shift=placed(raw.edge_shift.float(), (-raw.edge_shift).float()),
         graph_of_edge=graph_of_atom.index_select(0, receiver),
         row_ptr=row_ptr,
-        mirror=mirror,
+        mirror=placed(backward, forward),
         scored=receiver != sender,
         atoms_of_graph=atoms_of_graph,
         edges_of_graph=2 * edges_of_graph,
