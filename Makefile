@@ -44,6 +44,7 @@ types: setup
 
 bench: setup .bench-venv/.installed
 	$(BIN)/python -m cdssl_dist.bench graph
+	$(BIN)/python -m cdssl_dist.bench loader
 
 clean:
 	rm -rf runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

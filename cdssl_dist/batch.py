@@ -111,29 +111,31 @@ def collate(
     if left[0] < 1 or left[1] < 1 or left[2] < 0:
         raise ValueError(f"a pack of {sum(graphs)} graphs, {sum(atoms)} atoms, {sum(edges)} half edges exceeds {shape}")
 
-    def joined(name: str, rows: int, dtype: Any, tail: tuple[int, ...] = ()) -> Tensor:
+    def joined(name: str, rows: int, dtype: Any, tail: tuple[int, ...] = (), last: int = 0) -> Tensor:
         out = np.zeros((rows, *tail), dtype)
         if blocks:
             filled = sum(len(b[name]) for b in blocks)
             np.concatenate([b[name] for b in blocks], out=out[:filled], casting="unsafe")
+        if last:
+            out[-1] = last
         return torch.from_numpy(out)
 
-    n_atoms = joined("n_atoms", shape.graphs, np.int32)
-    n_edges = joined("n_edges", shape.graphs, np.int32)
-    n_atoms[-1], n_edges[-1] = left[1], left[2]
+    def row(*values: int) -> Tensor:
+        return torch.from_numpy(np.array(values, np.int64))
+
     return RawPack(
-        n_atoms=n_atoms,
-        n_edges=n_edges,
+        n_atoms=joined("n_atoms", shape.graphs, np.int32, last=left[1]),
+        n_edges=joined("n_edges", shape.graphs, np.int32, last=left[2]),
         lattice=joined("lattice", shape.graphs, np.float32, (3, 3)),
         atomic_numbers=joined("atomic_numbers", shape.atoms, np.uint8),
         positions=joined("positions", shape.atoms, np.float32, (3,)),
         edge_src=joined("edge_src", shape.half_edges, index_dtype),
         edge_dst=joined("edge_dst", shape.half_edges, index_dtype),
         edge_shift=joined("edge_shift", shape.half_edges, np.int8, (3,)),
-        block=torch.tensor([*(n for n, _ in numbers), NO_BLOCK]),
-        epoch=torch.tensor([*(e for _, e in numbers), 0]),
-        block_atoms=torch.tensor([*atoms, left[1]]),
-        block_graphs=torch.tensor([*graphs, left[0]]),
+        block=row(*(n for n, _ in numbers), NO_BLOCK),
+        epoch=row(*(e for _, e in numbers), 0),
+        block_atoms=row(*atoms, left[1]),
+        block_graphs=row(*graphs, left[0]),
     )
 
 

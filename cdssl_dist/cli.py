@@ -18,7 +18,7 @@ COMMANDS: Final = {
     "finetune": ("cdssl_dist.finetune", "fine-tune a registered encoder on labeled crystals"),
     "registry": ("cdssl_dist.registry_cli", "list, show, pull, promote and roll back registered encoders"),
     "demo": ("cdssl_dist.demo", "the whole path on crystals that ship with pymatgen"),
-    "bench": ("cdssl_dist.bench.__main__", "measure this machine: sharding, beside what others use"),
+    "bench": ("cdssl_dist.bench.__main__", "measure this machine: sharding and loading, beside what others use"),
     "doctor": ("cdssl_dist.doctor", "check this machine and this installation"),
 }
 

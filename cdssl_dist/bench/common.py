@@ -24,6 +24,17 @@ def median(repeat: int, measure: Callable[[], float]) -> float:
     return statistics.median(measure() for _ in range(repeat))
 
 
+def in_turns(repeat: int, measures: dict[str, Callable[[], float]]) -> dict[str, float]:
+    """The median of each measure, taken in turns, so that a busy machine is busy for all; see ``median``."""
+    found: dict[str, list[float]] = {name: [] for name in measures}
+    for i in range(repeat + 1):
+        for name, measure in measures.items():
+            value = measure()
+            if i:
+                found[name].append(value)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
 def machine() -> Figures:
     """What the figures were measured on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
