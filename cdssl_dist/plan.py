@@ -76,6 +76,11 @@ class EpochPlan:
         """P·k."""
         return self.blocks_per_pack * self.packs_per_step
 
+    @property
+    def window(self) -> int:
+        """Blocks of a lane that are shuffled together: those of a few shards."""
+        return _window(self.table)
+
     def steps_before(self, epoch: int) -> int:
         """Number of the first step of an epoch's segment."""
         n, full = len(self.table), self.blocks_per_step
@@ -189,7 +194,7 @@ def _order(plan: EpochPlan, epoch: int) -> NDArray[np.int64]:
     return _shuffled(len(plan.table), lambda part: place[plan.table.shard[part]], len(shards), source)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=3)  # two epochs of training, where shards are fetched ahead, and one of validation
 def _segment(plan: EpochPlan, epoch: int) -> NDArray[np.int64]:
     """See ``EpochPlan.segment``.
 
@@ -207,9 +212,8 @@ def _segment(plan: EpochPlan, epoch: int) -> NDArray[np.int64]:
         used = min(end - first, n)
         np.add(plan.order(epoch)[:used], epoch * n, out=places[:used])
     source = _random(plan, epoch, "lanes")
-    window = max(SHARDS_MIXED * n // len(_shards(plan.table)), 1)
     for lane in places.reshape(p, -1) if len(places) else ():
-        _mix(lane, window, source)
+        _mix(lane, plan.window, source)
     return places
 
 
@@ -228,6 +232,12 @@ def _shards(table: BlockTable) -> NDArray[np.int64]:
     for part in _chunks(len(table)):
         found[table.shard[part]] = True
     return np.flatnonzero(found)
+
+
+@lru_cache(maxsize=3)
+def _window(table: BlockTable) -> int:
+    """See ``EpochPlan.window``."""
+    return max(SHARDS_MIXED * len(table) // len(_shards(table)), 1)
 
 
 def _chunks(n: int) -> Iterator[slice]:

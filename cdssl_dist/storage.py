@@ -25,6 +25,9 @@ class Storage(Protocol):
     def read(self, shard: int, offset: int, size: int, stop: threading.Event | None) -> bytes:
         """Bytes of a shard, unverified and perhaps too few."""
 
+    def fetch(self, shard: int, stop: threading.Event | None) -> bool:
+        """Bring a shard near before it is read; False where there is no nearer place, and nothing was done."""
+
     def again(self, shard: int) -> bool:
         """Told that a shard gave wrong bytes: whether reading once more may help."""
 
@@ -63,6 +66,10 @@ class LocalShards:
         except OSError as why:
             raise DataSetError(f"{self._paths[shard]}: the shard was lost after the start ({why.strerror})") from None
 
+    def fetch(self, shard: int, stop: threading.Event | None) -> bool:
+        """The system reads ahead."""
+        return False
+
     def again(self, shard: int) -> bool:
         """A disk says the same twice."""
         return False
@@ -92,6 +99,10 @@ class RemoteShards:
         if file is not None:
             return os.pread(file.number, size, offset)
         return self._remote.range(self._entries[shard]["name"], offset, offset + size, stop)
+
+    def fetch(self, shard: int, stop: threading.Event | None) -> bool:
+        """See ``Storage``; raises as ``read`` does."""
+        return self._open.get(shard, lambda: self._cached(shard, stop)) is not None
 
     def again(self, shard: int) -> bool:
         """The cached copy is thrown away; a network may do better the second time."""

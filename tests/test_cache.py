@@ -561,6 +561,63 @@ def test_a_process_that_never_ends_its_download_is_not_waited_for(folder: Path) 
     os.close(file)
 
 
+# -- ahead of the reader -----------------------------------------------------------------------------------------------
+
+
+def needed(data: DataSet, plan: EpochPlan, steps: range) -> set[str]:
+    """Names of the shards that lane 0 reads in some steps."""
+    return {shard_of(data, int(plan.table.block[e.index])) for step in steps for e in plan.pack(step, 0)}
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    until = time.monotonic() + 20
+    while not true() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert true()
+
+
+@pytest.mark.server
+def test_shards_are_loaded_before_they_are_needed_and_no_more_of_them(
+    server: Server, data_folder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps that they hold are then delivered without the server."""
+    monkeypatch.setattr("cdssl_dist.plan.SHARDS_MIXED", 2)
+    local, far = DataSet(data_folder), DataSet(server.url, patience=Patience(request=0.2, give_up=1.0))
+    names = {shard["sha256"]: str(shard["name"]) for shard in far.manifest.shards}
+    plans = [EpochPlan(data.table("train"), 3, 1, 1) for data in (local, far)]
+    which: dict[str, int] = {"rank": 0, "world_size": 1, "first": 0, "last": 15, "prefetch": 1}
+    shape, window = local.shape("train", 1), plans[1].window
+    read = 3  # one is taken, one waits, and one is in the hand of the reader
+    with Loader(far, plans[1], shape, **which) as found, Loader(local, plans[0], shape, **which) as expected:
+        steps = [next(found)]
+        coming = needed(far, plans[1], range(read + window))
+        assert needed(far, plans[1], range(read)) < coming < needed(far, plans[1], range(15))
+        wait_for(lambda: {names[path.stem] for path in folder.glob("*.tar")} == coming)
+        time.sleep(0.3)
+        assert {names[path.stem] for path in folder.glob("*.tar")} == coming
+        server.faults = {"*": [always(busy)]}
+        steps += [next(found) for _ in range(read + window - 1)]
+        assert_same_steps(steps, [next(expected) for _ in steps])
+
+
+@pytest.mark.server
+def test_what_is_loaded_ahead_in_vain_is_no_error_yet(server: Server, data_folder: Path) -> None:
+    """Steps before the lost shard come, then the error that names it."""
+    far = DataSet(server.url, patience=QUICK)
+    plan = EpochPlan(far.table("train"), 3, 1, 1)
+    later = shard_of(far, int(plan.table.block[plan.pack(14, 0)[0].index]))
+    first = next(s for s in range(15) if later in needed(far, plan, range(s + 1)))
+    (server.folder / later).unlink()
+    taken = []
+    with (
+        pytest.raises(DataSetError, match=f"{later}: there is no such file"),
+        Loader(far, plan, far.shape("train", 1), rank=0, world_size=1, first=0, last=15) as found,
+    ):
+        for step in found:
+            taken.append(step.number)
+    assert taken == list(range(first))
+
+
 # -- leaving -----------------------------------------------------------------------------------------------------------
 
 
