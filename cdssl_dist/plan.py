@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SHARDS_MIXED: Final = 4  # consecutive shards of a lane whose blocks are shuffled together
+IDLE: Final = 0.05  # share of the ranks' time above which the user is warned
 CHUNK: Final = 2**20  # blocks; temporary arrays are no longer than this
 
 Last = Literal["carry", "pad", "drop"]
@@ -155,6 +156,25 @@ class EpochPlan:
             mine = places[list(self.lanes(reader, readers))]
             read += len(np.unique(self.table.shard[mine[mine >= 0] % len(self.table)]))
         return read / len(_shards(self.table))
+
+    def idle(self, world_size: int) -> float:
+        """Share of the packs that ranks take which are empty, as P is no multiple of their number."""
+        return 1 - self.packs_per_step / (self.micro_steps(world_size) * world_size)
+
+    def about(self, world_size: int) -> list[str]:
+        """What the plan costs with so many ranks, in lines for the user."""
+        idle = self.idle(world_size)
+        read = self.read_amplification(self.epoch_of(0), world_size)
+        lines = [
+            f"an epoch is {len(self.table) / self.blocks_per_step:,.1f} steps; "
+            f"a shard is read by {read:.2f} of {world_size} ranks on average"
+        ]
+        if idle > IDLE:
+            lines.append(
+                f"warning: {self.packs_per_step} packs a step on {world_size} ranks leave {idle:.0%} of their time "
+                "idle; choose a number of workers that divides data.packs_per_step"
+            )
+        return lines
 
 
 def _random(plan: EpochPlan, epoch: int, use: str) -> np.random.Philox:

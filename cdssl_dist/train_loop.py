@@ -116,6 +116,9 @@ class Trainer:
         self.log = RunLog(self.folder, self.cursor, echo=self.echo) if self.rank == 0 else None
         if self.log and found:
             self.log.say(f"resumed from step {self.cursor}")
+        if self.log:
+            for line in self.plan.about(self.world_size):
+                self.log.say(line)
 
     def run(self) -> None:
         """Step until the end, a stop request, or the guard's word; after a roll-back the loader starts anew."""
