@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -452,6 +453,36 @@ def test_a_data_set_larger_than_its_cache(server: Server, data_folder: Path, fol
         assert far.read(block) == local.read(block)
         seen = max(seen, sum(path.stat().st_size for path in folder.iterdir()))
     assert largest < seen <= 2.1 * largest
+
+
+@pytest.mark.server
+def test_a_shard_that_left_the_cache_is_let_go_when_it_is_not_read(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its bytes would stay on the disk beside those that the cache may hold."""
+    now = [0.0]
+    monkeypatch.setattr("cdssl_dist.storage.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+
+    def held() -> int:
+        gc.collect()
+        files = Path("/proc/self/fd").iterdir()
+        return sum(".tar (deleted)" in os.readlink(file) for file in files if file.is_symlink())
+
+    largest = max(shard["size"] for shard in DataSet(server.folder).manifest.shards)
+    far = DataSet(server.url, cache_gb=2.1 * largest / 1e9, patience=QUICK)
+    first = {int(shard): block for block, shard in reversed([*enumerate(far.blocks["shard"])])}
+    assert len(first) > 6
+    for shard in range(5):
+        far.read(first[shard])
+        far.read(first[0])  # is in use all the time
+    assert held() >= 2
+    now[0] += 100.0
+    far.read(first[0])
+    far.read(first[5])
+    assert held() <= 1
+    asked = server.asked[far.manifest.shards[0]["name"]]
+    far.read(first[0])
+    assert server.asked[far.manifest.shards[0]["name"]] == asked
 
 
 @pytest.mark.server
