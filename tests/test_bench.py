@@ -110,6 +110,7 @@ def test_the_loader_is_measured_where_little_is_installed(data_folder: Path) -> 
     assert figures["imbalance"][0]["ours"]["worst"] == pytest.approx(max(max(s) / np.mean(s) for s in work))
     assert [row["ranks"] for row in figures["imbalance"]] == [n for n in (8, 16, 32, 64) if n <= len(plan.table)]
     assert figures["data"]["crystals"] >= 40
+    assert all(figures["device"].values())
     for rate in figures["rates"].values():
         assert rate["directed edges"] / rate["crystals"] == pytest.approx(
             figures["data"]["directed edges"] / figures["data"]["crystals"]

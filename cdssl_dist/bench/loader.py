@@ -7,6 +7,7 @@ safetensors and xxhash are; what stands beside us is measured where it is instal
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
@@ -44,7 +45,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def measure(args: Namespace) -> Figures:
-    """All figures; rates are medians, per second of CPU time."""
+    """All figures; rates are medians, per second of CPU time but for those of the device."""
     torch.set_num_threads(1)
     with _folder(args.data) as folder, DataSet(folder) as data:
         plan, shape = EpochPlan(data.table("train"), 0, 1, 8), data.shape("train", 1)
@@ -65,6 +66,7 @@ def measure(args: Namespace) -> Figures:
             | loader_others.matgl(data, blocks, crystals // len(packs), args.repeat)
             | {"shard to tensors, then widened on CPU": _rates(crystals, edges, inline + len(packs) * widening)},
             "widening": {"ms per pack": 1e3 * widening, "directed edges": 2 * shape.half_edges / widening},
+            "device": _to_device(data, plan, shape, packs, raw, crystals, args.repeat),
             "padding": _padding(data, shape),
             "imbalance": _imbalance(data, plan),
             "memory": _memory(folder),
@@ -127,6 +129,53 @@ def _widen(packs: list[RawPack]) -> float:
     for raw in packs:
         widen(raw)
     return time.process_time() - begin
+
+
+def _to_device(
+    data: DataSet,
+    plan: EpochPlan,
+    shape: PackShape,
+    packs: list[tuple[int, int]],
+    raw: list[RawPack],
+    crystals: int,
+    repeat: int,
+) -> Figures:
+    """Wall time as training takes packs: read ahead, pinned, copied and widened on the device, a GPU where there is."""
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    ready = [one.pin() for one in raw] if gpu else raw
+    there = [one.to(device) for one in ready]
+
+    def timed(run: Callable[[], None]) -> float:
+        begin = time.perf_counter()
+        run()
+        if gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    def whole() -> None:
+        last = len(packs) // plan.packs_per_step
+        with Loader(data, plan, shape, rank=0, world_size=1, first=0, last=last, prefetch=16, pin=gpu) as found:
+            for step in found:
+                for one in step.packs:
+                    widen(one.to(device))
+
+    def copied() -> None:
+        for one in ready:
+            one.to(device)
+
+    def widened() -> None:
+        for one in there:
+            widen(one)
+
+    runs = {"whole": whole, "copied": copied, "widened": widened}
+    seconds = in_turns(repeat, {name: functools.partial(timed, run) for name, run in runs.items()})
+    return {
+        "device": torch.cuda.get_device_name() if gpu else "cpu",
+        "crystals": crystals / seconds["whole"],
+        "copy, ms per pack": 1e3 * seconds["copied"] / len(raw),
+        "widening, ms per pack": 1e3 * seconds["widened"] / len(raw),
+    }
 
 
 def _padding(data: DataSet, shape: PackShape) -> Figures:
@@ -211,6 +260,11 @@ def table(figures: Figures) -> str:
     lines.append(
         f"widening on CPU, apart: {widening['ms per pack']:.2f} ms a pack, "
         f"{widening['directed edges'] / 1e6:,.1f} M edges/s"
+    )
+    device = figures["device"]
+    lines.append(
+        f"to {device['device']}, wall: {device['crystals']:,.0f} crystals/s; a pack is copied in "
+        f"{device['copy, ms per pack']:.3f} ms and widened in {device['widening, ms per pack']:.3f} ms"
     )
     lines.append("padding: " + ", ".join(f"{share:.2%} of {name}" for name, share in figures["padding"].items()))
     for row in figures["imbalance"]:
