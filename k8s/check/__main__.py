@@ -47,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.action == "pin":
             return pin(IMAGES, args.images)
         if args.action == "table":
-            print(*(line for name in names for line in [f"{name}:", *network.table(Overlay(name, load(build(name))))]), sep="\n")
+            print(
+                *(line for name in names for line in [f"{name}:", *network.table(Overlay(name, load(build(name))))]),
+                sep="\n",
+            )
             return 0
         return check(names, args.fast, args.deploy)
     except (ValueError, RuntimeError) as why:
@@ -75,7 +78,7 @@ def check(names: Sequence[str], fast: bool, deploy: bool) -> int:
         wrong += 1
     if open_ends:
         print(
-            "UNSET images are set by: python -m k8s.check pin cdssl-train=REGISTRY/NAME@sha256:… (as the registry says it);"
+            "UNSET images are set by: python -m k8s.check pin cdssl-train=REGISTRY/NAME@sha256:… (as a registry says);"
             "\nother values in k8s/overlays; --deploy lists them all"
         )
     print(f"{'wrong' if wrong else 'all right'}, in {time.perf_counter() - start:.0f} s")

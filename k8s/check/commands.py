@@ -99,7 +99,8 @@ def _config(overlay: Overlay, job: dict[str, Any], args: argparse.Namespace) -> 
         yield f"cluster.workers × gpus_per_worker = {wants:g} GPUs, and its pods have {has:g}"
     slots = workers * float(group["rayStartParams"]["num-cpus"])
     if config.cluster.workers * config.cluster.cpus_per_worker > slots:
-        yield f"{config.cluster.workers} workers × {config.cluster.cpus_per_worker:g} CPUs, and Ray is told of {slots:g}"
+        each = config.cluster.cpus_per_worker
+        yield f"{config.cluster.workers} workers × {each:g} CPUs, and Ray is told of {slots:g}"
 
 
 def agreement(overlay: Overlay) -> Iterator[str]:
@@ -112,7 +113,10 @@ def agreement(overlay: Overlay) -> Iterator[str]:
         version = job["spec"]["rayClusterSpec"]["rayVersion"]
         if f"\nray=={version}\n" not in pins:
             yield f"RayJob {name}: rayVersion {version} is not what constraints.txt pins"
-        for group in [job["spec"]["rayClusterSpec"]["headGroupSpec"], *job["spec"]["rayClusterSpec"].get("workerGroupSpecs", [])]:
+        for group in [
+            job["spec"]["rayClusterSpec"]["headGroupSpec"],
+            *job["spec"]["rayClusterSpec"].get("workerGroupSpecs", []),
+        ]:
             container = group["template"]["spec"]["containers"][0]
             told = float(group["rayStartParams"].get("num-cpus", 0))
             if told > quantity(container["resources"]["requests"]["cpu"]):
@@ -126,7 +130,9 @@ def agreement(overlay: Overlay) -> Iterator[str]:
         if pod.name in ("pretrain head", "pretrain worker"):
             if pod.spec.get("terminationGracePeriodSeconds") != stated:
                 yield f"{pod.name}: its grace period is not the {stated:g} s that a checkpoint may take"
-            hook = pod.spec["containers"][0].get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [""])
+            hook = (
+                pod.spec["containers"][0].get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [""])
+            )
             if f"cd {overrides['run']} " not in hook[-1]:
                 yield f"{pod.name}: its preStop hook does not save the run in {overrides['run']}"
 
@@ -141,5 +147,3 @@ def _shared_memory(pod: Pod) -> Iterator[str]:
             limit = quantity(pod.spec["containers"][0]["resources"]["limits"]["memory"])
             if quantity(size or 0) >= limit:
                 yield f"{pod.name}: {volume['name']} may take all of its memory"
-
-

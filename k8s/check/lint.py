@@ -27,7 +27,7 @@ def tool(name: str) -> str | None:
 
 
 def sources() -> Iterator[str]:
-    """yamllint and hadolint, over what people write."""
+    """Yamllint and hadolint, over what people write."""
     yield from _run("yamllint", "--strict", "--format", "parsable", "-c", str(HERE / "yamllint.yaml"), "k8s", "configs")
     files = sorted(str(p.relative_to(REPO)) for p in (REPO / "docker").glob("*.Dockerfile"))
     yield from _run("hadolint", "--no-color", "-c", str(HERE / "hadolint.yaml"), *files)

@@ -13,7 +13,19 @@ import yaml
 from k8s.check.render import NAMESPACE, Overlay
 
 TABLE: Final = Path(__file__).parent / "network.yaml"
-PORTS: Final = (53, 443, 5000, 5432, 6379, 6443, 8080, 8265, 10001, 29500, 41234)  # services, and what Ray and NCCL may choose
+PORTS: Final = (
+    53,
+    443,
+    5000,
+    5432,
+    6379,
+    6443,
+    8080,
+    8265,
+    10001,
+    29500,
+    41234,
+)  # services, and what Ray and NCCL may choose
 
 
 @dataclass(frozen=True)
@@ -80,9 +92,7 @@ def allowed(policies: list[dict[str, Any]], source: Peer, target: Peer, port: in
     )
 
 
-def _passes(
-    policies: list[dict[str, Any]], direction: str, mine: Peer, other: Peer, port: int, protocol: str
-) -> bool:
+def _passes(policies: list[dict[str, Any]], direction: str, mine: Peer, other: Peer, port: int, protocol: str) -> bool:
     """Whether the policies of one end allow the other one; where none selects it, everything is allowed."""
     if mine.address:
         return True

@@ -101,7 +101,9 @@ def _pods(document: Document) -> Iterator[Pod]:
     kind, name, spec = document["kind"], document["metadata"]["name"], document.get("spec", {})
     owner = f"{kind}/{name}"
     if kind in ("Deployment", "StatefulSet", "Job"):
-        yield Pod(name, owner, spec["template"]["metadata"]["labels"], spec["template"]["spec"], spec.get("replicas", 1))
+        yield Pod(
+            name, owner, spec["template"]["metadata"]["labels"], spec["template"]["spec"], spec.get("replicas", 1)
+        )
     elif kind == "RayJob":
         cluster = spec["rayClusterSpec"]
         yield _ray_pod(name, "head", owner, cluster["headGroupSpec"]["template"], 1, cluster)

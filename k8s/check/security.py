@@ -51,9 +51,7 @@ def _restricted(pod: Pod) -> Iterator[str]:
 
 def accounts(overlay: Overlay) -> Iterator[str]:
     """No pod has a token of the API that it does not need, and none runs as ``default``."""
-    needing = {
-        (s["name"]) for b in overlay.of("RoleBinding", "ClusterRoleBinding") for s in b["subjects"]
-    }
+    needing = {(s["name"]) for b in overlay.of("RoleBinding", "ClusterRoleBinding") for s in b["subjects"]}
     for pod in overlay.pods():
         account = pod.spec.get("serviceAccountName", "default")
         if account == "default":
@@ -76,7 +74,7 @@ def images(overlay: Overlay) -> Iterator[str]:
 
 
 def resources(overlay: Overlay) -> Iterator[str]:
-    """Probes of servers, requests and limits, GPUs with a toleration, and a quota into which the services and any one job fit."""
+    """Probes, requests and limits, GPUs with a toleration, a quota into which the services and any one job fit."""
     needed = {"services": dict.fromkeys(("cpu", "memory", "gpu", "pods"), 0.0)}
     for pod in overlay.pods():
         gpus = 0.0
@@ -85,7 +83,7 @@ def resources(overlay: Overlay) -> Iterator[str]:
         for container in pod.containers:
             wanted, limit = (container.get("resources", {}).get(k, {}) for k in ("requests", "limits"))
             if not {"cpu", "memory"} <= wanted.keys() or "memory" not in limit:
-                yield f"{pod.name}: container {container['name']} lacks a request of cpu or memory, or a limit of memory"
+                yield f"{pod.name}: container {container['name']} lacks a request of cpu or memory, or a limit"
                 continue
             for name in {*wanted, *limit} - {"cpu", "memory"}:
                 if wanted.get(name) != limit.get(name):
@@ -109,7 +107,7 @@ def resources(overlay: Overlay) -> Iterator[str]:
             for name, total in sums.items():
                 key = {"gpu": "requests.nvidia.com/gpu", "pods": "pods"}.get(name, f"requests.{name}")
                 if total + services[name] > quantity(hard[key]):
-                    yield f"{owner} and the services need {total + services[name]:g} of {key}, the quota has {hard[key]}"
+                    yield f"{owner} and services need {total + services[name]:g} of {key}, the quota has {hard[key]}"
 
 
 def secrets(overlay: Overlay) -> Iterator[str]:
@@ -147,7 +145,9 @@ def unset(overlay: Overlay) -> list[str]:
             found.append(f"{where}: {value}")
 
     for document in overlay.documents:
-        walk({k: v for k, v in document.items() if k != "metadata"}, f"{document['kind']}/{document['metadata']['name']}")
+        walk(
+            {k: v for k, v in document.items() if k != "metadata"}, f"{document['kind']}/{document['metadata']['name']}"
+        )
     return found
 
 
