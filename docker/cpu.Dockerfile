@@ -9,9 +9,11 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
 COPY docker/build.lock docker/cpu.lock /src/docker/
+# bibtexparser, which pymatgen wants, has no wheel
 RUN python3 -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir --require-hashes --only-binary :all: -r /src/docker/build.lock \
-    && /opt/venv/bin/pip install --no-cache-dir --require-hashes --only-binary :all: -r /src/docker/cpu.lock
+    && /opt/venv/bin/pip install --no-cache-dir --require-hashes --no-build-isolation --no-deps \
+        --only-binary :all: --no-binary bibtexparser -r /src/docker/cpu.lock
 COPY pyproject.toml README.md LICENSE /src/
 COPY cdssl_dist /src/cdssl_dist
 COPY sharding /src/sharding

@@ -9,11 +9,11 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
 COPY docker/build.lock docker/train.lock /src/docker/
-# DeepSpeed has no wheel. Without its compiled operators, which are not used, it is plain Python.
+# bibtexparser and DeepSpeed have no wheels; the latter is plain Python without its compiled operators, which are not used
 RUN python3 -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir --require-hashes --only-binary :all: -r /src/docker/build.lock \
-    && DS_BUILD_OPS=0 /opt/venv/bin/pip install --no-cache-dir --require-hashes --no-build-isolation \
-        --only-binary :all: --no-binary deepspeed --no-deps -r /src/docker/train.lock
+    && DS_BUILD_OPS=0 /opt/venv/bin/pip install --no-cache-dir --require-hashes --no-build-isolation --no-deps \
+        --only-binary :all: --no-binary bibtexparser,deepspeed -r /src/docker/train.lock
 COPY pyproject.toml README.md LICENSE /src/
 COPY cdssl_dist /src/cdssl_dist
 COPY sharding /src/sharding

@@ -187,8 +187,7 @@ class Platform:
             if not i:
                 wait(lambda: answers(f"http://10.77.0.{first}:8265/api/version", 401), 120)
             pods.append(pod)
-        nodes = "import ray; ray.init(log_to_driver=False); print(len(ray.nodes()), 'nodes')"
-        wait(lambda: f"{len(pods)} nodes" in pods[0].run("python", "-c", nodes)[1], 120)
+        wait(lambda: alive(f"http://10.77.0.{first}:8265", pods[0].env["RAY_AUTH_TOKEN"]) == len(pods), 120)
         return pods, running
 
     def submit(self, job: str, first: int, token: str) -> Any:
@@ -238,6 +237,16 @@ def answers(url: str, *codes: int) -> bool:
         return why.code in codes or not codes
     except OSError:
         return False
+
+
+def alive(url: str, token: str) -> int:
+    """Nodes of a Ray cluster."""
+    request = urllib.request.Request(f"{url}/nodes?view=summary", headers={"Authorization": f"Bearer {token}"})
+    try:
+        nodes = json.loads(urllib.request.urlopen(request, timeout=5).read())["data"]["summary"]
+    except OSError:
+        return 0
+    return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
 
 
 def main(work: Path) -> None:

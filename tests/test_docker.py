@@ -80,15 +80,15 @@ class Builder:
         shutil.copy("/etc/resolv.conf", self.root / "etc" / "resolv.conf")
         shutil.copy("/etc/hosts", self.root / "etc" / "hosts")
         user = ["setpriv", "--reuid", self.user, "--regid", self.user, "--clear-groups"] if self.user != "0" else []
-        enter = 'mount -t proc proc "$0/proc"; mount --bind /dev "$0/dev"; mount -t tmpfs none "$0/dev/shm"; exec chroot "$0" "$@"'
+        enter = 'mount -t proc proc "$0/proc"; mount --bind /dev "$0/dev"; exec chroot "$0" "$@"'
+        env = ["env", "-i", *(f"{k}={v}" for k, v in (outside | self.env).items())]
         done = subprocess.run(
-            ["unshare", "--mount", "--pid", "--fork", "sh", "-c", enter, self.root, *user]
-            + ["env", "-i", *(f"{k}={v}" for k, v in (outside | self.env).items()), *command],
+            ["unshare", "--mount", "--pid", "--fork", "sh", "-c", enter, self.root, *user, *env, *command],
             capture_output=True,
             text=True,
             timeout=1800,
         )
-        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
         return done.stdout
 
 

@@ -53,7 +53,7 @@ def accepted(entrypoint: str) -> argparse.Namespace:
         raise _Accepted(original(parser, args, namespace))
 
     said = io.StringIO()
-    argparse.ArgumentParser.parse_args = parse  # type: ignore[method-assign]
+    argparse.ArgumentParser.parse_args = parse  # type: ignore[assignment, method-assign]
     try:
         with contextlib.redirect_stderr(said):
             name = module if module != "sharding" else "sharding.__main__"
@@ -77,7 +77,7 @@ def _config(overlay: Overlay, job: dict[str, Any], args: argparse.Namespace) -> 
     head, group = cluster["headGroupSpec"]["template"]["spec"], cluster["workerGroupSpecs"][0]
     path = PurePosixPath(args.config)
     mounts = {m["mountPath"]: m["name"] for m in head["containers"][0]["volumeMounts"]}
-    volume = next((v for v in head["volumes"] if v["name"] == mounts.get(str(path.parent))), {})
+    volume: dict[str, Any] = next((v for v in head["volumes"] if v["name"] == mounts.get(str(path.parent))), {})
     content = (overlay.find("ConfigMap", volume.get("configMap", {}).get("name", "")) or {}).get("data", {})
     if path.name not in content:
         yield f"{path}: no ConfigMap that is mounted there has such a key"

@@ -140,12 +140,13 @@ def _any_port(ports: list[dict[str, Any]] | None, port: int, protocol: str) -> b
 
 def matches(selector: dict[str, Any], labels: dict[str, str]) -> bool:
     """Whether a label selector, the empty one of which selects everything, selects these labels."""
-    tests = {
-        "In": lambda key, values: labels.get(key) in values,
-        "NotIn": lambda key, values: labels.get(key) not in values,
-        "Exists": lambda key, _: key in labels,
-        "DoesNotExist": lambda key, _: key not in labels,
-    }
     return all(labels.get(k) == v for k, v in selector.get("matchLabels", {}).items()) and all(
-        tests[e["operator"]](e["key"], e.get("values", [])) for e in selector.get("matchExpressions", [])
+        _expression(e["operator"], e["key"], e.get("values", []), labels) for e in selector.get("matchExpressions", [])
     )
+
+
+def _expression(operator: str, key: str, values: list[str], labels: dict[str, str]) -> bool:
+    if operator in ("In", "NotIn"):
+        return (labels.get(key) in values) == (operator == "In")
+    assert operator in ("Exists", "DoesNotExist"), operator
+    return (key in labels) == (operator == "Exists")
