@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cdssl_dist.batch import GraphBatch, collate, widen
+from cdssl_dist.batch import GraphBatch
 from cdssl_dist.dataset import DataSet, is_data_set
+from cdssl_dist.embedding import batch_of
 from cdssl_dist.subset import read, select
 from sharding.crystal import SYMBOLS, Crystal, Refusal, reduced_formula
 from sharding.graph import Multigraphs, build, concatenate
@@ -43,11 +44,6 @@ class Labeled:
         """Some of the crystals as one batch, and their targets (n,) f32."""
         target = torch.from_numpy(self.target[index]).float().to(device)
         return batch_of(self.graphs.take(index), device), target
-
-
-def batch_of(graphs: Multigraphs, device: torch.device) -> GraphBatch:
-    """Multigraphs as one batch, without padding to a static shape; the last graph of the batch is padding."""
-    return widen(collate([graphs.arrays()], [(0, 0)]).to(device))
 
 
 def volume(graphs: Multigraphs) -> NDArray[np.float64]:

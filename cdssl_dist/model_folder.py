@@ -6,6 +6,7 @@ import ast
 import importlib.metadata
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -66,9 +67,7 @@ def needed_sources() -> list[Path]:
     found: set[Path] = set()
     unread = [PYFUNC]
     while unread:
-        for node in ast.walk(ast.parse(unread.pop().read_text())):
-            if not isinstance(node, ast.ImportFrom):
-                continue
+        for node in _imports(ast.parse(unread.pop().read_text())):
             package, *rest = (node.module or "").split(".")
             if package not in ("cdssl_dist", "sharding"):
                 continue
@@ -79,3 +78,12 @@ def needed_sources() -> list[Path]:
             found |= new
             unread += new
     return sorted(found)
+
+
+def _imports(tree: ast.AST) -> Iterator[ast.ImportFrom]:
+    """All of them, but for those that only a type checker sees."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield node
+        elif not (isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"):
+            yield from _imports(node)

@@ -11,10 +11,10 @@ LAYERS = [
     {"config", "plan", "schedule", "guard", "waiting"},
     {"batch", "noise", "edges", "megnet", "heads", "loss", "pretext"},
     {"remote", "cache", "storage", "dataset", "loader", "subset", "labeled"}
-    | {"runlog", "perf", "engine", "checkpoint", "evaluate", "export"},
+    | {"runlog", "perf", "engine", "checkpoint", "evaluate", "export", "structures", "embedding"},
     {"train_loop"},
     {"mlflow_server", "tracking", "registry", "pyfunc", "model_folder", "cluster"},
-    {"commands", "pretrain", "finetune", "registry_cli", "demo", "bench", "doctor", "cli"},
+    {"commands", "encoder", "estimator", "pretrain", "finetune", "registry_cli", "demo", "bench", "doctor", "cli"},
 ]
 # foreign package → the modules that may import it
 KNOWN_BY = {

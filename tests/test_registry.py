@@ -358,9 +358,9 @@ def test_the_pyfunc_takes_objects_and_names_what_it_refuses(
     from ase import Atoms
     from pymatgen.core import Structure
 
-    from cdssl_dist import pyfunc
+    from cdssl_dist import embedding, pyfunc
 
-    monkeypatch.setattr(pyfunc, "HALF_EDGES", 500)  # several forward passes
+    monkeypatch.setattr(embedding, "HALF_EDGES", 500)  # several forward passes
     folder = made[0] / "encoder"
     model = pyfunc.CdsslEncoder()
     model.load_context(
