@@ -43,7 +43,7 @@ def embed_graphs(encoder: MEGNet, expansion: GaussianExpansion, graphs: Multigra
 def embed_structures(
     encoder: MEGNet, expansion: GaussianExpansion, cutoff: float, items: Sequence[Any]
 ) -> tuple[NDArray[np.float32], dict[int, str]]:
-    """The same of structures, as ``structures.read_crystal`` takes them; a refused one has a row of NaN, and a reason."""
+    """The same of structures, see ``structures.read_crystal``; a refused one has a row of NaN, and a reason."""
     refused: dict[int, str] = {}
     rows = np.full((len(items), 3 * encoder.width), np.nan, np.float32)
     for graphs in graphs_of(items, cutoff, refused):

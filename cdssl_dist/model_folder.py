@@ -5,15 +5,16 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import json
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import mlflow.pyfunc
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
-from mlflow.models import ModelSignature
+from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
 PYFUNC: Final = Path(__file__).with_name("pyfunc.py")
@@ -28,15 +29,26 @@ EXAMPLE: Final = {  # caesium chloride
 }
 
 
-def save_model(path: Path, folder: Path, width: int, **about: Any) -> None:
+def save_data(path: Path, folder: Path, files: Sequence[str]) -> None:
+    """Write a model that is data alone: its files, and no code that MLflow could load."""
+    (path / "artifacts").mkdir(parents=True)
+    for name in files:
+        shutil.copy(folder / name, path / "artifacts" / name)
+
+
+def save_model(path: Path, folder: Path, model: Any, run_id: str | None) -> None:
     """Write an encoder as an MLflow model: ``pyfunc.py``, the modules that it needs, and the two files of the encoder.
 
     Args:
         path: the folder to make.
         folder: holds ``encoder.safetensors`` and ``encoder.json``.
-        width: of the encoder.
-        about: passed on to ``mlflow.pyfunc.save_model``.
+        model: the logged model that it becomes.
+        run_id: the MLflow run that trained it.
     """
+    about = Model(
+        artifact_path=model.artifact_location, model_uuid=model.model_id, run_id=run_id, model_id=model.model_id
+    )
+    width = json.loads((folder / "encoder.json").read_text())["model"]["width"]
     with tempfile.TemporaryDirectory() as scratch:
         for source in needed_sources():
             copy = Path(scratch) / source.relative_to(ROOT)
@@ -58,7 +70,7 @@ def save_model(path: Path, folder: Path, width: int, **about: Any) -> None:
                 ParamSchema([ParamSpec("refused", "string", "error")]),
             ),
             input_example=pd.DataFrame({"structure": [json.dumps(EXAMPLE)]}),
-            **about,
+            mlflow_model=about,
         )
 
 

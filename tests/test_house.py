@@ -11,15 +11,27 @@ LAYERS = [
     {"config", "plan", "schedule", "guard", "waiting"},
     {"batch", "noise", "edges", "megnet", "heads", "loss", "pretext"},
     {"remote", "cache", "storage", "dataset", "loader", "subset", "labeled"}
-    | {"runlog", "perf", "engine", "checkpoint", "evaluate", "export", "structures", "embedding"},
+    | {"runlog", "perf", "engine", "checkpoint", "evaluate", "export", "structures", "embedding"}
+    | {
+        "targets",
+        "splits",
+        "baselines",
+        "tuning",
+        "predictor",
+        "experiment",
+        "tables",
+        "models",
+        "model_card",
+        "parity",
+    },
     {"train_loop"},
-    {"mlflow_server", "tracking", "registry", "pyfunc", "model_folder", "cluster"},
+    {"mlflow_server", "tracking", "registry", "registry_store", "pyfunc", "model_folder", "cluster"},
     {"commands", "encoder", "estimator", "pretrain", "finetune", "registry_cli", "demo", "bench", "doctor", "cli"},
 ]
 # foreign package → the modules that may import it
 KNOWN_BY = {
     "deepspeed": {"engine"},
-    "mlflow": {"mlflow_server", "tracking", "registry", "pyfunc", "model_folder"},
+    "mlflow": {"mlflow_server", "tracking", "registry", "registry_store", "pyfunc", "model_folder"},
     "ray": {"cluster"},
 }
 NOT_IN = {

@@ -18,44 +18,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from encoders import write_encoder_to
 from safetensors.numpy import load_file, save_file
 
 from cdssl_dist import registry
 from cdssl_dist.batch import collate, widen
 from cdssl_dist.edges import distances
-from cdssl_dist.export import EncoderCard, read_encoder, write_encoder
-from cdssl_dist.megnet import PretextModel, pooled
+from cdssl_dist.export import read_encoder
+from cdssl_dist.megnet import pooled
 from cdssl_dist.mlflow_server import connect, experiment
 from cdssl_dist.registry import RegistryError, list_versions, promote, pull, register, rollback, show
 from sharding.crystal import Crystal
 from sharding.graph import build
 
-SIZE = {"width": 8, "hidden": 16, "blocks": 2}
-
-
-def write_encoder_to(
-    folder: Path, seed: int = 0, skill: float | None = 0.3, validation: str = "v", sigma: float = 0.3
-) -> Path:
-    """A small random encoder."""
-    torch.manual_seed(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    card = EncoderCard(
-        cutoff=4.0,
-        centers=20,
-        end=5.0,
-        gamma=0.5,
-        model=SIZE,
-        sigma=(sigma, sigma),
-        precision="fp32",
-        data_digest="d" * 64,
-        validation_digest=validation,
-        config_digest="c" * 64,
-        metrics={} if skill is None else {"val/skill": 0.5, "val/skill_edge": skill},
-        sources=[{"name": "AFLOW", "licence": "CC-BY-4.0"}],
-        code_version="0.1.0",
-    )
-    write_encoder(folder, PretextModel(edge_features=20, **SIZE).state_dict(), card)
-    return folder
+FILES = ("encoder.safetensors", "encoder.json")
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +86,7 @@ def test_register_once(made: tuple[Path, registry.Registered], home: Path, uri: 
     card = json.loads((made[0] / "encoder" / "encoder.json").read_text())
     for tag in ("data_digest", "config_digest", "validation_digest", "code_version", "weights_sha256"):
         assert version.tags[tag] == card[tag]
-    assert version.tags["skill_edge"] == "0.3" and version.tags["format"] == "cdssl-encoder 1"
+    assert version.tags["skill_edge"] == "0.3" and version.tags["format"] == "cdssl-encoder 2"
     assert not (home / "mlruns").exists() and not (home / "mlflow-run.json").exists()
 
 
@@ -120,8 +96,8 @@ def test_the_champion_is_the_best_comparable_one(home: Path, uri: str) -> None:
 
     worse = registered(2, skill=0.2)
     assert "champion" not in worse.aliases and "0.2000 is not above the 0.3000" in worse.reason
-    assert "validation_digest" in registered(3, skill=0.9, validation="other").reason
-    assert "sigma" in registered(4, skill=0.9, sigma=0.1).reason
+    assert "validation_digest" in registered(3, skill=0.9, validation_digest="other").reason
+    assert "sigma" in registered(4, skill=0.9, sigma=(0.1, 0.1)).reason
     assert "no skill_edge" in registered(5, skill=None).reason
     assert show("models:/crystals@champion", uri).version == 1
 
@@ -179,7 +155,7 @@ def test_pull(made: tuple[Path, registry.Registered], home: Path, uri: str, caps
 def test_what_is_not_right_is_refused(home: Path, uri: str) -> None:
     done = register(write_encoder_to(home / "e", 9), "crystals", uri)
     stored = model_folder(home) / "artifacts"
-    sound = {name: (stored / name).read_bytes() for name in registry.FILES}
+    sound = {name: (stored / name).read_bytes() for name in FILES}
     weights = load_file(str(stored / "encoder.safetensors"))
     weights["element.weight"] += 1
     save_file(weights, str(stored / "encoder.safetensors"))
@@ -203,7 +179,7 @@ def test_what_is_not_right_is_refused(home: Path, uri: str) -> None:
     fake = write_encoder_to(home / "fake")
     (fake / "encoder.safetensors").write_bytes(pickle.dumps(weights))
     card = json.loads((fake / "encoder.json").read_text())
-    card["weights_sha256"] = registry._sha256(fake / "encoder.safetensors")
+    card["weights_sha256"] = registry.sha256(fake / "encoder.safetensors")
     (fake / "encoder.json").write_text(json.dumps(card))
     for use in (lambda: pull(str(fake), uri), lambda: register(fake, "crystals", uri)):
         with pytest.raises(RegistryError, match="holds no encoder"):
@@ -315,7 +291,7 @@ def test_the_pyfunc_needs_no_package_of_ours(
     model = tmp_path / "model"
     shutil.copytree(model_folder(made[0]), model)
     files = [p.relative_to(model).as_posix() for p in model.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
-    assert {Path(f).suffix for f in files} <= {"", ".py", ".json", ".yaml", ".txt", ".safetensors"}, files
+    assert {Path(f).suffix for f in files} <= {"", ".py", ".json", ".yaml", ".txt", ".md", ".safetensors"}, files
     assert not any(b"\x80\x04\x95" in (model / f).read_bytes() for f in files)  # how a pickle begins
     code = {f for f in files if f.startswith("code/")}
     assert "code/cdssl_dist/megnet.py" in code and "code/sharding/graph.py" in code
