@@ -13,6 +13,10 @@ Indices = NDArray[np.int64]
 NAMES: Final = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
+class SplitError(ValueError):
+    """Crystals that cannot be divided as asked: said in one line."""
+
+
 @dataclass(frozen=True)
 class Split:
     """Indices of crystals; ``val`` may be empty where nothing is stopped early."""
@@ -35,7 +39,7 @@ def split_by_group(groups: Sequence[str], train: float, val: float, seed: int) -
         seed: of the shuffle.
 
     Raises:
-        ValueError: where a part is empty.
+        SplitError: where a part is empty.
     """
     rank, member = _shuffled(groups, seed)
     before = _share_before(rank)
@@ -43,7 +47,7 @@ def split_by_group(groups: Sequence[str], train: float, val: float, seed: int) -
     split = Split(*(np.flatnonzero(part == p) for p in range(3)))
     sizes = list(split.sizes().values())
     if min(sizes) == 0:
-        raise ValueError(
+        raise SplitError(
             f"{len(rank)} crystals in {len(set(member.tolist()))} groups split into {sizes[0]} train, {sizes[1]} "
             f"validation and {sizes[2]} test crystals; none may be empty: give more data or other shares"
         )
@@ -68,12 +72,12 @@ def k_folds(groups: Sequence[str], k: int, val: float, seed: int) -> list[Split]
     """Each crystal tests once; the others train, less the share ``val`` of them.
 
     Raises:
-        ValueError: where there are fewer groups than folds.
+        SplitError: where there are fewer groups than folds.
     """
     rank, _ = _shuffled(groups, seed)
     n_groups = len(np.unique(rank))
     if not 2 <= k <= n_groups:
-        raise ValueError(f"{k} folds of {len(rank)} crystals in {n_groups} groups: take between 2 and {n_groups}")
+        raise SplitError(f"{k} folds of {len(rank)} crystals in {n_groups} groups: take between 2 and {n_groups}")
     fold = np.minimum((_share_before(rank) * k).astype(np.int64), k - 1)
     if len(np.unique(fold)) < k:  # a group larger than a fold
         fold = rank % k
@@ -84,11 +88,11 @@ def folds_of_column(values: Sequence[Any], groups: Sequence[str], val: float, se
     """A fold for each value of a column; crystals without a value take no part.
 
     Raises:
-        ValueError: where there are fewer than two values.
+        SplitError: where there are fewer than two values.
     """
     names = sorted({v for v in values if not _absent(v)}, key=str)
     if len(names) < 2:
-        raise ValueError(f"the column of folds has {len(names)} different values; two at least are needed")
+        raise SplitError(f"the column of folds has {len(names)} different values; two at least are needed")
     fold = np.array([-1 if _absent(v) else names.index(v) for v in values])
     return _folds(fold, range(len(names)), groups, val, seed)
 
@@ -102,7 +106,7 @@ def split_of_column(values: Sequence[Any], groups: Sequence[str], val: float, se
         test: the value that tests, e.g. "val" where the labels of the test crystals are secret.
 
     Raises:
-        ValueError: where nothing is left to train or to test with.
+        SplitError: where nothing is left to train or to test with.
     """
     texts = ["" if _absent(v) else str(v).strip().lower() for v in values]
     said = np.array([NAMES.get(t, t) for t in texts], dtype=object)
@@ -111,7 +115,7 @@ def split_of_column(values: Sequence[Any], groups: Sequence[str], val: float, se
     if len(train) == 0 or len(tested) == 0:
         found = ", ".join(f"{name or 'nothing'}: {(said == name).sum()}" for name in sorted(set(said.tolist())))
         hint = "; --test-value names another value to test with" if len(train) else ""
-        raise ValueError(f"of the labeled crystals the column of splits says {found}; {test!r} must be there{hint}")
+        raise SplitError(f"of the labeled crystals the column of splits says {found}; {test!r} must be there{hint}")
     held = np.flatnonzero(said == "val") if test != "val" else train[:0]
     if len(held) == 0:
         train, held = hold_out(train, groups, val, seed)

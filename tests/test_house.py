@@ -10,23 +10,13 @@ import pytest
 LAYERS = [
     {"config", "plan", "schedule", "guard", "waiting"},
     {"batch", "noise", "edges", "megnet", "heads", "loss", "pretext"},
-    {"remote", "cache", "storage", "dataset", "loader", "subset", "labeled"}
+    {"remote", "cache", "storage", "dataset", "loader", "subset", "tables", "labeled", "stream"}
     | {"runlog", "perf", "engine", "checkpoint", "evaluate", "export", "structures", "embedding"}
-    | {
-        "targets",
-        "splits",
-        "baselines",
-        "tuning",
-        "predictor",
-        "experiment",
-        "tables",
-        "models",
-        "model_card",
-        "parity",
-    },
+    | {"targets", "splits", "baselines", "tuning", "predictor", "experiment", "models", "model_card", "parity"},
     {"train_loop"},
     {"mlflow_server", "tracking", "registry", "registry_store", "pyfunc", "model_folder", "cluster"},
-    {"commands", "encoder", "estimator", "pretrain", "finetune", "registry_cli", "demo", "bench", "doctor", "cli"},
+    {"commands", "pretrain", "registry_cli", "demo", "bench", "doctor", "cli"}
+    | {"encoder", "estimator", "finetune", "predict", "embed", "probe"},
 ]
 # foreign package → the modules that may import it
 KNOWN_BY = {
