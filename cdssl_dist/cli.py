@@ -19,7 +19,10 @@ COMMANDS: Final = {
     "predict": ("cdssl_dist.predict", "predict properties of crystals with a fine-tuned model"),
     "embed": ("cdssl_dist.embed", "embed crystals: a Parquet file of vectors"),
     "probe": ("cdssl_dist.probe", "linear probes of an encoder, beside what was not learned"),
-    "registry": ("cdssl_dist.registry_cli", "list, show, pull, promote and roll back registered encoders"),
+    "registry": (
+        "cdssl_dist.registry_cli",
+        "list, show, diff, pull, promote, roll back, delete registered models",
+    ),
     "demo": ("cdssl_dist.demo", "the whole path on crystals that ship with pymatgen"),
     "bench": ("cdssl_dist.bench.__main__", "measure this machine: sharding and loading, beside what others use"),
     "doctor": ("cdssl_dist.doctor", "check this machine and this installation"),

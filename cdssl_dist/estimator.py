@@ -215,7 +215,8 @@ class CrystalClassifier(ClassifierMixin, _Estimator):  # type: ignore[misc]
 
     def predict(self, X: Any) -> NDArray[Any]:
         """The likeliest class: (n,)."""
-        return np.asarray(self.classes_[self.predict_proba(X).argmax(axis=1)])
+        chance = self.predict_proba(X)
+        return np.asarray(self.classes_[chance.argmax(axis=1)])
 
 
 def _graphs(items: list[Any], cutoff: float) -> Multigraphs:

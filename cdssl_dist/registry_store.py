@@ -176,7 +176,7 @@ def exclusive(client: Any, name: str, patience: float = 180.0, stale: float = ST
                 client.delete_registered_model(lock)
         if now > deadline:
             raise RegistryError(
-                f"{name}: other jobs have held {lock} for {patience:.0f} s; delete it if there are none"
+                f"{name}: other jobs hold {lock}, for {patience:.0f} s now; delete it if there are none"
             )
         time.sleep(random.uniform(0.05, 0.3))
     try:
