@@ -16,6 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from cdssl_dist.mlflow_server import one_line, redact, say
 from cdssl_dist.models import Kind, RegistryError, checked, kind_of, kind_of_tags, sha256, tags_of
@@ -38,6 +39,8 @@ from sharding.manifest import write_atomically
 
 __all__ = ["Pulled", "Registered", "RegistryError", "Version", "delete", "diff", "list_versions", "promote"]
 __all__ += ["pull", "pull_version", "register", "rollback", "show"]
+
+JUDGED: Final = "judged"  # tag of a version that was compared with the champion: that is done once
 
 
 @dataclass(frozen=True)
@@ -116,16 +119,21 @@ def _register(folder: Path, kind: Kind, name: str, uri: str, run_id: str | None)
         with exclusive(client, name):
             there = versions(client, name)
             known, champion = same(there), champion_of(there)
-            if known or model is None:
-                assert known is not None
-                version, reason = known.version, "these weights were registered before"
-            else:
+            if known is None and model is None:
+                raise RegistryError(f"{name}: the version with these weights was deleted just now; register again")
+            if known is None:
                 version = create_version(client, uri, model, name, run_id, tags, _description(kind, tags))
+            else:
+                version = known.version
+            if known and JUDGED in known.tags and champion:
+                reason = "these weights were registered before"
+            else:  # also where an earlier registration was cut off before it came to this
                 reason = _objection(kind, tags, champion)
-            if champion is None or (not known and not reason):
-                move_champion(client, name, version)
-                above = f"{kind.score} above that of version {champion.version}" if champion else ""
-                reason = above or "the first one"
+                if not reason:
+                    move_champion(client, name, version)
+                    above = f"{kind.score} above that of version {champion.version}" if champion else ""
+                    reason = above or "the first one"
+                client.set_model_version_tag(name, str(version), JUDGED, "yes")
             mine = next(v for v in versions(client, name) if v.version == version)
         return Registered(name, version, mine.aliases, mine.uri, not known, reason)
 

@@ -27,6 +27,7 @@ from cdssl_dist.plan import EpochPlan
 from cdssl_dist.pretext import Denoising
 from cdssl_dist.runlog import Ledger, Rollback, RunLog
 from cdssl_dist.schedule import learning_rate
+from cdssl_dist.subset import elements
 
 
 def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False, echo: bool = True) -> bool:
@@ -308,6 +309,7 @@ class Trainer:
             metrics=self.metrics,
             sources=self.data.manifest.sources,
             code_version=__version__,
+            elements=elements(self.data, "train"),
         )
 
 

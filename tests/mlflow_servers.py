@@ -84,18 +84,18 @@ def postgres(home: Path) -> Iterator[str]:
     assert made.returncode == 0, made.stderr
     options = ["-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={data}", "-p", str(port)]
     with process([*run, "postgres", "-D", str(data), *options], home / "postgres.log", env, Path("/")):
-        uri = f"postgresql://mlflow@127.0.0.1:{port}/postgres"
+        address = f"mlflow@127.0.0.1:{port}/postgres"
         import psycopg2
 
         deadline = time.monotonic() + 60
         while True:
             try:
-                psycopg2.connect(uri).close()
+                psycopg2.connect(f"postgresql://{address}").close()
                 break
             except psycopg2.OperationalError:
                 assert time.monotonic() < deadline, (home / "postgres.log").read_text()
                 time.sleep(0.2)
-        yield uri
+        yield f"postgresql+psycopg2://{address}"  # SQLAlchemy 2.1 takes another driver where none is named
     shutil.rmtree(data)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import pickle
@@ -21,13 +22,16 @@ import torch
 from encoders import write_encoder_to
 from safetensors.numpy import load_file, save_file
 
-from cdssl_dist import registry
+from cdssl_dist import registry, registry_store
 from cdssl_dist.batch import collate, widen
 from cdssl_dist.edges import distances
-from cdssl_dist.export import read_encoder
+from cdssl_dist.export import EncoderCard, read_encoder
 from cdssl_dist.megnet import pooled
 from cdssl_dist.mlflow_server import connect, experiment
+from cdssl_dist.model_card import write_model_card
 from cdssl_dist.registry import RegistryError, list_versions, promote, pull, register, rollback, show
+from cdssl_dist.registry_cli import main
+from cdssl_dist.registry_store import UnreachableError
 from sharding.crystal import Crystal
 from sharding.graph import build
 
@@ -365,3 +369,75 @@ def test_the_pyfunc_takes_objects_and_names_what_it_refuses(
         import pandas as pd
 
         model.predict(None, pd.DataFrame({"cif": ["x"]}))
+
+
+def test_older_formats_are_read_and_newer_ones_refused(home: Path, uri: str, repo: Path) -> None:
+    old = repo / "tests" / "data" / "encoder-v1"  # as version 1 wrote it
+    encoder, card = read_encoder(old)
+    assert (card.version, card.elements) == (2, []) and encoder.width == 2
+    done = register(old, "old", uri)
+    assert show(done.uri, uri).tags["format"] == "cdssl-encoder 1"
+    assert (pull(done.uri, uri) / "encoder.json").read_bytes() == (old / "encoder.json").read_bytes()
+
+    connect(uri).set_model_version_tag("crystals", "1", "format", "cdssl-encoder 99")
+    with pytest.raises(RegistryError, match="reads up to 2: update"):
+        pull("models:/crystals/1", uri)
+    new = write_encoder_to(home / "new", 3)
+    content = json.loads((new / "encoder.json").read_text()) | {"version": 99}
+    (new / "encoder.json").write_text(json.dumps(content))
+    with pytest.raises(RegistryError, match="format version 99"):
+        pull(str(new), uri)
+
+
+def test_the_fields_of_a_card_do_not_change_without_a_version() -> None:
+    """Whoever changes these adds a version and an upgrade, and keeps a file of the old one."""
+    assert [f.name for f in dataclasses.fields(EncoderCard)] == [
+        *["cutoff", "centers", "end", "gamma", "model", "sigma", "precision", "data_digest", "validation_digest"],
+        *["config_digest", "metrics", "sources", "code_version", "elements", "weights_sha256", "tie", "format"],
+        *["version", "extra"],
+    ]
+
+
+def test_diff_delete_and_what_a_name_holds(home: Path, uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+    register(write_encoder_to(home / "e", 2, skill=0.2, sigma=(0.1, 0.1)), "crystals", uri)
+
+    def cdssl(*arguments: str) -> str:
+        assert main(["--registry", uri, *arguments]) == 0
+        return capsys.readouterr().out
+
+    assert "sigma\n  - [0.3, 0.3]\n  + [0.1, 0.1]" in cdssl("diff", "models:/crystals/1", "models:/crystals/2")
+    assert "do not differ" in cdssl("diff", "models:/crystals/1", "models:/crystals@champion")
+    assert main(["--registry", uri, "delete", "1", "crystals"]) == 2
+    assert "is the champion: promote another" in capsys.readouterr().err
+    assert "models:/crystals/2" in cdssl("list", "crystals")
+    assert "deleted models:/crystals/2" in cdssl("delete", "2", "crystals")
+    assert "models:/crystals/2" not in cdssl("list", "crystals")
+
+    out = home / "mine"
+    assert cdssl("pull", "models:/crystals/1", "--out", str(out)).strip() == str(out)
+    card = (out / "MODEL_CARD.md").read_text()
+    assert "| AFLOW | CC-BY-4.0 |" in card and "code, for registries you trust" in card
+
+
+def test_a_card_shows_no_markup_of_others(home: Path) -> None:
+    folder = write_encoder_to(home / "e", 2, sources=[{"name": "<script>|x|\n# y", "licence": "[a](b)"}])
+    text = write_model_card(folder).read_text()
+    assert "\\<script\\>\\|x\\| # y" in text and "\\[a\\](b)" in text
+
+
+def test_a_registry_that_comes_back(home: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registration that was cut off is repeated, and nothing is there twice."""
+    calls: list[int] = []
+    real = registry_store.create_version
+
+    def answers_are_lost(*arguments: object) -> int:
+        calls.append(real(*arguments))  # type: ignore[arg-type]
+        if len(calls) == 1:
+            raise UnreachableError("the answer was lost")
+        return calls[-1]
+
+    monkeypatch.setattr(registry, "create_version", answers_are_lost)
+    monkeypatch.setattr(registry.time, "sleep", lambda _: None)
+    done = register(write_encoder_to(home / "e", 5, skill=0.9), "crystals", uri)
+    assert len(calls) == 1 and done.version == calls[0] and done.aliases == ("champion", "latest")
+    assert [v.version for v in list_versions("crystals", uri)] == [2, 1]

@@ -12,7 +12,7 @@ import pytest
 
 from cdssl_dist.dataset import DataSet
 from cdssl_dist.labeled import load_labeled
-from cdssl_dist.subset import condition, read, select
+from cdssl_dist.subset import condition, elements, read, select
 from sharding.block import Budget, decode
 from sharding.crystal import Crystal
 from sharding.manifest import DataSetError
@@ -148,6 +148,13 @@ def test_a_foreign_graph_table(folder: Path, data: DataSet) -> None:
     moved = chosen.set_column(1, "block", [np.roll(np.asarray(chosen["block"]), 5)])
     with pytest.raises(DataSetError, match=r"graphs.parquet is of another data set"):
         read(data, moved)
+
+
+def test_elements_of_a_split(folder: Path, rows: list[dict]) -> None:
+    with DataSet(folder) as data:
+        for split in ("train", "val"):
+            graphs = read(data, select(data, split=split))
+            assert elements(data, split) == sorted(set(graphs.atomic_numbers.tolist()))
 
 
 # -- labels ------------------------------------------------------------------------------------------------------------
