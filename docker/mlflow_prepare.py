@@ -6,6 +6,7 @@ into a volume in memory.
 
 import configparser
 import os
+import sys
 
 from mlflow.store.db import utils
 
@@ -22,6 +23,10 @@ def main() -> None:
     from mlflow.server.auth.db.utils import migrate_if_needed  # reads that file
 
     engine = utils.create_sqlalchemy_engine_with_retry(uri)
+    with engine.connect() as connection:
+        encoding = connection.exec_driver_sql("SHOW server_encoding").scalar()
+    if encoding != "UTF8":
+        sys.exit(f"error: the database's encoding is {encoding}: it cannot hold an Å; make it with ENCODING 'UTF8'")
     utils._safe_initialize_tables(engine)  # `mlflow db upgrade` cannot begin with an empty database
     utils._upgrade_db(engine)
     migrate_if_needed(engine, "head")

@@ -110,7 +110,7 @@ class Platform:
         code, said = postgres.run(
             "bash",
             "-c",
-            "cat > /tmp/pw; initdb -D /data/pg -U mlflow --auth=scram-sha-256 --pwfile=/tmp/pw; "
+            "cat > /tmp/pw; initdb -D /data/pg -U mlflow --encoding=UTF8 --auth=scram-sha-256 --pwfile=/tmp/pw; "
             "echo 'host all all 10.77.0.0/24 scram-sha-256' >> /data/pg/pg_hba.conf",
             stdin=self.secrets["postgres"]["POSTGRES_PASSWORD"],
         )
