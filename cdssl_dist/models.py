@@ -55,8 +55,8 @@ def _encoder_tags(card: EncoderCard) -> dict[str, str]:
 
 def _property_tags(card: PropertyCard) -> dict[str, str]:
     return {
-        "targets": json.dumps([t["name"] for t in card.task["targets"]]),
-        "units": json.dumps([t["unit"] for t in card.task["targets"]], ensure_ascii=False),
+        "targets": _listed([t["name"] for t in card.task["targets"]]),
+        "units": _listed([t["unit"] for t in card.task["targets"]]),
         "members": str(len(card.scalers)),
         "encoder": str(card.encoder["ref"]),  # the parent
         "encoder_weights_sha256": str(card.encoder["weights_sha256"]),
@@ -122,8 +122,8 @@ def tags_of(folder: Path, kind: Kind) -> dict[str, str]:
 
 
 def _listed(texts: list[str]) -> str:
-    """As a tag, which MLflow limits to 5,000 characters."""
-    return json.dumps(texts, ensure_ascii=False)[:5000]
+    """As a tag: MLflow limits it to 5,000 characters, and a database in SQL_ASCII takes no others than those of ASCII."""
+    return json.dumps(texts)[:5000]
 
 
 def checked(folder: Path, kind: Kind) -> Card:

@@ -262,7 +262,7 @@ def _description(kind: Kind, tags: dict[str, str]) -> str:
     about = f"Trained on {tags['sources']}, licences {tags['licences']}. See MODEL_CARD.md among its artifacts."
     if kind.stem == "encoder":
         code = "As a pyfunc it carries code, which is for registries you trust; encoder.safetensors and .json are data."
-        return f"A crystal encoder, cutoff {tags['cutoff']} Å. {code} {about}"
+        return f"A crystal encoder, cutoff {tags['cutoff']} Angstrom. {code} {about}"
     return f"Predicts {tags['targets']} of crystals; fine-tuned from {tags['encoder']}. {about}"
 
 

@@ -77,7 +77,7 @@ def postgres(home: Path) -> Iterator[str]:
     if os.geteuid() == 0:
         shutil.chown(data, "postgres", "postgres")
         run = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
-    env = {"PATH": os.environ["PATH"], "LC_ALL": "C"}
+    env = {"PATH": os.environ["PATH"], "LC_ALL": "C"}  # so its encoding is SQL_ASCII, the least there is
     made = subprocess.run(
         [*run, "initdb", "-D", str(data), "-U", "mlflow", "-A", "trust"], env=env, capture_output=True, cwd="/"
     )

@@ -16,7 +16,7 @@ LAYERS = [
     {"train_loop"},
     {"mlflow_server", "tracking", "registry", "registry_store", "pyfunc", "model_folder", "cluster"},
     {"commands", "pretrain", "registry_cli", "demo", "bench", "doctor", "cli"}
-    | {"encoder", "estimator", "finetune", "predict", "embed", "probe"},
+    | {"encoder", "estimator", "finetune", "predict", "embed", "probe", "map", "map_page"},
 ]
 # foreign package → the modules that may import it
 KNOWN_BY = {
