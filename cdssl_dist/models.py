@@ -122,7 +122,7 @@ def tags_of(folder: Path, kind: Kind) -> dict[str, str]:
 
 
 def _listed(texts: list[str]) -> str:
-    """As a tag: MLflow limits it to 5,000 characters, and a database in SQL_ASCII takes no others than those of ASCII."""
+    """As a tag: 5,000 characters are MLflow's limit, and those of ASCII all that some databases take."""
     return json.dumps(texts)[:5000]
 
 
