@@ -45,6 +45,7 @@ types: setup
 bench: setup .bench-venv/.installed
 	$(BIN)/python -m cdssl_dist.bench graph
 	$(BIN)/python -m cdssl_dist.bench loader
+	$(BIN)/python -m cdssl_dist.bench step
 
 # The linters of the manifests live in an environment of their own: checkov pins a hundred packages.
 .k8s-venv/.installed:

@@ -15,6 +15,7 @@ from cdssl_dist.commands import Parser, command
 BENCHMARKS: Final = {
     "graph": ("cdssl_dist.bench.graph", "databases → shards: structures per second, growth of time and memory"),
     "loader": ("cdssl_dist.bench.loader", "shards → tensors: crystals and edges per second, padding, balance, memory"),
+    "step": ("cdssl_dist.bench.step", "one training step, eager and compiled, beside matgl: edges per second"),
 }
 
 

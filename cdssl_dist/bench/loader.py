@@ -6,16 +6,13 @@ safetensors and xxhash are; what stands beside us is measured where it is instal
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
@@ -26,7 +23,7 @@ from numpy.typing import NDArray
 
 from cdssl_dist.batch import PackShape, RawPack, widen
 from cdssl_dist.bench import loader_others
-from cdssl_dist.bench.common import BenchError, Figures, in_turns
+from cdssl_dist.bench.common import BenchError, Figures, data_folder, in_turns
 from cdssl_dist.dataset import DataSet
 from cdssl_dist.loader import Loader
 from cdssl_dist.plan import EpochPlan
@@ -47,7 +44,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def measure(args: Namespace) -> Figures:
     """All figures; rates are medians, per second of CPU time but for those of the device."""
     torch.set_num_threads(1)
-    with _folder(args.data) as folder, DataSet(folder) as data:
+    with data_folder(args.data) as folder, DataSet(folder) as data:
         plan, shape = EpochPlan(data.table("train"), 0, 1, 8), data.shape("train", 1)
         packs = _packs(data, plan, args.crystals)
         raw = [data.pack(plan.pack(*at), plan.table, shape) for at in packs[:32]]
@@ -75,25 +72,6 @@ def measure(args: Namespace) -> Figures:
 
 def _rates(crystals: int, edges: int, seconds: float) -> Figures:
     return {"crystals": crystals / seconds, "directed edges": edges / seconds}
-
-
-@contextlib.contextmanager
-def _folder(given: str | None) -> Iterator[str]:
-    """The data set that was given; else one that is made for now."""
-    if given:
-        yield given
-        return
-    from cdssl_dist.bench.data import SHARED
-    from sharding.pipeline import shard
-    from sharding.settings import ShardSettings
-    from sharding.sources import open_source
-
-    shared = SHARED / "mp2025.parquet"
-    source = open_source(str(shared) if shared.exists() else "aflow:20000")
-    with tempfile.TemporaryDirectory(prefix="cdssl-bench-") as out:
-        with contextlib.redirect_stderr(io.StringIO()):
-            shard([source], Path(out) / "d", ShardSettings(fingerprints=False, duplicates="keep"))
-        yield f"{out}/d"
 
 
 def _packs(data: DataSet, plan: EpochPlan, crystals: int) -> list[tuple[int, int]]:
