@@ -103,6 +103,7 @@ class EngineConfig(Section):
     stage: Literal[0, 1, 2, 3] = 1  # ZeRO
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool = False  # a third faster on CPU, for a start of minutes the first time; see docs/performance.md
     threads: int = Field(1, ge=1)  # of each worker, on CPU
     deepspeed: dict[str, Any] = Field(default_factory=dict)  # passed through; contradictions are errors
 
@@ -179,6 +180,11 @@ class Config(Section):
                 f"cluster.workers={self.cluster.workers} exceeds data.packs_per_step={self.data.packs_per_step}: "
                 "some workers would never get a pack; lower the one or raise the other"
             )
+        if self.engine.compile and self.engine.stage == 3:
+            raise ValueError(
+                "engine.compile=true does not go with engine.stage=3: compiled code holds on to weights that ZeRO-3 "
+                "takes apart between layers; use stage 0, 1 or 2, or leave compile out"
+            )
         return self
 
     @property
@@ -201,7 +207,7 @@ class Config(Section):
         content = self.model_dump(mode="json", exclude={"run", "cluster", "tracking", "registry", "checkpoint"})
         for free in ("path", "prefetch", "cache_gb", "bad_blocks"):  # where and how, not what is computed
             content["data"].pop(free)
-        for free in ("threads", "stage", "device"):
+        for free in ("threads", "stage", "device", "compile"):
             content["engine"].pop(free)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from cdssl_dist import __version__, checkpoint
 from cdssl_dist.batch import widen
 from cdssl_dist.checkpoint import Checkpoint, Progress
+from cdssl_dist.compiled import compile_model
 from cdssl_dist.config import Config
 from cdssl_dist.edges import GaussianExpansion
 from cdssl_dist.engine import Engine, EngineSettings, init_distributed
@@ -97,6 +98,8 @@ class Trainer:
             **config.optim.model_dump(exclude={"lr"}),
         )
         model = PretextModel(edge_features=expansion.centers, **self.size)
+        if config.engine.compile:
+            compile_model(model)
         self.engine = Engine(model, settings, device, self._decide)
         self.meter = Meter(device, config.engine.precision)
 

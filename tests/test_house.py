@@ -9,7 +9,7 @@ import pytest
 
 LAYERS = [
     {"config", "plan", "schedule", "guard", "waiting"},
-    {"batch", "noise", "edges", "megnet", "heads", "loss", "pretext"},
+    {"batch", "noise", "edges", "megnet", "compiled", "heads", "loss", "pretext"},
     {"remote", "cache", "storage", "dataset", "loader", "subset", "tables", "labeled", "stream"}
     | {"runlog", "perf", "engine", "checkpoint", "evaluate", "export", "structures", "embedding"}
     | {"targets", "splits", "baselines", "tuning", "predictor", "experiment", "models", "model_card", "parity"},

@@ -104,6 +104,18 @@ def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_run_equals_an_eager_one(precision: str, data_folder: Path, tmp_path: Path) -> None:
+    for name in ("eager", "compiled"):
+        engine = {"precision": precision, "compile": name == "compiled"}
+        launch(1, run_training, config(tmp_path / name, data_folder, engine=engine), timeout=1200)
+    eager, compiled = (metrics(tmp_path / name, "train/loss") for name in ("eager", "compiled"))
+    tolerance = 1e-4 if precision == "fp32" else 1e-2
+    np.testing.assert_allclose([v for _, v in compiled], [v for _, v in eager], rtol=tolerance)
+    assert all(mfu > 0 for _, mfu in metrics(tmp_path / "compiled", "perf/mfu"))
+
+
 def test_another_configuration_or_data_set_is_refused(undisturbed: Path, data_folder: Path) -> None:
     changed = config(undisturbed, data_folder, optim={"lr": 0.02})
     with pytest.raises(AssertionError, match=r"optim\.lr: 0\.01 → 0\.02"):
