@@ -15,6 +15,7 @@ COMMANDS: Final = {
     "verify": ("sharding.verify", "read a data set again and check it against its checksums and its format"),
     "inspect": ("sharding.summary", "tell what is in a data set; as text, JSON or a page"),
     "pretrain": ("cdssl_dist.pretrain", "pretrain an encoder on a data set (also: python -m cdssl_dist.pretrain)"),
+    "status": ("cdssl_dist.status", "tell what a run is doing, from its folder: once, as JSON, or until it ends"),
     "finetune": ("cdssl_dist.finetune", "fine-tune a registered encoder on labeled crystals"),
     "predict": ("cdssl_dist.predict", "predict properties of crystals with a fine-tuned model"),
     "embed": ("cdssl_dist.embed", "embed crystals: a Parquet file of vectors"),

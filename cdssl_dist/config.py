@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 
 class ConfigError(ValueError):
@@ -134,10 +134,29 @@ class ClusterConfig(Section):
     """Ray Train."""
 
     address: str | None = None  # of a running cluster; else one is started in this process
-    workers: int = Field(1, ge=1)
+    workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1  # a pair [min, max]: as many as the cluster has room for
+    resize_every: float = Field(60.0, gt=0)  # s between looks whether there is room for more
     gpus_per_worker: float = Field(0.0, ge=0)
     cpus_per_worker: float = Field(1.0, gt=0)
     max_failures: int = Field(3, ge=-1)  # restarts of the worker group; −1 means any number
+    hang_after: float = Field(1800.0, gt=0)  # s without a step: longer than start, a validation or a checkpoint takes
+    stop_within: float = Field(120.0, gt=0)  # s from a request to stop until the driver goes, saved or not
+
+    @model_validator(mode="after")
+    def _ascending(self) -> ClusterConfig:
+        if self.min_workers > self.max_workers:
+            raise ValueError("workers must be a number, or a pair [min, max] in ascending order")
+        return self
+
+    @property
+    def min_workers(self) -> int:
+        """Fewest workers that a run goes on with."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Most workers."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class TrackingConfig(Section):
@@ -175,9 +194,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        if self.cluster.workers > self.data.packs_per_step:
+        if self.cluster.max_workers > self.data.packs_per_step:
             raise ValueError(
-                f"cluster.workers={self.cluster.workers} exceeds data.packs_per_step={self.data.packs_per_step}: "
+                f"cluster.workers={self.cluster.max_workers} exceeds data.packs_per_step={self.data.packs_per_step}: "
                 "some workers would never get a pack; lower the one or raise the other"
             )
         if self.engine.compile and self.engine.stage == 3:

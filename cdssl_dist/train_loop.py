@@ -29,9 +29,16 @@ from cdssl_dist.pretext import Denoising
 from cdssl_dist.runlog import Ledger, Rollback, RunLog
 from cdssl_dist.schedule import learning_rate
 from cdssl_dist.subset import elements
+from cdssl_dist.system import memory_errors
 
 
-def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False, echo: bool = True) -> bool:
+def train(
+    config: Config,
+    *,
+    stop_requested: Callable[[], bool] = lambda: False,
+    report: Callable[[int, dict[str, float]], None] = lambda step, values: None,
+    echo: bool = True,
+) -> bool:
     """Train, from the newest checkpoint of the run folder where there is one.
 
     Rank, world size and rendezvous come from the environment (``RANK``, ``WORLD_SIZE``, …).
@@ -39,6 +46,7 @@ def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False,
     Args:
         config: of the run.
         stop_requested: asked once a step on every rank; when any says yes, all save and return.
+        report: called on rank 0 with each line of metrics.
         echo: print progress, beside writing it to ``train.log``.
 
     Returns:
@@ -47,13 +55,16 @@ def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False,
     Raises:
         GuardStop: where the guard gives up.
         CheckpointError: where the run folder holds another run.
+        OutOfMemory: names the packs that it was met in.
     """
     device = _device(config)
     torch.set_num_threads(config.engine.threads)
     init_distributed(device)
     trainer = Trainer(config, device, stop_requested, echo)
+    trainer.report = report
     trainer.resume()
-    trainer.run()
+    with memory_errors(trainer.where):
+        trainer.run()
     return trainer.finish()
 
 
@@ -110,6 +121,7 @@ class Trainer:
         self.skipped: tuple[int, ...] = ()  # bad blocks that this rank left out of the step
         self.lr = 0.0
         self.metrics: dict[str, float] = {}  # of the last validation
+        self.report: Callable[[int, dict[str, float]], None] = lambda step, values: None
 
     # -- the story of a run -------------------------------------------------------------------------------------------
 
@@ -117,9 +129,9 @@ class Trainer:
         """Continue from the newest checkpoint, if there is one."""
         if found := checkpoint.newest(self.checkpoints, self.ledger):
             self._load(found)
-        self.log = RunLog(self.folder, self.cursor, echo=self.echo) if self.rank == 0 else None
+        self.log = RunLog(self.folder, self.cursor, self.echo, self.report) if self.rank == 0 else None
         if self.log and found:
-            self.log.say(f"resumed from step {self.cursor}")
+            self.log.say(f"resumed from step {self.cursor} on {self.world_size} ranks")
         if self.log:
             for line in self.plan.about(self.world_size):
                 self.log.say(line)
@@ -153,6 +165,13 @@ class Trainer:
             self.log.close()
         dist.barrier()
         return complete
+
+    def where(self) -> str:
+        """The step that this rank is at, with the packs that it takes in it, for the reports of errors."""
+        table, lanes = self.plan.table, self.plan.lanes(self.rank, self.world_size)
+        packs = [[e.index for e in self.plan.pack(self.cursor, lane)] for lane in lanes]
+        said = (f"blocks {table.block[p].tolist()} with {table.edges[p].sum()} scored edges" for p in packs if p)
+        return f"step {self.cursor} on rank {self.rank} of {self.world_size}, pack of " + ", or of ".join(said)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 

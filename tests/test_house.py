@@ -11,18 +11,18 @@ LAYERS = [
     {"config", "plan", "schedule", "guard", "waiting"},
     {"batch", "noise", "edges", "megnet", "compiled", "heads", "loss", "pretext"},
     {"remote", "cache", "storage", "dataset", "loader", "subset", "tables", "labeled", "stream"}
-    | {"runlog", "perf", "engine", "checkpoint", "evaluate", "export", "structures", "embedding"}
+    | {"runlog", "system", "perf", "engine", "checkpoint", "evaluate", "export", "structures", "embedding"}
     | {"targets", "splits", "baselines", "tuning", "predictor", "experiment", "models", "model_card", "parity"},
     {"train_loop"},
-    {"mlflow_server", "tracking", "registry", "registry_store", "pyfunc", "model_folder", "cluster"},
-    {"commands", "pretrain", "registry_cli", "demo", "bench", "doctor", "cli"}
+    {"mlflow_server", "tracking", "registry", "registry_store", "pyfunc", "model_folder"} | {"live", "rank", "cluster"},
+    {"commands", "pretrain", "status", "registry_cli", "demo", "bench", "doctor", "cli"}
     | {"encoder", "estimator", "finetune", "predict", "embed", "probe", "map", "map_page"},
 ]
 # foreign package → the modules that may import it
 KNOWN_BY = {
     "deepspeed": {"engine"},
     "mlflow": {"mlflow_server", "tracking", "registry", "registry_store", "pyfunc", "model_folder"},
-    "ray": {"cluster"},
+    "ray": {"cluster", "rank"},
 }
 NOT_IN = {
     "sharding": {"torch", "deepspeed", "mlflow", "cdssl_dist"},
