@@ -50,4 +50,4 @@ def _compile(part: nn.Module, backend: str) -> None:
     def forward(*args: Any) -> Any:
         return fast(*args) if torch.is_grad_enabled() else eager(*args)
 
-    part.forward = forward  # type: ignore[method-assign]
+    part.forward = forward  # type: ignore[assignment, method-assign]

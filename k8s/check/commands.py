@@ -94,13 +94,13 @@ def _config(overlay: Overlay, job: dict[str, Any], args: argparse.Namespace) -> 
         yield f"run={config.run} lies on no volume"
     workers, container = group["replicas"], group["template"]["spec"]["containers"][0]
     has = workers * float(container["resources"]["limits"].get("nvidia.com/gpu", 0))
-    wants = config.cluster.workers * config.cluster.gpus_per_worker
+    wants = config.cluster.max_workers * config.cluster.gpus_per_worker
     if has != wants:
         yield f"cluster.workers × gpus_per_worker = {wants:g} GPUs, and its pods have {has:g}"
     slots = workers * float(group["rayStartParams"]["num-cpus"])
-    if config.cluster.workers * config.cluster.cpus_per_worker > slots:
+    if config.cluster.max_workers * config.cluster.cpus_per_worker > slots:
         each = config.cluster.cpus_per_worker
-        yield f"{config.cluster.workers} workers × {each:g} CPUs, and Ray is told of {slots:g}"
+        yield f"{config.cluster.max_workers} workers × {each:g} CPUs, and Ray is told of {slots:g}"
 
 
 def agreement(overlay: Overlay) -> Iterator[str]:
