@@ -20,8 +20,9 @@ import torch.distributed as dist
 import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
-from cdssl_dist.engine import Engine
+from cdssl_dist.engine import EMA, Engine
 from cdssl_dist.guard import GuardState
 from cdssl_dist.runlog import Ledger
 from sharding.manifest import write_atomically
@@ -90,7 +91,13 @@ def load(found: Checkpoint, engine: Engine) -> None:
         for path in sorted(found.folder.glob("state-*.safetensors")):
             file = opened.enter_context(safe_open(str(path), framework="pt"))
             where |= dict.fromkeys(file.keys(), file)
-        engine.set_tensors(lambda name: where[name].get_tensor(name), found.progress.guard.applied)
+
+        def read(name: str) -> Tensor:
+            if name not in where and name.startswith(f"{EMA}/"):  # saved without: the mean begins here
+                name = name.replace(f"{EMA}/", "weight/", 1)
+            return where[name].get_tensor(name)
+
+        engine.set_tensors(read, found.progress.guard.applied)
 
 
 def newest(root: Path, ledger: Ledger, before: int | None = None) -> Checkpoint | None:

@@ -83,6 +83,7 @@ class OptimConfig(Section):
     eps: float = 1e-8
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, ge=0)  # largest gradient norm; 0 does not clip
+    ema: float = Field(0.0, ge=0, lt=1)  # decay of the mean of the weights that is validated and exported; 0 for none
 
 
 class ScheduleConfig(Section):
@@ -101,6 +102,7 @@ class EngineConfig(Section):
     stage: Literal[0, 1, 2, 3] = 1  # ZeRO
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    recompute: bool = False  # the inside of each block in the backward pass: less memory, a third more work
     threads: int = Field(1, ge=1)  # of each worker, on CPU
     deepspeed: dict[str, Any] = Field(default_factory=dict)  # passed through; contradictions are errors
 
@@ -144,6 +146,7 @@ class TrackingConfig(Section):
     experiment: str = "cdssl-pretrain"
     every: int = Field(20, ge=1)  # steps between lines of metrics
     validate_every: int = Field(500, ge=1)  # steps; a validation always ends the run
+    watch_every: int = Field(200, ge=0)  # steps between a closer look at gradients, updates and edges; 0 for never
     baseline_packs: int = Field(32, ge=1)  # training packs that skill_edge's reference is fitted on
 
 
@@ -198,7 +201,7 @@ class Config(Section):
         """SHA-256 of what decides the encoder: not of paths, cluster size or bookkeeping."""
         content = self.model_dump(mode="json", exclude={"run", "cluster", "tracking", "registry", "checkpoint"})
         content["data"].pop("path"), content["data"].pop("prefetch")
-        for free in ("threads", "stage", "device"):  # where and how, not what is computed
+        for free in ("threads", "stage", "device", "recompute"):  # where and how, not what is computed
             content["engine"].pop(free)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

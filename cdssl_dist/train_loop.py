@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +28,7 @@ from cdssl_dist.plan import EpochPlan
 from cdssl_dist.pretext import Denoising
 from cdssl_dist.runlog import Ledger, Rollback, RunLog
 from cdssl_dist.schedule import learning_rate
+from cdssl_dist.watch import watched_edges
 
 
 def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False, echo: bool = True) -> bool:
@@ -92,7 +94,7 @@ class Trainer:
             extra=config.engine.deepspeed,
             **config.optim.model_dump(exclude={"lr"}),
         )
-        model = PretextModel(edge_features=expansion.centers, **self.size)
+        model = PretextModel(edge_features=expansion.centers, recompute=config.engine.recompute, **self.size)
         self.engine = Engine(model, settings, device, self._decide)
         self.meter = Meter(device, config.engine.precision)
 
@@ -149,17 +151,36 @@ class Trainer:
         """Forward and backward over this rank's packs; returns the sums behind the metrics when they are due."""
         due = (step.number + 1) % self.config.tracking.every == 0
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device) if due else None
+        if watched := self._watched(step.number):
+            self.engine.watch()
+        edges = torch.zeros(3, dtype=torch.float64, device=self.device)
         # DeepSpeed divides by micro-steps and averages over ranks; the loss is per scored edge of the whole step.
         scale = self.world_size * len(step.packs) / max(step.edges, 1)
         for raw in step.packs:
             batch = widen(raw.to(self.device))
             reference = self.reference if due else None
-            squared, figures = self.meter.counted(self.task.loss, self.engine.module, batch, reference)
+            with watched_edges(self.engine.computing, edges) if watched else contextlib.nullcontext():
+                squared, figures = self.meter.counted(self.task.loss, self.engine.module, batch, reference)
             if sums is not None and figures is not None:
                 sums += figures
             self.engine.backward(squared * scale)
             self.meter.add(raw)
+        if watched:
+            self._report_watched(edges)
         return sums
+
+    def _watched(self, step: int) -> bool:
+        every = self.config.tracking.watch_every
+        return every > 0 and (step + 1) % every == 0
+
+    def _report_watched(self, edges: torch.Tensor) -> None:
+        """A line of what is looked at every ``watch_every`` steps; a collective."""
+        dist.all_reduce(edges)
+        found = self.engine.watched()
+        messages, dead, saturated = (float(v) for v in edges)
+        if self.log:
+            shares = {"watch/dead_edges": dead / messages, "watch/saturated_edges": saturated / messages}
+            self.log.metrics(self.cursor + 1, {**found, **shares})
 
     def _decide(self, norm: float) -> float | None:
         """The engine's question, once a step on all ranks: the learning rate to apply it with, or None."""
@@ -207,7 +228,9 @@ class Trainer:
             )
 
     def _validate(self) -> None:
-        self.metrics = {f"val/{name}": v for name, v in self.validation.run(self.engine.module).items()}
+        with self.engine.averaged():
+            found = self.validation.run(self.engine.module)
+        self.metrics = {f"val/{name}": v for name, v in found.items()}
         if self.log:
             self.log.metrics(self.cursor, self.metrics)
             self.log.say(f"step {self.cursor}  " + "  ".join(f"{n} {v:.4f}" for n, v in self.metrics.items()))

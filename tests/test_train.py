@@ -12,12 +12,20 @@ import pytest
 import torch
 from launch import launch
 from safetensors.torch import load_file
+from torch import nn
 
 from cdssl_dist.config import Config, parse
 from cdssl_dist.runlog import Ledger, Rollback, read_lines
 
 STEPS = 8
 SPOILED = 4  # the step that is made bad
+BAD = (
+    "nan",
+    "spike",
+    "data",
+    "loss",
+)  # a gradient of NaN or a thousandfold, NaN in a position or the loss; on one rank
+GOLDEN = Path(__file__).parent / "golden.json"
 
 
 def config(run: Path, path: Path, **changes: Any) -> dict[str, Any]:
@@ -90,6 +98,157 @@ def test_one_rank_with_accumulation_equals_two_ranks(undisturbed: Path, data_fol
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+def watch(content: dict[str, Any]) -> None:
+    """On each rank: train, and look at the update of the last step from outside."""
+    from cdssl_dist.train_loop import Trainer, init_distributed
+
+    class Watched(Trainer):
+        def _step(self, step: Any) -> Any:
+            before = self.engine.ds.module.state_dict() if step.number == STEPS - 1 else {}
+            before = {name: w.clone() for name, w in before.items()}
+            sums = super()._step(step)
+            if before:
+                after = self.engine.ds.module.state_dict()
+                change = sum(float((after[n] - w).square().sum()) for n, w in before.items()) ** 0.5
+                outside.append(change / sum(float(w.square().sum()) for w in before.values()) ** 0.5)
+            return sums
+
+    outside: list[float] = []
+    torch.set_num_threads(1)
+    init_distributed(torch.device("cpu"))
+    trainer = Watched(Config.model_validate(content), torch.device("cpu"), lambda: False, echo=False)
+    trainer.resume()
+    trainer.run()
+    trainer.finish()
+    lines = [line for line in read_lines(Path(content["run"]) / "metrics.jsonl") if "watch/update_ratio" in line]
+    assert [line["step"] for line in lines] == [4, 8]
+    assert lines[-1]["watch/update_ratio"] == pytest.approx(outside[0], rel=1e-4)
+    blocks = [v for name, v in lines[-1].items() if name.startswith("watch/grad_norm/")]
+    assert len(blocks) == 4  # input, two blocks, head
+    assert math.hypot(*blocks) == pytest.approx(trainer.guard.norm, rel=1e-4)
+    assert 0.0 <= lines[-1]["watch/dead_edges"] <= 1.0
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_blocks_and_updates_are_watched(stage: int, data_folder: Path, tmp_path: Path) -> None:
+    launch(2, watch, config(tmp_path / "run", data_folder, engine={"stage": stage}, tracking={"watch_every": 4}))
+
+
+def test_dead_and_saturated_edges() -> None:
+    from types import SimpleNamespace
+
+    from cdssl_dist.megnet import EdgeUpdate, shifted_softplus
+    from cdssl_dist.watch import slopes, watched_edges
+
+    x = torch.linspace(-12, 12, 49, requires_grad=True)
+    shifted_softplus(x).sum().backward()
+    torch.testing.assert_close(slopes(shifted_softplus(x.detach())), x.grad, rtol=1e-4, atol=1e-6)
+
+    update, edges = EdgeUpdate(4, 8), torch.zeros(3, dtype=torch.float64)
+    index = torch.zeros(6, dtype=torch.int64)
+    scored = torch.tensor([True] * 5 + [False])
+    batch = SimpleNamespace(
+        scored=scored, graph_of_atom=torch.zeros(1, dtype=torch.int64), receiver=index, sender=index
+    )
+    for bias in (0.0, -50.0, 50.0):
+        update.rest.layers[-1].bias.data.fill_(bias)
+        with watched_edges(nn.ModuleList([update]), edges):
+            update(torch.randn(1, 4), torch.randn(6, 4), torch.randn(1, 4), batch)
+    assert edges.tolist() == [15.0, 5.0, 5.0]
+
+
+def several(contents: list[dict[str, Any]]) -> None:
+    """On each rank: train, one configuration after the other."""
+    import torch.distributed as dist
+
+    from cdssl_dist.train_loop import train
+
+    for content in contents:
+        train(Config.model_validate(content), echo=False)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_stage_at_every_number_of_ranks_gives_the_golden_losses(
+    ranks: int, data_folder: Path, tmp_path: Path
+) -> None:
+    """Four packs a step, so that gradients accumulate; f32 within 1e-5 of the stored numbers, bf16 within 0.5%.
+
+    The numbers were stored from ZeRO-1 on one rank; on that machine all agreed within 2e-7 and 3e-4.
+    """
+    golden = json.loads(GOLDEN.read_text())
+    contents = {
+        (stage, precision): config(
+            tmp_path / f"{stage}-{precision}",
+            data_folder,
+            data={"packs_per_step": 4},
+            engine={"stage": stage, "precision": precision},
+            optim={"ema": 0.9},
+        )
+        for stage in (0, 1, 2, 3)
+        for precision in ("fp32", "bf16")
+    }
+    launch(ranks, several, list(contents.values()))
+    for (stage, precision), content in contents.items():
+        for name, wanted in golden[precision].items():
+            found = [v for _, v in metrics(Path(content["run"]), name)]
+            within = 1e-5 if precision == "fp32" else 5e-3
+            np.testing.assert_allclose(found, wanted, rtol=within, err_msg=f"ZeRO-{stage} {precision} {name}")
+
+
+def test_recomputing_activations_changes_no_bit(undisturbed: Path, data_folder: Path, tmp_path: Path) -> None:
+    launch(2, run_training, config(tmp_path / "run", data_folder, engine={"recompute": True}))
+    assert metrics(tmp_path / "run", "train/loss") == metrics(undisturbed, "train/loss")
+    a, b = weights(tmp_path / "run"), weights(undisturbed)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def follow_the_mean(content: dict[str, Any]) -> list[float]:
+    """On each rank: train; return how far the mean of the weights is, after each step, from one that is kept apart."""
+    from cdssl_dist.train_loop import Trainer, init_distributed
+
+    class Followed(Trainer):
+        mean: dict[str, torch.Tensor]
+
+        def full(self, what: str) -> dict[str, torch.Tensor]:
+            found = {name: t.clone() for name, t in self.engine.tensors()}
+            return {name.removeprefix(what): t for name, t in found.items() if name.startswith(what)}
+
+        def _after(self, sums: Any) -> None:
+            decay = min(0.9, (1 + self.cursor) / (10 + self.cursor))
+            now, kept = self.full("weight/"), self.full("ema/")
+            self.mean = {name: decay * old + (1 - decay) * now[name] for name, old in self.mean.items()}
+            far.append(max(float((self.mean[name] - kept[name]).abs().max()) for name in kept))
+            with self.engine.averaged():
+                pass
+            assert all(torch.equal(t, now[name]) for name, t in self.full("weight/").items())
+            super()._after(sums)
+
+    far: list[float] = []
+    torch.set_num_threads(1)
+    init_distributed(torch.device("cpu"))
+    trainer = Followed(Config.model_validate(content), torch.device("cpu"), lambda: False, echo=False)
+    trainer.resume()
+    trainer.mean = trainer.full("weight/")
+    trainer.run()
+    trainer.finish()
+    return far
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (3, "fp32")])
+def test_the_mean_of_the_weights_is_what_it_says(stage: int, precision: str, data_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    engine = {"stage": stage, "precision": precision}
+    for far in launch(2, follow_the_mean, config(run, data_folder, optim={"ema": 0.9}, engine=engine)):
+        assert len(far) == STEPS
+        assert max(far) < 1e-6
+    kept = max((run / "checkpoints").iterdir())
+    saved = {name: t for path in kept.glob("*.safetensors") for name, t in load_file(path).items()}
+    for name, weight in weights(run).items():
+        assert torch.equal(weight, saved[f"ema/encoder.{name}"])
+        assert not torch.equal(weight, saved[f"weight/encoder.{name}"])
+
+
 def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(
     undisturbed: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -139,11 +298,15 @@ def spoil(contents: dict[str, dict[str, Any]]) -> dict[str, list[tuple[int, str]
     from cdssl_dist.train_loop import Trainer
 
     class Bad(Denoising):
-        factor = 1.0
+        how = ""
 
         def loss(self, *args: Any) -> Any:
             squared, figures = super().loss(*args)
-            return squared * self.factor, figures
+            if self.how == "loss":
+                squared = squared * math.nan
+            elif self.how:
+                squared.register_hook(lambda gradient: gradient * {"nan": math.nan, "spike": 1000.0}[self.how])
+            return squared, figures
 
     class Spoiled(Trainer):
         how = "decree"
@@ -151,7 +314,9 @@ def spoil(contents: dict[str, dict[str, Any]]) -> dict[str, list[tuple[int, str]
 
         def _step(self, step: Any) -> Any:
             here = step.number == SPOILED and dist.get_rank() == 1
-            Bad.factor = {"nan": math.nan, "spike": 1000.0, "decree": 1.0}[self.how] if here else 1.0
+            Bad.how = self.how if here and self.how in ("nan", "spike", "loss") else ""
+            if here and self.how == "data":
+                step.packs[0].positions[0] = math.nan
             return super()._step(step)
 
         def _decide(self, norm: float) -> float | None:
@@ -185,16 +350,17 @@ def test_a_bad_step_on_one_rank_leaves_no_trace(stage: int, precision: str, data
             tmp_path / how,
             data_folder,
             data={"packs_per_step": 4},  # two micro-steps on each rank
+            optim={"ema": 0.9},  # what is compared is the mean of the weights, which a skipped step must not move
             engine={"stage": stage, "precision": precision},
             guard={"warmup": 2, "z_spike": 4.0, "min_deviation": 0.3},
             tracking={"validate_every": STEPS},
         )
-        for how in ("decree", "nan", "spike")
+        for how in ("decree", *BAD)
     }
     one, two = launch(2, spoil, contents)
     assert one == two
     wanted = weights(tmp_path / "decree")
-    for how in ("nan", "spike"):
+    for how in BAD:
         assert dict(one[how]) == {step: "skip" if step == SPOILED else "apply" for step in range(STEPS)}
         found = weights(tmp_path / how)
         assert all(torch.equal(found[name], wanted[name]) for name in wanted), how
