@@ -110,7 +110,7 @@ class EngineConfig(Section):
 class GuardConfig(Section):
     """What is done about the gradient norm; see ``guard.py``."""
 
-    on_spike: Literal["clip", "skip"] = "skip"
+    on_spike: Literal["clip", "skip", "apply"] = "skip"  # apply: only what is not finite is held back
     warmup: int = Field(50, ge=2)  # norms seen before any verdict on a finite one
     memory: float = Field(0.99, gt=0, lt=1)  # of the running statistics
     z_spike: float = Field(6.0, gt=0)  # in standard deviations of the log norm
@@ -119,6 +119,9 @@ class GuardConfig(Section):
     max_rollbacks: int = Field(3, ge=0)
     rollback_lr: float = Field(0.5, gt=0, le=1)  # factor on the learning rate
     max_bad_share: float = Field(0.1, gt=0, le=1)  # of the last 1000 steps; more stops the run
+    level_after: int = Field(10, ge=2)  # spikes in a row that agree, with the loss as before, are a new level
+    level_spread: float = Field(1.0, gt=0)  # of the log norm: how far they may lie apart
+    level_loss: float = Field(1.5, ge=1)  # the loss of each, in units of the running mean
 
 
 class CheckpointConfig(Section):

@@ -156,6 +156,7 @@ class Trainer:
         edges = torch.zeros(3, dtype=torch.float64, device=self.device)
         # DeepSpeed divides by micro-steps and averages over ranks; the loss is per scored edge of the whole step.
         scale = self.world_size * len(step.packs) / max(step.edges, 1)
+        self.loss = torch.zeros((), device=self.device)  # this rank's part of the loss of the step
         for raw in step.packs:
             batch = widen(raw.to(self.device))
             reference = self.reference if due else None
@@ -163,6 +164,7 @@ class Trainer:
                 squared, figures = self.meter.counted(self.task.loss, self.engine.module, batch, reference)
             if sums is not None and figures is not None:
                 sums += figures
+            self.loss += squared.detach() / max(step.edges, 1)
             self.engine.backward(squared * scale)
             self.meter.add(raw)
         if watched:
@@ -184,11 +186,14 @@ class Trainer:
 
     def _decide(self, norm: float) -> float | None:
         """The engine's question, once a step on all ranks: the learning rate to apply it with, or None."""
-        # The norm was reduced already, so all ranks judge alike; what they do not share is who was asked to stop.
-        self.guard.judge(norm, rollbacks=len(self.ledger.rollbacks))
-        asked = torch.tensor([float(self.stop_requested())], device=self.device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        self.stopping = bool(asked.item())
+        # The norm was reduced already, so all ranks judge alike; what they do not share yet is the loss
+        # of their packs, and who was asked to stop.
+        asked = torch.tensor(float(self.stop_requested()), device=self.device)
+        shared = torch.stack([self.loss, asked])
+        dist.all_reduce(shared)
+        loss, stops = shared.tolist()
+        self.stopping = stops > 0
+        self.guard.judge(norm, rollbacks=len(self.ledger.rollbacks), loss=loss)
         if self.guard.last.verdict not in ("apply", "clip"):
             return None
         before = self.guard.state.applied - 1
