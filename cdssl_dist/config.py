@@ -130,6 +130,11 @@ class CheckpointConfig(Section):
     every: int = Field(500, ge=1)  # steps
     keep: int = Field(2, ge=1)
     quiet: int = Field(50, ge=0)  # applied steps after which a checkpoint is known to be good
+    best: bool = True  # the one with the lowest val/loss is kept too
+    hours: float | None = Field(None, gt=0)  # of each such span one is kept for good
+    mirror: str | None = None  # URL or folder that checkpoints are copied to, and fetched from where none is left here
+    mirror_wait: float = Field(60.0, ge=0)  # s; how long the end of a run waits for the last copy
+    allow_changed: tuple[str, ...] = ()  # keys that may differ from those a run began with; ``data`` for the data set
 
 
 class ClusterConfig(Section):
@@ -201,12 +206,16 @@ class Config(Section):
         return path
 
     def digest(self) -> str:
-        """SHA-256 of what decides the encoder: not of paths, cluster size or bookkeeping."""
+        """SHA-256 of ``decisive``."""
+        return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()
+
+    def decisive(self) -> dict[str, Any]:
+        """What decides the encoder: not paths, cluster size or bookkeeping."""
         content = self.model_dump(mode="json", exclude={"run", "cluster", "tracking", "registry", "checkpoint"})
         content["data"].pop("path"), content["data"].pop("prefetch")
         for free in ("threads", "stage", "device", "recompute"):  # where and how, not what is computed
             content["engine"].pop(free)
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return content
 
 
 def packaged(name: str) -> Path:

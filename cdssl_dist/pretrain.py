@@ -32,8 +32,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file's"
     )
+    parser.add_argument(
+        "--allow-changed",
+        metavar="KEY[,KEY]",
+        help="keys that may differ from those the run began with, e.g. optim.lr; data for the data set",
+    )
     args = parser.parse_args(argv)
-    return pretrain(load(args.config, args.overrides))
+    config = load(args.config, args.overrides)
+    if args.allow_changed:
+        allowed = {"allow_changed": tuple(args.allow_changed.split(","))}
+        config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=allowed)})
+    return pretrain(config)
 
 
 def pretrain(config: Config) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 from cdssl_dist import __version__, checkpoint
 from cdssl_dist.batch import widen
-from cdssl_dist.checkpoint import Checkpoint, Progress
+from cdssl_dist.checkpoint import Checkpoint, Progress, Retention
 from cdssl_dist.config import Config
 from cdssl_dist.edges import GaussianExpansion
 from cdssl_dist.engine import Engine, EngineSettings, init_distributed
@@ -23,6 +24,7 @@ from cdssl_dist.guard import Guard, GuardRules, GuardStop
 from cdssl_dist.loader import DataSet, Loader, Step
 from cdssl_dist.loss import SUMS, metrics_of
 from cdssl_dist.megnet import PretextModel
+from cdssl_dist.mirror import Mirror, restore
 from cdssl_dist.perf import Meter
 from cdssl_dist.plan import EpochPlan
 from cdssl_dist.pretext import Denoising
@@ -51,6 +53,10 @@ def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False,
     device = _device(config)
     torch.set_num_threads(config.engine.threads)
     init_distributed(device)
+    if config.checkpoint.mirror:
+        if dist.get_rank() == 0:
+            restore(config.checkpoint.mirror, Path(config.run))
+        dist.barrier()
     trainer = Trainer(config, device, stop_requested, echo)
     trainer.resume()
     trainer.run()
@@ -104,6 +110,7 @@ class Trainer:
         self.stopping = False
         self.lr = 0.0
         self.metrics: dict[str, float] = {}  # of the last validation
+        self.validated = -1  # the cursor then
 
     # -- the story of a run -------------------------------------------------------------------------------------------
 
@@ -114,6 +121,10 @@ class Trainer:
         self.log = RunLog(self.folder, self.cursor, echo=self.echo) if self.rank == 0 else None
         if self.log and found:
             self.log.say(f"resumed from step {self.cursor}")
+            for change in self.changes:
+                self.log.event(self.cursor, "changed", what=change)
+        mirror = self.config.checkpoint.mirror
+        self.mirror = Mirror(mirror, self.folder, self._tell_mirror) if self.log and mirror else None
 
     def run(self) -> None:
         """Step until the end, a stop request, or the guard's word; after a roll-back the loader starts anew."""
@@ -140,6 +151,8 @@ class Trainer:
         if self.log:
             if complete:
                 write_encoder(self.folder, weights, self._card())
+            if self.mirror and not self.mirror.close(self.config.checkpoint.mirror_wait):
+                self.log.say("the last checkpoint is not copied yet, and is left to the next start")
             self._status("done" if complete else "stopped", self.metrics)
             self.log.close()
         dist.barrier()
@@ -209,8 +222,11 @@ class Trainer:
         if self.cursor % config.tracking.validate_every == 0 or self.cursor == config.schedule.steps:
             self._validate()
         if self.cursor % config.checkpoint.every == 0 or self.cursor == config.schedule.steps or self.stopping:
-            kept = config.checkpoint
-            checkpoint.save(self.checkpoints, self.engine, self._progress(), kept.keep, kept.quiet)
+            c = config.checkpoint
+            retention = Retention(c.keep, c.quiet, c.best, c.hours)
+            folder = checkpoint.save(self.checkpoints, self.engine, self._progress(), retention, self.ledger)
+            if self.mirror:
+                self.mirror.copy(folder)
             if self.log:
                 self.log.event(self.cursor, "checkpoint")
             self.meter.restart()
@@ -235,7 +251,7 @@ class Trainer:
     def _validate(self) -> None:
         with self.engine.averaged():
             found = self.validation.run(self.engine.module)
-        self.metrics = {f"val/{name}": v for name, v in found.items()}
+        self.metrics, self.validated = {f"val/{name}": v for name, v in found.items()}, self.cursor
         if self.log:
             self.log.metrics(self.cursor, self.metrics)
             self.log.say(f"step {self.cursor}  " + "  ".join(f"{n} {v:.4f}" for n, v in self.metrics.items()))
@@ -267,7 +283,7 @@ class Trainer:
     # -- state --------------------------------------------------------------------------------------------------------
 
     def _load(self, found: Checkpoint) -> None:
-        checkpoint.check_fits(found, self._progress())
+        self.changes = checkpoint.check_fits(found, self.config, self._progress())
         checkpoint.load(found, self.engine)
         self.guard.state = found.progress.guard
         self.cursor = self.ledger.resume_point(found.progress.cursor) or found.progress.cursor
@@ -281,7 +297,14 @@ class Trainer:
             config_digest=config.digest(),
             config=config.model_dump(mode="json"),
             world_size=self.world_size,
+            data={"name": self.data.name, **self.data.manifest.splits},
+            loss=self.metrics["val/loss"] if self.validated == self.cursor else None,
+            saved=time.time(),
         )
+
+    def _tell_mirror(self, kind: str, what: str) -> None:
+        if self.log:
+            self.log.event(self.cursor, kind, what=what)
 
     def _loader(self) -> Loader:
         return Loader(

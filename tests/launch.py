@@ -20,9 +20,22 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def _enter(rank: int, world_size: int, port: int, results: Any, function: Callable[..., Any], args: tuple) -> None:
+def _enter(
+    rank: int,
+    world_size: int,
+    port: int,
+    environment: dict[str, str],
+    results: Any,
+    function: Callable[..., Any],
+    args: tuple,
+) -> None:
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        environment,
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
     )
     try:
         results.put((rank, True, function(*args)))
@@ -36,7 +49,8 @@ def launch(world_size: int, function: Callable[..., Any], *args: Any, timeout: f
     results = CONTEXT.Queue()
     port = free_port()
     ranks = [
-        CONTEXT.Process(target=_enter, args=(r, world_size, port, results, function, args)) for r in range(world_size)
+        CONTEXT.Process(target=_enter, args=(r, world_size, port, dict(os.environ), results, function, args))
+        for r in range(world_size)
     ]
     for process in ranks:
         process.start()

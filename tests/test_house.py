@@ -11,7 +11,7 @@ LAYERS = [
     {"config", "plan", "schedule", "guard", "waiting"},
     {"batch", "noise", "edges", "megnet", "heads", "loss", "pretext"},
     {"remote", "cache", "storage", "dataset", "loader", "subset", "labeled"}
-    | {"runlog", "perf", "engine", "checkpoint", "evaluate", "export", "watch"},
+    | {"runlog", "perf", "engine", "checkpoint", "evaluate", "export", "watch", "mirror"},
     {"train_loop"},
     {"mlflow_server", "tracking", "registry", "pyfunc", "model_folder", "cluster"},
     {"commands", "pretrain", "finetune", "registry_cli", "demo", "bench", "doctor", "cli"},

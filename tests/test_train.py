@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,15 @@ from launch import launch
 from safetensors.torch import load_file
 from torch import nn
 
+from cdssl_dist import checkpoint
+from cdssl_dist.checkpoint import Progress, Retention
 from cdssl_dist.config import Config, parse
+from cdssl_dist.guard import GuardState
 from cdssl_dist.runlog import Ledger, Rollback, read_lines
+from sharding.block import Budget
+from sharding.pipeline import shard
+from sharding.settings import ShardSettings
+from sharding.sources import open_source
 
 STEPS = 8
 SPOILED = 4  # the step that is made bad
@@ -263,10 +272,82 @@ def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_another_configuration_or_data_set_is_refused(undisturbed: Path, data_folder: Path) -> None:
-    changed = config(undisturbed, data_folder, optim={"lr": 0.02})
-    with pytest.raises(AssertionError, match=r"optim\.lr: 0\.01 → 0\.02"):
-        launch(2, run_training, changed)
+def test_another_configuration_is_refused_or_allowed_by_name(
+    undisturbed: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    with pytest.raises(AssertionError, match=r"optim\.lr: 0\.01 → 0\.02; .*--allow-changed optim\.lr"):
+        launch(2, run_training, config(run, data_folder, optim={"lr": 0.02}))
+    longer = {"optim": {"lr": 0.02}, "schedule": {"steps": STEPS + 1}}
+    with pytest.raises(AssertionError, match=r"schedule\.steps: 8 → 9; "):
+        launch(2, run_training, config(run, data_folder, **longer, checkpoint={"allow_changed": ["optim.lr"]}))
+    allowed = {"allow_changed": ["optim.lr", "schedule.steps"]}
+    assert launch(2, run_training, config(run, data_folder, **longer, checkpoint=allowed)) == [True, True]
+    told = [line["what"] for line in read_lines(run / "events.jsonl") if line["event"] == "changed"]
+    assert told == ["optim.lr: 0.01 → 0.02", "schedule.steps: 8 → 9"]
+
+
+def test_another_data_set_is_refused_or_allowed_by_name(undisturbed: Path, data_folder: Path, tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    settings = ShardSettings(budget=Budget(edges=2_048, atoms=256, graphs=16), blocks_per_shard=3, val=0.2)
+    shard([open_source("aflow:90")], other, settings)
+    shutil.copytree(undisturbed, run)
+    with pytest.raises(AssertionError, match=r"data: digest \w+ → \w+.*train\.\w+: \d+ → \d+.*--allow-changed data"):
+        launch(2, run_training, config(run, other))
+    assert launch(2, run_training, config(run, other, checkpoint={"allow_changed": ["data"]})) == [True, True]
+
+
+def test_a_checkpoint_of_version_1_goes_on(undisturbed: Path, data_folder: Path, tmp_path: Path) -> None:
+    """Written by two ranks after 5 steps of the undisturbed run, by the code of that time."""
+    old = tmp_path / "run" / "checkpoints" / "step-000000005-w2-00000000"
+    shutil.copytree(Path(__file__).parent / "old" / "checkpoint-v1", old)
+    assert json.loads((old / "progress.json").read_text())["version"] == 1
+    allowed = {"allow_changed": ["data"]}  # its bytes may differ between versions of the packages that made it
+    assert launch(2, run_training, config(tmp_path / "run", data_folder, checkpoint=allowed)) == [True, True]
+    found, wanted = metrics(tmp_path / "run", "train/loss"), metrics(undisturbed, "train/loss")[5:]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_what_is_saved_does_not_change_without_a_new_version(undisturbed: Path) -> None:
+    newest = max((undisturbed / "checkpoints").iterdir())
+    content = json.loads((newest / "progress.json").read_text())
+    assert content["version"] == checkpoint.VERSION == 2
+    assert set(content) == {
+        "cursor", "guard", "data_digest", "config_digest", "config", "world_size", "data", "loss", "saved", "version"
+    }  # fmt: skip
+    assert set(content["guard"]) == {
+        "seen", "mean", "variance", "bad_in_row", "bad_recent", "applied", "loss",
+        "level_steps", "level_low", "level_high", "level_sum",
+    }  # fmt: skip
+
+
+def progress(cursor: int, **more: Any) -> Progress:
+    plain: dict[str, Any] = {"config": {}, "config_digest": "", "data": {}, "data_digest": "", "world_size": 1}
+    return Progress(**{"cursor": cursor, "guard": GuardState(), **plain, **more})
+
+
+@pytest.mark.parametrize(
+    ("retention", "kept"),
+    [
+        (Retention(keep=2, quiet=0, best=False), {80, 90}),
+        (Retention(keep=1, quiet=35, best=False), {50, 90}),
+        (Retention(keep=1, quiet=0, best=True), {40, 90}),
+        (Retention(keep=1, quiet=0, best=False, hours=1.0), {10, 50, 90}),
+    ],
+)
+def test_what_is_kept(retention: Retention, kept: set[int], tmp_path: Path) -> None:
+    """A checkpoint each quarter of an hour; 20 was the best, but was rolled back over: 10 ← 30."""
+    for cursor in range(10, 100, 10):
+        folder = tmp_path / f"step-{cursor:09d}-w1-0"
+        folder.mkdir()
+        loss = {20: 0.1, 40: 0.5}.get(cursor, 1.0)
+        about = progress(cursor, loss=loss, saved=7200 + 900.0 * (cursor // 10 - 1))
+        (folder / "progress.json").write_text(json.dumps(asdict(about)))
+        if cursor != 60:
+            (folder / checkpoint.MARKER).touch()
+    checkpoint._retain(tmp_path, retention, Ledger([Rollback(10, 30, "")]), 90)
+    assert {int(path.name.split("-")[1]) for path in tmp_path.iterdir()} == kept
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
