@@ -228,7 +228,8 @@ def _committed(root: Path) -> list[Path]:
 def _retain(root: Path, retention: Retention, ledger: Ledger, cursor: int) -> None:
     """Remove what is not kept, markers first, and what crashes left."""
     found = _committed(root)
-    kept = {*found[-retention.keep :], *[f for f in found if _cursor(f) <= cursor - retention.quiet][-1:]}
+    good = [f for f in found if _cursor(f) <= cursor - retention.quiet]
+    kept = {*found[-retention.keep :], *good[-1:], *found[len(good) :]}  # the last have yet to become good
     about = {f: read_progress(f) for f in found if ledger.resume_point(_cursor(f)) is not None}
     validated = [(p.loss, f) for f, p in about.items() if p.loss is not None and math.isfinite(p.loss)]
     if retention.best and validated:

@@ -223,7 +223,8 @@ class Trainer:
             self._validate()
         if self.cursor % config.checkpoint.every == 0 or self.cursor == config.schedule.steps or self.stopping:
             c = config.checkpoint
-            retention = Retention(c.keep, c.quiet, c.best, c.hours)
+            # A row of bad steps may have begun before this one, and asks for a checkpoint that was quiet before it.
+            retention = Retention(c.keep, c.quiet + config.guard.rollback_after, c.best, c.hours)
             folder = checkpoint.save(self.checkpoints, self.engine, self._progress(), retention, self.ledger)
             if self.mirror:
                 self.mirror.copy(folder)

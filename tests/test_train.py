@@ -331,7 +331,7 @@ def progress(cursor: int, **more: Any) -> Progress:
     ("retention", "kept"),
     [
         (Retention(keep=2, quiet=0, best=False), {80, 90}),
-        (Retention(keep=1, quiet=35, best=False), {50, 90}),
+        (Retention(keep=1, quiet=35, best=False), {50, 70, 80, 90}),
         (Retention(keep=1, quiet=0, best=True), {40, 90}),
         (Retention(keep=1, quiet=0, best=False, hours=1.0), {10, 50, 90}),
     ],
