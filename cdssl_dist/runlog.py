@@ -41,7 +41,8 @@ class RunLog:
         """Something that happened once: a verdict, a checkpoint, a roll-back."""
         self._events.write(json.dumps({"step": step, "time": _now(), "event": kind, **about}, default=str) + "\n")
         if kind != "checkpoint":
-            self.say(f"step {step}: {kind}: " + ", ".join(f"{k} {v}" for k, v in about.items() if k != "packs"))
+            shown = {k: v for k, v in about.items() if k not in ("packs", "losses", "graphs")}
+            self.say(f"step {step}: {kind}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
 
     def status(self, **about: Any) -> None:
         """What the run is doing, for whoever asks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from cdssl_dist.pretext import Denoising
 from cdssl_dist.runlog import Ledger, Rollback, RunLog
 from cdssl_dist.schedule import learning_rate
 from cdssl_dist.watch import watched_edges
+from sharding.block import decode
 
 
 def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False, echo: bool = True) -> bool:
@@ -170,6 +172,7 @@ class Trainer:
         # DeepSpeed divides by micro-steps and averages over ranks; the loss is per scored edge of the whole step.
         scale = self.world_size * len(step.packs) / max(step.edges, 1)
         self.loss = torch.zeros((), device=self.device)  # this rank's part of the loss of the step
+        self.pack_losses: list[torch.Tensor] = []
         for raw in step.packs:
             batch = widen(raw.to(self.device))
             reference = self.reference if due else None
@@ -177,7 +180,8 @@ class Trainer:
                 squared, figures = self.meter.counted(self.task.loss, self.engine.module, batch, reference)
             if sums is not None and figures is not None:
                 sums += figures
-            self.loss += squared.detach() / max(step.edges, 1)
+            self.pack_losses.append(squared.detach() / max(step.edges, 1))
+            self.loss += self.pack_losses[-1]
             self.engine.backward(squared * scale)
             self.meter.add(raw)
         if watched:
@@ -206,13 +210,11 @@ class Trainer:
         dist.all_reduce(shared)
         loss, stops = shared.tolist()
         self.stopping = stops > 0
-        self.guard.judge(norm, rollbacks=len(self.ledger.rollbacks), loss=loss)
-        if self.guard.last.verdict not in ("apply", "clip"):
-            return None
-        before = self.guard.state.applied - 1
-        rate = learning_rate(before, peak=self.config.optim.lr, **self.config.schedule.model_dump())
+        applied = self.guard.state.applied
+        rate = learning_rate(applied, peak=self.config.optim.lr, **self.config.schedule.model_dump())
         self.lr = rate * self.config.guard.rollback_lr ** len(self.ledger.rollbacks)
-        return self.lr
+        self.guard.judge(norm, rollbacks=len(self.ledger.rollbacks), loss=loss)
+        return self.lr if self.guard.last.verdict in ("apply", "clip") else None
 
     def _after(self, sums: torch.Tensor | None) -> None:
         """What is due after a consumed step: metrics, validation, checkpoint."""
@@ -261,12 +263,23 @@ class Trainer:
     def _tell(self, step: Step) -> None:
         """An event for each verdict that is not plainly to apply; a stop ends the run."""
         last = self.guard.last
+        losses = self._losses_of_packs()
         if self.log:
             packs = [[int(self.plan.table.block[e.index]) for e in pack] for pack in self.plan.step(step.number)]
-            about = {"norm": self.guard.norm, "z": last.z, "reason": last.reason, "packs": packs}
-            self.log.event(step.number, last.verdict, **about)
+            worst = max(range(len(packs)), key=lambda p: losses[p] if math.isfinite(losses[p]) else math.inf)
+            about = {"norm": self.guard.norm, "z": last.z, "reason": last.reason, "packs": packs, "losses": losses}
+            graphs = [key for block in packs[worst] for key in decode(self.data.read(block)).keys]
+            self.log.event(step.number, last.verdict, **about, pack=worst, graphs=graphs)
         if last.verdict == "stop":
             raise GuardStop(f"step {step.number}: {last.reason}")
+
+    def _losses_of_packs(self) -> list[float]:
+        """Each pack's part of the loss of the step: the largest names the pack that is looked at; a collective."""
+        lanes = list(self.plan.lanes(self.rank, self.world_size))
+        losses = torch.zeros(self.plan.packs_per_step, device=self.device)
+        losses[lanes] = torch.stack(self.pack_losses[: len(lanes)])
+        dist.all_reduce(losses)
+        return [float(v) for v in losses]
 
     def _roll_back(self) -> None:
         """Weights back to the newest checkpoint from before the trouble; data goes on. The ledger first."""

@@ -14,7 +14,7 @@ LAYERS = [
     | {"runlog", "perf", "engine", "checkpoint", "evaluate", "export", "watch", "mirror"},
     {"train_loop"},
     {"mlflow_server", "tracking", "registry", "pyfunc", "model_folder", "cluster"},
-    {"commands", "pretrain", "finetune", "registry_cli", "demo", "bench", "doctor", "cli"},
+    {"commands", "pretrain", "replay", "finetune", "registry_cli", "demo", "bench", "doctor", "cli"},
 ]
 # foreign package → the modules that may import it
 KNOWN_BY = {

@@ -12,16 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from launch import launch
 from safetensors.torch import load_file
 from torch import nn
 
-from cdssl_dist import checkpoint
+from cdssl_dist import checkpoint, pretrain
 from cdssl_dist.checkpoint import Progress, Retention
 from cdssl_dist.config import Config, parse
+from cdssl_dist.dataset import DataSet
+from cdssl_dist.engine import EngineSettings, deepspeed_config
 from cdssl_dist.guard import GuardState
+from cdssl_dist.replay import replay
 from cdssl_dist.runlog import Ledger, Rollback, read_lines
-from sharding.block import Budget
+from sharding.block import Budget, decode
 from sharding.pipeline import shard
 from sharding.settings import ShardSettings
 from sharding.sources import open_source
@@ -445,6 +449,65 @@ def test_a_bad_step_on_one_rank_leaves_no_trace(stage: int, precision: str, data
         assert dict(one[how]) == {step: "skip" if step == SPOILED else "apply" for step in range(STEPS)}
         found = weights(tmp_path / how)
         assert all(torch.equal(found[name], wanted[name]) for name in wanted), how
+
+
+def test_an_event_names_the_pack_and_its_crystals_and_the_step_can_be_replayed(
+    data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loss of one pack becomes NaN on rank 1; the step is replayed from a checkpoint at the very step."""
+    run = tmp_path / "loss"
+    guard = {"warmup": 2, "rollback_after": 3}
+    content = config(
+        run, data_folder, data={"packs_per_step": 4}, checkpoint={"every": SPOILED, "keep": 9}, guard=guard
+    )
+    launch(2, spoil, {"loss": content})
+    (event,) = [line for line in read_lines(run / "events.jsonl") if line["event"] == "skip"]
+    assert event["step"] == SPOILED
+    assert event["pack"] in (2, 3)  # of rank 1
+    with DataSet(data_folder) as data:
+        keys = [key for block in event["packs"][event["pack"]] for key in decode(data.read(block)).keys]
+    assert event["graphs"] == keys != []
+
+    (run / "config.yaml").write_text(yaml.safe_dump(content))
+    found = replay(run, SPOILED)  # where nothing is spoiled
+    assert found.weights_of == SPOILED
+    assert [p.blocks for p in found.packs] == event["packs"]
+    loss = [loss for loss in event["losses"] if math.isfinite(loss)]
+    assert [p.loss * p.edges / sum(p.edges for p in found.packs) for p in found.packs[:2]] == pytest.approx(
+        loss[:2], rel=1e-4
+    )
+    after = replay(run, SPOILED + 1)  # one step later: that of the weights of step 4, for step 4 was skipped
+    lines = {line["step"]: line for line in read_lines(run / "metrics.jsonl") if "guard/norm" in line}
+    assert after.weights_of == SPOILED
+    assert (after.loss, after.norm) == pytest.approx(
+        (lines[SPOILED + 2]["train/loss"], lines[SPOILED + 2]["guard/norm"]), rel=1e-4
+    )
+    assert pretrain.main(["--replay-step", f"{run}:{SPOILED + 1}"]) == 0
+    assert f"gradient norm {after.norm:.4g}" in capsys.readouterr().out
+    assert pretrain.main(["--replay-step", f"{run}:2"]) == 2
+    assert "no committed checkpoint at or before step 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("raw", "key"),
+    [
+        ({"zero_optimization": {"stage": 2}}, "zero_optimization"),
+        ({"gradient_clipping": 5.0}, "gradient_clipping"),
+        ({"bf16": {"enabled": True}}, "bf16"),
+        ({"train_micro_batch_size_per_gpu": 4}, "train_micro_batch_size_per_gpu"),
+    ],
+)
+def test_a_raw_deepspeed_section_must_not_contradict(raw: dict[str, Any], key: str) -> None:
+    settings = EngineSettings(stage=1, precision="fp32", micro_steps=1, clip=1.0, extra=raw)
+    with pytest.raises(ValueError, match=rf"deepspeed\.{key} contradicts"):
+        deepspeed_config(settings)
+
+
+def test_a_raw_deepspeed_section_passes_through() -> None:
+    raw = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}, "comms_logger": {"enabled": True}}
+    found = deepspeed_config(EngineSettings(stage=1, precision="fp32", micro_steps=1, clip=1.0, extra=raw))
+    assert found["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1000}
+    assert found["comms_logger"] == {"enabled": True}
 
 
 def test_the_ledger_sends_checkpoints_past_what_was_rolled_back() -> None:
