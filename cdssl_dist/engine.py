@@ -13,7 +13,6 @@ cannot move it, and it travels in checkpoints as the moments do.
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -36,6 +35,8 @@ from deepspeed.utils import (  # noqa: E402
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
+
+from cdssl_dist.precision import bf16_twin, round_into  # noqa: E402
 
 MOMENTS: Final = ("exp_avg", "exp_avg_sq")  # Adam's, for each parameter
 EMA: Final = "ema"  # the running mean of the weights, beside them
@@ -121,7 +122,7 @@ class Engine:
         self._optimizer.ema = settings.ema
         model = model.to(device)
         # DeepSpeed's own bf16 at stage 0 would accumulate in bf16.
-        self._twin = _bf16_twin(model) if settings.stage == 0 and settings.precision == "bf16" else None
+        self._twin = bf16_twin(model) if settings.stage == 0 and settings.precision == "bf16" else None
         self.ds, *_ = deepspeed.initialize(
             model=model,
             optimizer=self._optimizer,
@@ -155,7 +156,7 @@ class Engine:
         if boundary and not self._answer:
             self._decide(float("inf"))
         if boundary and self._twin is not None:
-            self._round()
+            round_into(self._twin, self.ds.module)
 
     def _ask(self) -> float | None:
         """Asked by each parameter group or sub-group of a step; decided once."""
@@ -281,13 +282,6 @@ class Engine:
         for i, (name, p) in enumerate(self.computing.named_parameters()):
             yield name, p, masters[i] if masters else None
 
-    def _round(self) -> None:
-        """The bf16 weights from the f32 ones."""
-        assert self._twin is not None
-        with torch.no_grad():
-            for p, master in zip(self._twin.parameters(), self.ds.module.parameters(), strict=True):
-                p.copy_(master)
-
     def _make_moments(self) -> None:
         """Adam's state as before its first step, at every stage.
 
@@ -306,26 +300,6 @@ class Engine:
                 state[EMA] = p.detach().clone()
         if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
             wrapper._lazy_init_hp_params_optimizer_state()
-
-
-def _bf16_twin(model: nn.Module) -> nn.Module:
-    """A bf16 copy that computes in the model's place and adds its gradients to those of the model, in f32."""
-    twin = copy.deepcopy(model).to(torch.bfloat16)
-
-    def add_to(master: nn.Parameter) -> Callable[[Tensor], None]:
-        def hook(p: Tensor) -> None:
-            assert p.grad is not None
-            gradient = p.grad.to(torch.float32)
-            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-            p.grad = None
-
-        return hook
-
-    for p, master in zip(twin.parameters(), model.parameters(), strict=True):
-        master.data.copy_(p)  # as DeepSpeed begins at the other stages
-        p.register_post_accumulate_grad_hook(add_to(master))  # type: ignore[no-untyped-call]
-    model.forward = twin.forward
-    return twin
 
 
 def _block_of(name: str) -> str:

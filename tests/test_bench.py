@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,36 @@ def test_the_figures_are_complete(capsys: pytest.CaptureFixture[str]) -> None:
     for search in figures["neighbour search"].values():
         assert search["directed edges"] == search["pymatgen's directed edges"] > 0
     assert [row["crystals"] for row in figures["growth"]] == [64, 128, 256, 512]
+
+
+WITHOUT = """
+import sys
+
+class Absent:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] in ("ray", "deepspeed", "pymatgen", "pydantic", "mlflow"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+from cdssl_dist.bench.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_plain_step_needs_torch_and_a_data_set_only(data_folder: Path) -> None:
+    arguments = ["step", "--engine", "plain", "--data", str(data_folder), "--steps", "1", "--repeat", "1", "--json"]
+    done = subprocess.run([sys.executable, "-c", WITHOUT, *arguments], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["ms per step"]["plain torch"] > 0
+
+
+def test_a_step_with_everything(data_folder: Path) -> None:
+    arguments = ["step", "--data", str(data_folder), "--steps", "2", "--repeat", "1", "--json", "--dtype", "bf16"]
+    command = [sys.executable, "-m", "cdssl_dist.bench", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    figures = json.loads(done.stdout[done.stdout.index("{\n") :])
+    assert set(figures["ms per step"]) == {"plain torch", "engine", "engine, guard, metrics"}
+    assert 0 < figures["checkpoint"]["share"] < 1
+    assert figures["kill to new step, s"] > 0
 
 
 def test_wrong_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

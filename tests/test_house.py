@@ -9,7 +9,7 @@ import pytest
 
 LAYERS = [
     {"config", "plan", "schedule", "guard", "waiting"},
-    {"batch", "noise", "edges", "megnet", "heads", "loss", "pretext"},
+    {"batch", "noise", "edges", "megnet", "heads", "loss", "pretext", "precision"},
     {"remote", "cache", "storage", "dataset", "loader", "subset", "labeled"}
     | {"runlog", "perf", "engine", "checkpoint", "evaluate", "export", "watch", "mirror"},
     {"train_loop"},
