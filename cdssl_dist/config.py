@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 
 class ConfigError(ValueError):
@@ -36,6 +36,8 @@ class DataConfig(Section):
     packs_per_step: int = Field(8, ge=1)  # P: the global batch, whatever the number of ranks
     blocks_per_pack: int = Field(1, ge=1)  # k: the micro-batch of one rank
     prefetch: int = Field(4, ge=1)  # packs that are read ahead
+    cache_gb: float = Field(50.0, ge=0)  # 10⁹ bytes of remote shards that a node keeps; 0 keeps none
+    bad_blocks: Literal["error", "skip"] = "error"  # a block that is not what its checksum says
     val_packs: int | None = Field(None, ge=1)  # of one validation; all where left out
 
 
@@ -103,6 +105,7 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     recompute: bool = False  # the inside of each block in the backward pass: less memory, a third more work
+    compile: bool = False  # a third faster on CPU, for a start of minutes the first time; see docs/performance.md
     threads: int = Field(1, ge=1)  # of each worker, on CPU
     deepspeed: dict[str, Any] = Field(default_factory=dict)  # passed through; contradictions are errors
 
@@ -141,10 +144,29 @@ class ClusterConfig(Section):
     """Ray Train."""
 
     address: str | None = None  # of a running cluster; else one is started in this process
-    workers: int = Field(1, ge=1)
+    workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1  # a pair [min, max]: as many as the cluster has room for
+    resize_every: float = Field(60.0, gt=0)  # s between looks whether there is room for more
     gpus_per_worker: float = Field(0.0, ge=0)
     cpus_per_worker: float = Field(1.0, gt=0)
     max_failures: int = Field(3, ge=-1)  # restarts of the worker group; −1 means any number
+    hang_after: float = Field(1800.0, gt=0)  # s without a step: longer than start, a validation or a checkpoint takes
+    stop_within: float = Field(120.0, gt=0)  # s from a request to stop until the driver goes, saved or not
+
+    @model_validator(mode="after")
+    def _ascending(self) -> ClusterConfig:
+        if self.min_workers > self.max_workers:
+            raise ValueError("workers must be a number, or a pair [min, max] in ascending order")
+        return self
+
+    @property
+    def min_workers(self) -> int:
+        """Fewest workers that a run goes on with."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Most workers."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class TrackingConfig(Section):
@@ -183,10 +205,20 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        if self.cluster.workers > self.data.packs_per_step:
+        if self.cluster.max_workers > self.data.packs_per_step:
             raise ValueError(
-                f"cluster.workers={self.cluster.workers} exceeds data.packs_per_step={self.data.packs_per_step}: "
+                f"cluster.workers={self.cluster.max_workers} exceeds data.packs_per_step={self.data.packs_per_step}: "
                 "some workers would never get a pack; lower the one or raise the other"
+            )
+        if self.engine.compile and self.engine.stage == 3:
+            raise ValueError(
+                "engine.compile=true does not go with engine.stage=3: compiled code holds on to weights that ZeRO-3 "
+                "takes apart between layers; use stage 0, 1 or 2, or leave compile out"
+            )
+        if self.engine.compile and self.engine.stage == 0 and self.engine.precision == "bf16":
+            raise ValueError(
+                "engine.compile does not reach the bf16 copy that stage 0 computes with; set engine.stage=1, whose "
+                "result is the same"
             )
         return self
 
@@ -212,8 +244,9 @@ class Config(Section):
     def decisive(self) -> dict[str, Any]:
         """What decides the encoder: not paths, cluster size or bookkeeping."""
         content = self.model_dump(mode="json", exclude={"run", "cluster", "tracking", "registry", "checkpoint"})
-        content["data"].pop("path"), content["data"].pop("prefetch")
-        for free in ("threads", "stage", "device", "recompute"):  # where and how, not what is computed
+        for free in ("path", "prefetch", "cache_gb", "bad_blocks"):  # where and how, not what is computed
+            content["data"].pop(free)
+        for free in ("threads", "stage", "device", "compile", "recompute"):
             content["engine"].pop(free)
         return content
 

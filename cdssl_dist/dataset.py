@@ -106,6 +106,14 @@ class DataSet:
             )
         return data
 
+    def fetch(self, shard: int, stop: threading.Event | None = None) -> bool:
+        """Load a remote shard into the cache before its blocks are read; raises as ``read`` does.
+
+        Returns:
+            False where it is not kept there, since the data set is local, or the cache refuses it.
+        """
+        return self._storage.fetch(shard, stop)
+
     def pack(
         self,
         entries: Sequence[Entry],

@@ -68,7 +68,8 @@ def summary(source: str, seconds: float) -> str:
     manifest = read_manifest(HOME / "shards")
     last = [line for line in read_lines(HOME / "pretrain" / "metrics.jsonl") if "val/skill_edge" in line][-1]
     results = json.loads((HOME / "finetune" / "results.json").read_text())
-    error, unit, sizes = results["test_mae"], results["unit"], results["crystals"]
+    error = {arm: errors[TARGET] for arm, errors in results["errors"].items()}
+    unit, sizes = results["task"]["targets"][0]["unit"], results["crystals"][0]
     gain = 1.0 - error["pretrained"] / error["from scratch"]
     train, val = manifest.splits["train"], manifest.splits["val"]
     return f"""

@@ -7,251 +7,269 @@ A plain torch loop: neither Ray nor DeepSpeed is started.
 
 from __future__ import annotations
 
-import copy
+import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from numpy.typing import NDArray
-from sklearn.linear_model import RidgeCV
 
-from cdssl_dist import registry
+from cdssl_dist import __version__, registry
 from cdssl_dist.commands import RUNS, Parser, command
+from cdssl_dist.experiment import PRETRAINED, Outcome, compare
 from cdssl_dist.export import EncoderCard, read_encoder
-from cdssl_dist.heads import PropertyModel
-from cdssl_dist.labeled import COMPUTED, Labeled, load_labeled
-from cdssl_dist.megnet import N_ELEMENTS, MEGNet
+from cdssl_dist.labeled import COMPUTED, Labeled, class_names, load_labeled
 from cdssl_dist.mlflow_server import tracking_uri
-from sharding.graph import offsets
+from cdssl_dist.model_card import write_model_card
+from cdssl_dist.parity import plot_parity
+from cdssl_dist.predictor import PropertyCard, scalers_of, write_property
+from cdssl_dist.splits import Split, folds_of_column, k_folds, split_by_group, split_of_column
+from cdssl_dist.targets import Target, Task
+from cdssl_dist.tuning import FineTuning, TuningError
 from sharding.progress import Progress
-
-
-@dataclass(frozen=True)
-class FineTuning:
-    """How one network is trained."""
-
-    lr: float = 1e-3
-    scratch_lr: float = 3e-3  # from scratch a higher rate does better; each arm gets its own
-    epochs: int = 60
-    batch_size: int = 32
-    patience: int = 20  # epochs without a better validation error
-    seed: int = 0
-    threads: int = 1  # batches are small: more threads mostly wait for each other
-
-
-@dataclass(frozen=True)
-class Split:
-    """Indices of crystals."""
-
-    train: NDArray[np.int64]
-    val: NDArray[np.int64]
-    test: NDArray[np.int64]
-
-
-def split_by_group(groups: Sequence[str], train: float, val: float, seed: int) -> Split:
-    """Shuffle groups, then fill train, validation and test by numbers of crystals; no group is in two of them."""
-    names, member = np.unique(np.array(groups), return_inverse=True)
-    order = np.random.default_rng(seed).permutation(len(names))
-    rank = np.empty(len(names), np.int64)
-    rank[order] = np.arange(len(names))
-    by_rank = np.bincount(rank[member], minlength=len(names))
-    before = np.concatenate([[0], np.cumsum(by_rank)[:-1]]) / len(member)  # share of crystals in earlier groups
-    part = np.where(before < train, 0, np.where(before < train + val, 1, 2))[rank[member]]
-    split = Split(*(np.flatnonzero(part == p) for p in range(3)))
-    sizes = [len(i) for i in (split.train, split.val, split.test)]
-    if min(sizes) == 0:
-        raise ValueError(
-            f"{len(member)} crystals in {len(names)} groups split into {sizes[0]} train, {sizes[1]} validation and "
-            f"{sizes[2]} test crystals; none may be empty: give more data or other shares"
-        )
-    return split
-
-
-def fit(
-    encoder: MEGNet, card: EncoderCard, data: Labeled, split: Split, how: FineTuning, lr: float, name: str
-) -> tuple[PropertyModel, NDArray[np.float64]]:
-    """Train one network; the weights with the best validation error are kept.
-
-    Args:
-        encoder: pretrained or new; not changed.
-        card: its expansion.
-        data, split: crystals.
-        how, lr: training.
-        name: of the arm, for the progress line.
-
-    Returns:
-        The network, and its predictions for all crystals in the target's unit, (n,).
-    """
-    torch.manual_seed(how.seed)
-    torch.set_num_threads(how.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = PropertyModel(copy.deepcopy(encoder), card.expansion).to(device)
-    known = data.target[split.train]
-    center, scale = float(known.mean()), float(known.std()) or 1.0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-5)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, how.epochs)
-    shuffle = np.random.default_rng(how.seed)
-    best, best_weights, since = float("inf"), model.state_dict(), 0
-
-    with Progress(name, "epochs", how.epochs) as progress:
-        for _ in range(how.epochs):
-            model.train()
-            order = shuffle.permutation(split.train)
-            for at in range(0, len(order), how.batch_size):
-                batch, target = data.batch(order[at : at + how.batch_size], device)
-                predicted = model(batch)[: len(target), 0]
-                loss = torch.nn.functional.l1_loss(predicted, (target - center) / scale)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-            schedule.step()
-            progress.add()
-            error = float(np.abs(predict(model, data, split.val) * scale + center - data.target[split.val]).mean())
-            since += 1
-            if error < best:
-                best, best_weights, since = error, copy.deepcopy(model.state_dict()), 0
-            if since >= how.patience:
-                break
-    model.load_state_dict(best_weights)
-    return model, predict(model, data, np.arange(len(data))) * scale + center
-
-
-def predict(model: PropertyModel, data: Labeled, index: NDArray[np.int64], size: int = 64) -> NDArray[np.float64]:
-    """Standardised predictions for some crystals: (len(index),)."""
-    device = next(model.parameters()).device
-    model.eval()
-    parts = []
-    with torch.no_grad():
-        for at in range(0, len(index), size):
-            batch, target = data.batch(index[at : at + size], device)
-            parts.append(model(batch)[: len(target), 0].double().cpu().numpy())
-    return np.concatenate(parts)
-
-
-def element_fractions(data: Labeled) -> NDArray[np.float64]:
-    """Share of each element in each crystal: (n, 119)."""
-    start = offsets(data.graphs.n_atoms)
-    counts = [
-        np.bincount(data.graphs.atomic_numbers[a:b], minlength=N_ELEMENTS)
-        for a, b in zip(start[:-1], start[1:], strict=True)
-    ]
-    return np.array(counts) / data.graphs.n_atoms[:, None]
-
-
-def baselines(data: Labeled, split: Split) -> dict[str, NDArray[np.float64]]:
-    """What needs no network: the median, and a ridge on element fractions; predictions for all crystals."""
-    fractions = element_fractions(data)
-    ridge = RidgeCV(alphas=np.logspace(-4, 2, 13)).fit(fractions[split.train], data.target[split.train])
-    return {
-        "median": np.full(len(data), np.median(data.target[split.train])),
-        "ridge on composition": ridge.predict(fractions),
-    }
-
-
-def finetune(
-    encoder: MEGNet, card: EncoderCard, data: Labeled, split: Split, how: FineTuning
-) -> dict[str, NDArray[np.float64]]:
-    """Predictions of all crystals by every arm: pretrained, from scratch, and the baselines."""
-    torch.manual_seed(how.seed)
-    fresh = MEGNet(edge_features=card.centers, **card.model)
-    _, pretrained = fit(encoder, card, data, split, how, how.lr, "fine-tune, pretrained")
-    _, scratch = fit(fresh, card, data, split, how, how.scratch_lr, "fine-tune, from scratch")
-    return {"pretrained": pretrained, "from scratch": scratch, **baselines(data, split)}
-
-
-def write_results(
-    out: Path, data: Labeled, split: Split, predictions: dict[str, NDArray[np.float64]], about: dict[str, Any]
-) -> dict[str, Any]:
-    """``predictions.parquet``, ``results.json`` and ``parity.png``; returns the results."""
-    out.mkdir(parents=True, exist_ok=True)
-    part = np.empty(len(data), object)
-    for name in ("train", "val", "test"):
-        part[getattr(split, name)] = name
-    columns = {"key": data.graphs.keys, "split": part.tolist(), "target": data.target}
-    pq.write_table(pa.table(columns | predictions), out / "predictions.parquet")
-    error = {n: float(np.abs(p - data.target)[split.test].mean()) for n, p in predictions.items()}
-    sizes = {name: len(getattr(split, name)) for name in ("train", "val", "test")}
-    results = {**about, "target": data.name, "unit": data.unit, "crystals": sizes, "test_mae": error}
-    (out / "results.json").write_text(json.dumps(results, indent=1))
-    _plot_parity(out / "parity.png", data, split, predictions)
-    return results
-
-
-def _plot_parity(path: Path, data: Labeled, split: Split, predictions: dict[str, NDArray[np.float64]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, all_axes = plt.subplots(1, 2, figsize=(9, 4.4), sharex=True, sharey=True, constrained_layout=True)
-    true = data.target[split.test]
-    low, high = float(true.min()), float(true.max())
-    for axes, arm in zip(all_axes, ("pretrained", "from scratch"), strict=True):
-        axes.plot([low, high], [low, high], color="0.6", linewidth=1)
-        axes.scatter(true, predictions[arm][split.test], s=10, alpha=0.6, linewidths=0)
-        error = np.abs(predictions[arm][split.test] - true).mean()
-        axes.set(title=f"{arm}: MAE {error:.3g} {data.unit}", xlabel=f"{data.name}, {data.unit}")
-    all_axes[0].set_ylabel("predicted")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Pull an encoder, fine-tune it, compare, write what came out."""
+    """Pull an encoder, fine-tune it, compare, write what came out, register it where asked."""
+    args = parser().parse_args(argv)
+    uri = tracking_uri(args.registry, RUNS)
+    pulled = registry.pull_version(args.encoder, uri)
+    encoder, card = read_encoder(pulled.folder)
+    data = read_data(args, card)
+    task = task_of(args, data)
+    splits = splits_of(args, data)
+    how = FineTuning(**{name: getattr(args, name) for name in asdict(FineTuning())})
+    scratch = None if args.no_scratch else replace(how, lr=args.scratch_lr, freeze=0, warmup=0, layer_decay=1.0)
+    arms = 1 if scratch is None else 2
+    with Progress("fine-tune", "epochs", how.epochs * args.members * len(splits) * arms) as progress:
+        outcome = compare(
+            encoder, card, data.graphs, data.targets, task, splits, how, scratch, args.members, lambda _: progress.add()
+        )
+
+    out = Path(args.out)
+    results = write_results(out, data, task, splits, outcome, about(args, card, pulled, how))
+    write_property(out / "model", outcome.members[PRETRAINED], property_card(results, data, card, task, outcome))
+    write_model_card(out / "model")
+    print(report(results, outcome, args.out))
+    if args.register:
+        print(registry.register(out / "model", args.register, uri))
+    return 0
+
+
+def parser() -> Parser:
+    """What can be said on the command line."""
     default = FineTuning()
     p = Parser(
         "cdssl finetune", "Fine-tune a pretrained encoder on labeled crystals, beside the same network from scratch."
     )
     p.add_argument("--encoder", default="models:/cdssl-encoder@champion", help="models:/NAME@ALIAS, or a folder")
     p.add_argument("--registry", help="MLflow URI; MLFLOW_TRACKING_URI, else runs/mlflow.db, where left out")
-    p.add_argument("--data", required=True, help="a data set of shards, or a file or source that cdssl shard reads")
-    p.add_argument("--split", choices=("train", "val", "test"), help="use this split of a data set of shards only")
-    p.add_argument("--target", required=True, help=f"a label or column, or one of {', '.join(COMPUTED)}")
-    p.add_argument("--train", type=float, default=0.5, help="share of the crystals to train on, by whole groups")
-    p.add_argument("--val", type=float, default=0.1, help="share for early stopping")
-    p.add_argument("--epochs", type=int, default=default.epochs, help="at most")
-    p.add_argument("--patience", type=int, default=default.patience, help="epochs without a better validation error")
-    p.add_argument("--batch-size", type=int, default=default.batch_size, help="crystals")
-    p.add_argument("--lr", type=float, default=default.lr, help="of the pretrained network")
-    p.add_argument("--scratch-lr", type=float, default=default.scratch_lr, help="of the network from scratch")
-    p.add_argument("--seed", type=int, default=default.seed, help="of the split, the readout and the order")
-    p.add_argument("--threads", type=int, default=default.threads, help="of torch, on CPU")
+    p.add_argument("--register", metavar="NAME", help="register the fine-tuned model under this name")
     p.add_argument("--out", default="runs/finetune", help="folder for results")
-    args = p.parse_args(argv)
 
-    folder = registry.pull(args.encoder, tracking_uri(args.registry, RUNS))
-    encoder, card = read_encoder(folder)
-    data = load_labeled(args.data, args.target, card.cutoff, args.split)
-    split = split_by_group(data.groups, args.train, args.val, args.seed)
-    how = FineTuning(args.lr, args.scratch_lr, args.epochs, args.batch_size, args.patience, args.seed, args.threads)
-    predictions = finetune(encoder, card, data, split, how)
-    about = {"encoder": args.encoder, "weights": card.weights_sha256, "settings": asdict(how), "data": args.data}
-    results = write_results(Path(args.out), data, split, predictions, about)
-    print(report(results, args.out))
-    return 0
+    g = p.add_argument_group("data")
+    g.add_argument("--data", required=True, help="a data set of shards, or a file or source that cdssl shard reads")
+    g.add_argument("--labels", metavar="FILE", help="CSV or Parquet with ids; targets and columns are read of it")
+    computed = ", ".join(COMPUTED)
+    g.add_argument("--target", required=True, nargs="+", help=f"labels or columns, or of {computed}; may have gaps")
+    g.add_argument("--per-atom", nargs="*", default=[], metavar="TARGET", help="those that grow with the cell")
+    g.add_argument("--classify", action="store_true", help="the target names classes: numbers or text")
+    g.add_argument("--split", choices=("train", "val", "test"), help="use this split of a data set of shards only")
+    g.add_argument("--where", metavar="CONDITION", help="of a data set of shards, as in 'n_atoms <= 20'")
+    g.add_argument("--keys", metavar="FILE", help="use the crystals with these ids only, one a line")
+
+    g = p.add_argument_group("who tests")
+    g.add_argument("--train", type=float, default=0.5, help="share of the crystals to train on, by whole groups")
+    g.add_argument("--val", type=float, default=0.1, help="share for early stopping; with folds, of the training ones")
+    g.add_argument("--folds", type=int, metavar="K", help="each crystal tests once, in one of K folds")
+    g.add_argument("--fold-column", metavar="COLUMN", help="a fold for each value of a column")
+    g.add_argument("--split-column", metavar="COLUMN", help="a column that says train, val and test")
+    g.add_argument("--test-value", default="test", help="the value of --split-column that tests")
+
+    g = p.add_argument_group("training")
+    g.add_argument("--members", type=int, default=1, help="networks with seeds of their own, which answer together")
+    g.add_argument("--epochs", type=int, default=default.epochs, help="at most")
+    g.add_argument("--patience", type=int, default=default.patience, help="epochs without a better validation error")
+    g.add_argument("--batch-size", type=int, default=default.batch_size, help="crystals")
+    g.add_argument("--lr", type=float, default=default.lr, help="of the pretrained network")
+    g.add_argument(
+        "--scratch-lr", type=float, default=3e-3, help="of the network from scratch, which wants a higher one"
+    )
+    g.add_argument("--no-scratch", action="store_true", help="leave out the network from scratch")
+    g.add_argument("--warmup", type=int, default=default.warmup, help="epochs in which the readout alone learns")
+    g.add_argument("--freeze", type=int, default=default.freeze, help="stages kept: 1 input layers, 2 first block, …")
+    g.add_argument("--layer-decay", type=float, default=default.layer_decay, help="rate of a stage by that of the next")
+    g.add_argument("--weight-decay", type=float, default=default.weight_decay, help="of AdamW")
+    g.add_argument("--seed", type=int, default=default.seed, help="of the split, the readout and the order")
+    g.add_argument("--threads", type=int, default=default.threads, help="of torch, on CPU")
+    return p
 
 
-def report(results: dict[str, Any], out: str) -> str:
+def read_data(args: argparse.Namespace, card: EncoderCard) -> Labeled:
+    """The labeled crystals that the arguments name."""
+    if args.classify and len(args.target) > 1:
+        raise TuningError("--classify takes one target")
+    keys = None
+    if args.keys:
+        try:
+            keys = [line.strip() for line in Path(args.keys).read_text().splitlines() if line.strip()]
+        except OSError as why:
+            raise TuningError(f"--keys: {why}") from None
+    return load_labeled(
+        args.data,
+        args.target,
+        card.cutoff,
+        args.split,
+        keys=keys,
+        where=args.where,
+        columns=[c for c in (args.fold_column, args.split_column) if c],
+        table=args.labels,
+        classes=args.classify,
+    )
+
+
+def task_of(args: argparse.Namespace, data: Labeled) -> Task:
+    """What is learned."""
+    if strange := set(args.per_atom) - set(args.target):
+        raise TuningError(f"--per-atom {' '.join(sorted(strange))}: no target; those are {' '.join(args.target)}")
+    names = zip(data.names, data.units, strict=True)
+    if not args.classify:
+        return Task(tuple(Target(name, unit, name in args.per_atom) for name, unit in names))
+    classes = class_names(data.columns[args.target[0]])
+    if len(classes) < 2 or len(classes) > len(data) / 2:
+        raise TuningError(
+            f"{args.target[0]!r} names {len(classes)} classes in {len(data)} crystals: nothing to classify"
+        )
+    return Task((Target(args.target[0]),), classes)
+
+
+def splits_of(args: argparse.Namespace, data: Labeled) -> list[Split]:
+    """Who trains and who tests."""
+    if sum(map(bool, (args.folds, args.fold_column, args.split_column))) > 1:
+        raise TuningError("--folds, --fold-column and --split-column exclude one another")
+    if args.folds:
+        return k_folds(data.groups, args.folds, args.val, args.seed)
+    if args.fold_column:
+        return folds_of_column(data.columns[args.fold_column], data.groups, args.val, args.seed)
+    if args.split_column:
+        values = data.columns[args.split_column]
+        return [split_of_column(values, data.groups, args.val, args.seed, args.test_value)]
+    return [split_by_group(data.groups, args.train, args.val, args.seed)]
+
+
+def about(args: argparse.Namespace, card: EncoderCard, pulled: registry.Pulled, how: FineTuning) -> dict[str, Any]:
+    """Where the results come from."""
+    encoder = {"ref": pulled.uri, "weights_sha256": card.weights_sha256, "data_digest": card.data_digest}
+    more = {"scratch_lr": args.scratch_lr, "members": args.members, "folds": args.folds}
+    return {"encoder": encoder, "settings": asdict(how) | more, "data": Path(args.data).name}
+
+
+def write_results(
+    out: Path, data: Labeled, task: Task, splits: Sequence[Split], outcome: Outcome, about: dict[str, Any]
+) -> dict[str, Any]:
+    """``predictions.parquet``, ``history.jsonl``, ``results.json`` and ``parity.png``; returns the results."""
+    out.mkdir(parents=True, exist_ok=True)
+    tested = np.flatnonzero(outcome.fold >= 0)
+    table: dict[str, Any] = {"key": [data.graphs.keys[i] for i in tested], "fold": outcome.fold[tested]}
+    for t, name in enumerate(data.names):
+        table[f"true:{name}"] = data.targets[tested, t]
+    for kind, arms in (("", outcome.predictions), (" std", outcome.deviations)):
+        for arm, values in arms.items():
+            table |= {f"{arm}{kind}:{name}": values[tested, c] for c, name in enumerate(task.columns)}
+    pq.write_table(pa.table(table), out / "predictions.parquet")
+    with open(out / "history.jsonl", "w") as file:
+        for arm, members in outcome.members.items():
+            for number, member in enumerate(members):
+                file.writelines(json.dumps({"arm": arm, "member": number} | line) + "\n" for line in member.history)
+    results = {
+        **about,
+        "task": asdict(task),
+        "data_digest": _digest(data, outcome),
+        "crystals": [split.sizes() for split in splits],
+        "errors": outcome.errors,
+        "fold_errors": outcome.fold_errors,
+        "best_epochs": {arm: [m.best for m in members] for arm, members in outcome.members.items()},
+    }
+    if PRETRAINED in outcome.deviations and not task.classes:
+        results["within_one_std"] = _coverage(data, outcome)
+    (out / "results.json").write_text(json.dumps(results, indent=1))
+    if not task.classes:
+        plot_parity(out / "parity.png", task, data.targets, outcome)
+    return results
+
+
+def property_card(
+    results: dict[str, Any], data: Labeled, card: EncoderCard, task: Task, outcome: Outcome
+) -> PropertyCard:
+    """What is known of the fine-tuned model."""
+    errors = outcome.errors
+    metrics = {f"test/{arm}/{name}": value for arm, own in errors.items() for name, value in own.items()}
+    metrics["test/skill"] = skill(task, outcome)
+    seen = sorted({*card.elements, *np.unique(data.graphs.atomic_numbers).tolist()}) if card.elements else []
+    return PropertyCard(
+        task=asdict(task),
+        scalers=scalers_of(outcome.members[PRETRAINED]),
+        cutoff=card.cutoff,
+        centers=card.centers,
+        end=card.end,
+        gamma=card.gamma,
+        model=card.model,
+        elements=seen,
+        encoder=results["encoder"],
+        data_digest=results["data_digest"],
+        settings=results["settings"],
+        metrics=metrics,
+        sources=data.sources,
+        code_version=__version__,
+    )
+
+
+def skill(task: Task, outcome: Outcome) -> float:
+    """1 − error / error of the baseline that knows nothing, mean over the targets: what models are compared by."""
+    dull = outcome.errors["frequencies" if task.classes else "median"]
+    ours = outcome.errors[PRETRAINED]
+    names = ["log_loss"] if task.classes else [t.name for t in task.targets]
+    return float(np.mean([1.0 - ours[n] / dull[n] if dull[n] > 0 else np.nan for n in names]))
+
+
+def report(results: dict[str, Any], outcome: Outcome, out: str) -> str:
     """The errors as a few lines."""
-    sizes, unit = results["crystals"], results["unit"]
-    lines = [
-        f"{results['target']} ({unit}), {sizes['train']} training, {sizes['val']} validation and "
-        f"{sizes['test']} test crystals; mean absolute error on the test crystals:"
-    ]
-    best = min(results["test_mae"].values())
-    for name, error in results["test_mae"].items():
-        lines.append(f"  {name:22} {error:9.4f} {unit}{'   ← best' if error == best else ''}")
-    lines.append(f"  {out}/predictions.parquet, results.json, parity.png")
+    sizes, task = results["crystals"], Task.read(results["task"])
+    parts = ", ".join(f"{sum(s[n] for s in sizes) // len(sizes)} {n}" for n in ("train", "val", "test"))
+    each = f"; {len(sizes)} folds of " if len(sizes) > 1 else "; "
+    lines: list[str] = []
+    for metric in outcome.errors[PRETRAINED]:
+        unit = next((t.unit for t in task.targets if t.name == metric), "")
+        what = f"mean absolute error of {metric}, {unit or 'no unit given'}" if not task.classes else metric
+        lines.append(f"{what}{each}{parts} crystals")
+        values = {arm: errors[metric] for arm, errors in outcome.errors.items()}
+        best = (max if metric == "accuracy" else min)(values.values())
+        for arm, value in values.items():
+            error = outcome.spread(arm, metric)
+            about = f" ± {error:.4f}" if np.isfinite(error) else ""
+            lines.append(f"  {arm:24} {value:9.4f}{about}{'   ← best' if value == best else ''}")
+    if "within_one_std" in results:
+        lines.append(f"  within one deviation of the ensemble: {results['within_one_std']:.0%} of the test labels")
+    lines.append(f"  {out}/: results.json, predictions.parquet, history.jsonl, model/")
     return "\n".join(lines)
+
+
+def _coverage(data: Labeled, outcome: Outcome) -> float:
+    off = np.abs(outcome.predictions[PRETRAINED] - data.targets)
+    known = np.isfinite(off)
+    return float((off[known] <= outcome.deviations[PRETRAINED][known]).mean())
+
+
+def _digest(data: Labeled, outcome: Outcome) -> str:
+    """What makes errors comparable: the same crystals, labels and test sets."""
+    return hashlib.sha256(data.digest().encode() + outcome.fold.tobytes()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import gemmi
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from cdssl_dist.batch import GraphBatch, collate, widen
 from cdssl_dist.dataset import DataSet, is_data_set
 from cdssl_dist.subset import read, select
+from cdssl_dist.tables import read_columns
 from sharding.crystal import SYMBOLS, Crystal, Refusal, reduced_formula
 from sharding.graph import Multigraphs, build, concatenate
 from sharding.manifest import DataSetError
 from sharding.progress import Progress
 from sharding.sources import ReadOptions, open_source, parse_records
+from sharding.sources.pieces import number
 
 DALTON_PER_CUBIC_ANGSTROM: Final = 1.66053906660  # in g/cm³ (CODATA 2018)
 CRYSTALS_AT_ONCE: Final = 512
@@ -28,26 +31,23 @@ _ATOMIC_WEIGHT: Final = np.array([0.0] + [gemmi.Element(z).weight for z in range
 
 @dataclass(frozen=True)
 class Labeled:
-    """Crystals with one number each."""
+    """Crystals with labels."""
 
     graphs: Multigraphs
-    target: NDArray[np.float64]  # (n,)
+    targets: NDArray[np.float64]  # (n, T), NaN where missing
     groups: list[str]  # crystals of one group never straddle a split
-    name: str  # of the target
-    unit: str
+    names: tuple[str, ...]  # of the targets
+    units: tuple[str, ...]
+    columns: dict[str, list[Any]]  # further columns that were asked for, (n,) each; None where a crystal has no value
+    sources: list[dict[str, str]]  # name, licence, cite
 
     def __len__(self) -> int:
-        return len(self.target)
+        return len(self.targets)
 
-    def batch(self, index: NDArray[np.int64], device: torch.device) -> tuple[GraphBatch, torch.Tensor]:
-        """Some of the crystals as one batch, and their targets (n,) f32."""
-        target = torch.from_numpy(self.target[index]).float().to(device)
-        return batch_of(self.graphs.take(index), device), target
-
-
-def batch_of(graphs: Multigraphs, device: torch.device) -> GraphBatch:
-    """Multigraphs as one batch, without padding to a static shape; the last graph of the batch is padding."""
-    return widen(collate([graphs.arrays()], [(0, 0)]).to(device))
+    def digest(self) -> str:
+        """SHA-256 of keys and labels."""
+        text = json.dumps([self.names, self.graphs.keys], ensure_ascii=False)
+        return hashlib.sha256(text.encode() + self.targets.tobytes()).hexdigest()
 
 
 def volume(graphs: Multigraphs) -> NDArray[np.float64]:
@@ -76,51 +76,94 @@ COMPUTED: Final[dict[str, tuple[Callable[[Multigraphs], NDArray[np.float64]], st
 
 def load_labeled(
     path: str,
-    target: str,
+    targets: str | Sequence[str],
     cutoff: float,
     split: str | None = None,
     *,
     keys: Sequence[str] | None = None,
     where: str | None = None,
+    columns: Sequence[str] = (),
+    table: str | None = None,
+    classes: bool = False,
 ) -> Labeled:
     """Crystals that have a target.
 
     Args:
         path: a data set of shards, a folder or a URL, or anything that ``cdssl shard`` reads.
-        target: a label or column, or one of ``COMPUTED``.
+        targets: labels or columns, or some of ``COMPUTED``. A crystal needs one of them to be taken.
         cutoff: of the encoder that will see them, Å.
         split: which split of a data set of shards; all of them where left out.
-        keys: ids of crystals; the result is in this order, less those without the target.
+        keys: ids of crystals; the result is in this order, less those without a target.
         where: a condition on columns of the graph table of a data set of shards; see ``subset.condition``.
+        columns: further columns to read, numbers or text: of the CSV or Parquet file itself, or of ``table``.
+        table: a CSV or Parquet file that holds labels and columns, by the ids of the crystals.
+        classes: the one target names a class, so it may be text; it is read like ``columns``, not as a number.
 
     Raises:
-        DataSetError: where the target or a key does not exist, no crystal has it, or the cutoff is another one.
+        DataSetError: where a target, a column or a key does not exist, no crystal has a target, or the cutoff is
+            another one.
     """
+    names = (targets,) if isinstance(targets, str) else tuple(targets)
+    if len(set(names)) != len(names):
+        raise DataSetError(f"a target is named twice: {', '.join(names)}")
+    looked_up = [n for n in names if n not in COMPUTED] if table or classes else []
+    stored = [n for n in names if n not in COMPUTED and n not in looked_up]
     if Path(path).is_dir() or is_data_set(path):
-        graphs, groups, unit = _from_shards(path, target, cutoff, split, keys, where)
+        graphs, groups, units, sources = _from_shards(path, stored, cutoff, split, keys, where)
     elif split or where:
         raise DataSetError(f"{path}: not a data set of shards, so there is no split and no condition to choose by")
     else:
-        graphs, groups, unit = _from_source(path, target, cutoff)
-        if keys is not None:
-            place = {key: i for i, key in enumerate(graphs.keys)}
-            if absent := [key for key in keys if key not in place]:
-                raise DataSetError(f"{path}: {len(absent)} of {len(keys)} keys are not in it, as {absent[0]!r}")
-            graphs, groups = graphs.take(np.array([place[k] for k in keys])), [groups[place[k]] for k in keys]
-    if target in COMPUTED:
-        compute, unit = COMPUTED[target]
-        values = compute(graphs)
-    else:
-        values = graphs.labels[target].astype(np.float64)
-    known = np.flatnonzero(np.isfinite(values))
+        graphs, groups, units, sources = _from_source(path, stored, cutoff, keys)
+    wanted = list(dict.fromkeys([*looked_up, *columns]))
+    found = read_columns(table or path, wanted, graphs.keys) if wanted else {}
+    values = np.full((len(graphs), len(names)), np.nan)
+    for t, name in enumerate(names):
+        if name in COMPUTED:
+            compute, units[name] = COMPUTED[name]
+            values[:, t] = compute(graphs)
+        elif classes:
+            order = {c: i for i, c in enumerate(class_names(found[name]))}
+            values[:, t] = [np.nan if (c := _class(v)) is None else order[c] for v in found[name]]
+        elif name in looked_up:
+            values[:, t] = [np.nan if (v := number(x)) is None else v for x in found[name]]
+        else:
+            values[:, t] = graphs.labels[name]
+    values[~np.isfinite(values)] = np.nan
+    known = np.flatnonzero(np.isfinite(values).any(axis=1))
     if len(known) == 0:
-        raise DataSetError(f"{path}: no crystal has a finite value of {target!r}")
-    return Labeled(graphs.take(known), values[known], [groups[i] for i in known], target, unit)
+        raise DataSetError(
+            f"{path}: no crystal has a finite value of {' or '.join(map(repr, names))}; a column of text is for classes"
+        )
+    return Labeled(
+        graphs.take(known),
+        values[known],
+        [groups[i] for i in known],
+        names,
+        tuple(units.get(n, "") for n in names),
+        {name: [found[name][i] for i in known] for name in wanted},
+        sources,
+    )
+
+
+def class_names(column: Sequence[Any]) -> tuple[str, ...]:
+    """The classes of a column, in the order of their indices."""
+    return tuple(sorted({c for v in column if (c := _class(v)) is not None}))
+
+
+def _class(value: Any) -> str | None:
+    """The name of a class; 1, 1.0 and "1" are one."""
+    if value is None or value == "" or (isinstance(value, float) and np.isnan(value)):
+        return None
+    as_number = number(value) if not isinstance(value, bool) else None
+    return str(value).strip() if as_number is None else f"{as_number:g}"
+
+
+Loaded = tuple[Multigraphs, list[str], dict[str, str], list[dict[str, str]]]
 
 
 def _from_shards(
-    path: str, target: str, cutoff: float, split: str | None, keys: Sequence[str] | None, where: str | None
-) -> tuple[Multigraphs, list[str], str]:
+    path: str, targets: list[str], cutoff: float, split: str | None, keys: Sequence[str] | None, where: str | None
+) -> Loaded:
     with DataSet(path) as data:
         manifest = data.manifest
         if abs(manifest.cutoff - cutoff) > 1e-6:
@@ -128,45 +171,61 @@ def _from_shards(
                 f"{path}: graphs with a cutoff of {manifest.cutoff} Å, the encoder wants {cutoff} Å; "
                 f"shard again with --cutoff {cutoff}"
             )
-        if target not in COMPUTED and target not in manifest.labels:
-            raise DataSetError(f"{path}: no label {target!r}; {_known(manifest.labels)}")
-        having = [] if target in COMPUTED else [f"y.{target}"]  # blocks without a labeled crystal are not read
+        for target in targets:
+            if target not in manifest.labels:
+                raise DataSetError(f"{path}: no label {target!r}; {_known(manifest.labels)}")
+        having = [f"y.{targets[0]}"] if len(targets) == 1 else []  # blocks without a labeled crystal are not read
         rows = select(data, split=split, keys=keys, where=where, having=having, columns=["group"])
         graphs = read(data, rows)
-    return graphs, rows["group"].to_pylist(), manifest.labels.get(target, {}).get("unit", "")
+    units = {t: manifest.labels[t].get("unit", "") for t in targets}
+    return graphs, rows["group"].to_pylist(), units, manifest.sources
 
 
-def _from_source(path: str, target: str, cutoff: float) -> tuple[Multigraphs, list[str], str]:
-    labels = {} if target in COMPUTED else {target: target}
-    source = open_source(path, ReadOptions(labels=labels))
+def _from_source(path: str, targets: list[str], cutoff: float, keys: Sequence[str] | None) -> Loaded:
+    source = open_source(path, ReadOptions(labels={t: t for t in targets}))
     parts: list[Multigraphs] = []
     groups: list[str] = []
-    refused = 0
+    refused = repeated = 0
+    seen: set[str] = set()
     with Progress("read", "crystals") as progress:
-        for crystals, unreadable in _batches(parse_records(source, source.records())):
-            graphs, bad = build(crystals, cutoff, tuple(labels))
-            refused += unreadable + len(bad)
+        for crystals, unreadable in in_batches(parse_records(source, source.records()), CRYSTALS_AT_ONCE):
+            new = [c for c in crystals if not (c.key in seen or seen.add(c.key))]  # type: ignore[func-returns-value]
+            graphs, bad = build(new, cutoff, tuple(targets))
+            refused += len(unreadable) + len(bad)
+            repeated += len(crystals) - len(new)
             parts.append(graphs)
-            groups += [c.group or reduced_formula(c.atomic_numbers) for i, c in enumerate(crystals) if i not in bad]
+            groups += [c.group or reduced_formula(c.atomic_numbers) for i, c in enumerate(new) if i not in bad]
             progress.add(len(graphs))
     if refused:
-        print(f"{path}: {refused} inputs cannot be used; `cdssl shard` lists them with their reasons")
+        print(f"{path}: {refused} inputs cannot be used; `cdssl shard` lists them with their reasons", file=sys.stderr)
+    if repeated:
+        print(
+            f"{path}: {repeated} crystals have the id of an earlier one; the first of each id is taken", file=sys.stderr
+        )
     if not parts or sum(len(p) for p in parts) == 0:
         raise DataSetError(f"{path}: no crystal can be used ({refused} were refused)")
-    return concatenate(parts), groups, source.units.get(target, "unknown unit")
+    graphs = concatenate(parts)
+    if keys is not None:
+        place = {key: i for i, key in enumerate(graphs.keys)}
+        if absent := [key for key in keys if key not in place]:
+            raise DataSetError(f"{path}: {len(absent)} of {len(keys)} keys are not in it, as {absent[0]!r}")
+        graphs, groups = graphs.take(np.array([place[k] for k in keys])), [groups[place[k]] for k in keys]
+    about = {"name": source.name, "licence": source.licence, "cite": source.cite}
+    return graphs, groups, {t: source.units.get(t, "unknown unit") for t in targets}, [about]
 
 
-def _batches(items: Iterator[Crystal | Refusal]) -> Iterator[tuple[list[Crystal], int]]:
+def in_batches(items: Iterator[Crystal | Refusal], size: int) -> Iterator[tuple[list[Crystal], list[Refusal]]]:
+    """Crystals some at a time, and what was refused meanwhile."""
     crystals: list[Crystal] = []
-    refused = 0
+    refused: list[Refusal] = []
     for item in items:
         if isinstance(item, Refusal):
-            refused += 1
+            refused.append(item)
         else:
             crystals.append(item)
-        if len(crystals) == CRYSTALS_AT_ONCE:
+        if len(crystals) == size or len(refused) == size:
             yield crystals, refused
-            crystals, refused = [], 0
+            crystals, refused = [], []
     yield crystals, refused
 
 

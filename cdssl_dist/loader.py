@@ -6,6 +6,7 @@ next pack, never swallowed in the thread.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Final, Literal
 from cdssl_dist.batch import PackShape, RawPack
 from cdssl_dist.dataset import BadBlockError, DataSet
 from cdssl_dist.plan import EpochPlan
+from cdssl_dist.remote import is_remote
 from cdssl_dist.waiting import POLL, StoppedError, warn
 from sharding.manifest import DataSetError
 
@@ -46,7 +48,8 @@ class Loader:
         shape: static shape of a pack.
         rank, world_size: which lanes are read.
         first, last: steps.
-        prefetch: packs read ahead.
+        prefetch: packs read ahead. Of a remote data set, another thread loads the shards that come after them into the
+            cache: those that each lane mixes next.
         pin: copy packs to pinned memory, for a GPU.
         bad_blocks: what becomes of a block that is not what the block table says. ``error`` raises ``BadBlockError``.
             ``skip`` leaves it out of its pack and out of nothing else: order, noise and ``Step.edges`` stay what the
@@ -79,17 +82,22 @@ class Loader:
         self._read, self._bad = 0, 0  # blocks
         self._queue: queue.Queue[Step | BaseException | None] = queue.Queue(max(1, prefetch // self.micro))
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="cdssl-loader", daemon=True)
+        self._at = first  # the step that is read now
+        self._threads = [threading.Thread(target=self._work, name="cdssl-loader", daemon=True)]
+        if is_remote(data.folder):
+            self._threads.append(threading.Thread(target=self._fetch, name="cdssl-loader-shards", daemon=True))
 
     def __enter__(self) -> Iterator[Step]:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self._steps()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def _steps(self) -> Iterator[Step]:
         while (item := self._get()) is not None:
@@ -108,6 +116,7 @@ class Loader:
     def _work(self) -> None:
         try:
             for number in range(self.first, self.last):
+                self._at = number
                 self._put(self._step(number))
                 if self._stop.is_set():
                     return
@@ -116,6 +125,27 @@ class Loader:
             pass
         except BaseException as error:  # handed over: raised where the next step is asked for
             self._put(error)
+
+    def _fetch(self) -> None:
+        """Load shards before they are read. Reading does not depend on it: what fails here is tried again there."""
+        reach = -(-self.plan.window // self.plan.blocks_per_pack)  # steps: the shards that are mixed next
+        try:
+            for number in range(self.first, self.last):
+                while number > self._at + reach:
+                    if self._stop.wait(POLL):
+                        return
+                for shard in self._shards(number) if number > self._at else ():
+                    with contextlib.suppress(DataSetError):
+                        self.data.fetch(shard, self._stop)
+        except StoppedError:
+            pass
+        except BaseException as error:
+            self._put(error)
+
+    def _shards(self, number: int) -> list[int]:
+        """The shards of a step, of this rank's lanes."""
+        packs = [self.plan.pack(number, lane) for lane in self.lanes]
+        return list(dict.fromkeys(int(self.plan.table.shard[e.index]) for pack in packs for e in pack))
 
     def _step(self, number: int) -> Step:
         skipped: list[int] = []

@@ -5,14 +5,16 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import json
+import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import mlflow.pyfunc
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
-from mlflow.models import ModelSignature
+from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
 PYFUNC: Final = Path(__file__).with_name("pyfunc.py")
@@ -27,15 +29,26 @@ EXAMPLE: Final = {  # caesium chloride
 }
 
 
-def save_model(path: Path, folder: Path, width: int, **about: Any) -> None:
+def save_data(path: Path, folder: Path, files: Sequence[str]) -> None:
+    """Write a model that is data alone: its files, and no code that MLflow could load."""
+    (path / "artifacts").mkdir(parents=True)
+    for name in files:
+        shutil.copy(folder / name, path / "artifacts" / name)
+
+
+def save_model(path: Path, folder: Path, model: Any, run_id: str | None) -> None:
     """Write an encoder as an MLflow model: ``pyfunc.py``, the modules that it needs, and the two files of the encoder.
 
     Args:
         path: the folder to make.
         folder: holds ``encoder.safetensors`` and ``encoder.json``.
-        width: of the encoder.
-        about: passed on to ``mlflow.pyfunc.save_model``.
+        model: the logged model that it becomes.
+        run_id: the MLflow run that trained it.
     """
+    about = Model(
+        artifact_path=model.artifact_location, model_uuid=model.model_id, run_id=run_id, model_id=model.model_id
+    )
+    width = json.loads((folder / "encoder.json").read_text())["model"]["width"]
     with tempfile.TemporaryDirectory() as scratch:
         for source in needed_sources():
             copy = Path(scratch) / source.relative_to(ROOT)
@@ -57,7 +70,7 @@ def save_model(path: Path, folder: Path, width: int, **about: Any) -> None:
                 ParamSchema([ParamSpec("refused", "string", "error")]),
             ),
             input_example=pd.DataFrame({"structure": [json.dumps(EXAMPLE)]}),
-            **about,
+            mlflow_model=about,
         )
 
 
@@ -66,9 +79,7 @@ def needed_sources() -> list[Path]:
     found: set[Path] = set()
     unread = [PYFUNC]
     while unread:
-        for node in ast.walk(ast.parse(unread.pop().read_text())):
-            if not isinstance(node, ast.ImportFrom):
-                continue
+        for node in _imports(ast.parse(unread.pop().read_text())):
             package, *rest = (node.module or "").split(".")
             if package not in ("cdssl_dist", "sharding"):
                 continue
@@ -79,3 +90,12 @@ def needed_sources() -> list[Path]:
             found |= new
             unread += new
     return sorted(found)
+
+
+def _imports(tree: ast.AST) -> Iterator[ast.ImportFrom]:
+    """All of them, but for those that only a type checker sees."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield node
+        elif not (isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"):
+            yield from _imports(node)

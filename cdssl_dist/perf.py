@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cdssl_dist.batch import RawPack
+from cdssl_dist.system import SystemMeter
 
 T = TypeVar("T")
 
@@ -27,6 +28,7 @@ class Meter:
         self.peak = matmul_flops(device, torch.bfloat16 if precision == "bf16" else torch.float32)
         self.flops_per_pack = 0.0  # forward and backward, counted on the first pack
         self.seconds_per_step = 0.0
+        self.system = SystemMeter(device)
         self.restart()
 
     def restart(self) -> None:
@@ -65,7 +67,7 @@ class Meter:
         self.edges += 2 * int(raw.n_edges[:-1].sum())
 
     def rates(self, world_size: int) -> dict[str, float]:
-        """The metrics ``perf/*``, of all ranks (which do equal work), and a new start."""
+        """The metrics ``perf/*``, of all ranks (which do equal work), ``system/*`` of this machine, and a new start."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elapsed = max(time.perf_counter() - self.started, 1e-9)
@@ -75,7 +77,7 @@ class Meter:
             "perf/edges_s": world_size * self.edges / elapsed,
             "perf/mfu": self.packs * self.flops_per_pack / elapsed / self.peak,
             "perf/data_wait": self.waited / elapsed,
-        }
+        } | self.system.sample()
         self.restart()
         return rates
 

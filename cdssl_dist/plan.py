@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SHARDS_MIXED: Final = 4  # consecutive shards of a lane whose blocks are shuffled together
+IDLE: Final = 0.05  # share of the ranks' time above which the user is warned
 CHUNK: Final = 2**20  # blocks; temporary arrays are no longer than this
 
 Last = Literal["carry", "pad", "drop"]
@@ -75,6 +76,11 @@ class EpochPlan:
     def blocks_per_step(self) -> int:
         """P·k."""
         return self.blocks_per_pack * self.packs_per_step
+
+    @property
+    def window(self) -> int:
+        """Blocks of a lane that are shuffled together: those of a few shards."""
+        return _window(self.table)
 
     def steps_before(self, epoch: int) -> int:
         """Number of the first step of an epoch's segment."""
@@ -151,6 +157,25 @@ class EpochPlan:
             read += len(np.unique(self.table.shard[mine[mine >= 0] % len(self.table)]))
         return read / len(_shards(self.table))
 
+    def idle(self, world_size: int) -> float:
+        """Share of the packs that ranks take which are empty, as P is no multiple of their number."""
+        return 1 - self.packs_per_step / (self.micro_steps(world_size) * world_size)
+
+    def about(self, world_size: int) -> list[str]:
+        """What the plan costs with so many ranks, in lines for the user."""
+        idle = self.idle(world_size)
+        read = self.read_amplification(self.epoch_of(0), world_size)
+        lines = [
+            f"an epoch is {len(self.table) / self.blocks_per_step:,.1f} steps; "
+            f"a shard is read by {read:.2f} of {world_size} ranks on average"
+        ]
+        if idle > IDLE:
+            lines.append(
+                f"warning: {self.packs_per_step} packs a step on {world_size} ranks leave {idle:.0%} of their time "
+                "idle; choose a number of workers that divides data.packs_per_step"
+            )
+        return lines
+
 
 def _random(plan: EpochPlan, epoch: int, use: str) -> np.random.Philox:
     """A source of random words; its raw output is the same in every version of numpy."""
@@ -189,7 +214,7 @@ def _order(plan: EpochPlan, epoch: int) -> NDArray[np.int64]:
     return _shuffled(len(plan.table), lambda part: place[plan.table.shard[part]], len(shards), source)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=3)  # two epochs of training, where shards are fetched ahead, and one of validation
 def _segment(plan: EpochPlan, epoch: int) -> NDArray[np.int64]:
     """See ``EpochPlan.segment``.
 
@@ -207,9 +232,8 @@ def _segment(plan: EpochPlan, epoch: int) -> NDArray[np.int64]:
         used = min(end - first, n)
         np.add(plan.order(epoch)[:used], epoch * n, out=places[:used])
     source = _random(plan, epoch, "lanes")
-    window = max(SHARDS_MIXED * n // len(_shards(plan.table)), 1)
     for lane in places.reshape(p, -1) if len(places) else ():
-        _mix(lane, window, source)
+        _mix(lane, plan.window, source)
     return places
 
 
@@ -228,6 +252,12 @@ def _shards(table: BlockTable) -> NDArray[np.int64]:
     for part in _chunks(len(table)):
         found[table.shard[part]] = True
     return np.flatnonzero(found)
+
+
+@lru_cache(maxsize=3)
+def _window(table: BlockTable) -> int:
+    """See ``EpochPlan.window``."""
+    return max(SHARDS_MIXED * len(table) // len(_shards(table)), 1)
 
 
 def _chunks(n: int) -> Iterator[slice]:

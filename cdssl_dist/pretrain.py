@@ -11,13 +11,14 @@ from pathlib import Path
 
 import yaml
 
-from cdssl_dist import cluster, registry, tracking
+from cdssl_dist import cluster, live, registry, tracking
 from cdssl_dist.commands import FAILED, Parser, command
 from cdssl_dist.config import Config, load
 from cdssl_dist.loader import DataSet
 from cdssl_dist.mlflow_server import tracking_uri
 from cdssl_dist.remote import is_remote
 from cdssl_dist.replay import parse_place, replay, table
+from cdssl_dist.runlog import read_status
 from sharding.manifest import Manifest
 
 PREEMPTED = 75  # the exit code of a run that was stopped and saved: run it again
@@ -61,12 +62,12 @@ def pretrain(config: Config) -> int:
     config = prepare(config)
     folder = Path(config.run)
 
-    with tracking.follow(
-        folder, config, params=about(data.manifest), tags={"data_digest": data.manifest.digest}
-    ) as tracked:
+    tags = {"data_digest": data.manifest.digest}
+    with tracking.follow(folder, config, params=about(data.manifest), tags=tags) as tracked, live.watching(folder):
         complete = cluster.launch(config)
     if not complete:
-        print(f"stopped with its state saved; run the same command again to go on ({folder})", file=sys.stderr)
+        how = "stopped with its state saved" if read_status(folder).get("state") == "stopped" else "stopped"
+        print(f"{how}; run the same command again to go on ({folder})", file=sys.stderr)
         return PREEMPTED
 
     print(f"encoder: {folder / 'encoder.safetensors'}")

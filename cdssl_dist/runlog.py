@@ -7,11 +7,14 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from sharding.manifest import write_atomically
+
+COUNTED: Final = ("clip", "skip", "rollback", "stop", "bad blocks")  # events that are metrics too, to be seen in charts
 
 
 class RunLog:
@@ -21,32 +24,41 @@ class RunLog:
         folder: of the run.
         cursor: lines of steps at or after it are from a life that did not reach a checkpoint, and are cut.
         echo: also print what is said to people.
+        report: called with each line of metrics, beside writing it.
     """
 
-    def __init__(self, folder: Path, cursor: int, echo: bool = True) -> None:
-        self.folder, self.echo = folder, echo
+    def __init__(
+        self,
+        folder: Path,
+        cursor: int,
+        echo: bool = True,
+        report: Callable[[int, dict[str, float]], None] = lambda step, values: None,
+    ) -> None:
+        self.folder, self.echo, self.report = folder, echo, report
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "events.jsonl"):
             _cut(folder / name, cursor)
         self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)
-        self._events = open(folder / "events.jsonl", "a", buffering=1)
         self._train = open(folder / "train.log", "a", buffering=1)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics; ``step`` is the number of consumed steps."""
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._metrics.write(json.dumps({"step": step, "time": _now(), **finite}) + "\n")
+        self.report(step, values)
 
     def event(self, step: int, kind: str, **about: Any) -> None:
         """Something that happened once: a verdict, a checkpoint, a roll-back."""
-        self._events.write(json.dumps({"step": step, "time": _now(), "event": kind, **about}, default=str) + "\n")
+        append_event(self.folder, step, kind, **about)
+        if kind in COUNTED:
+            self.metrics(step, {f"event/{kind.replace(' ', '_')}": 1.0})
         if kind != "checkpoint":
             shown = {k: v for k, v in about.items() if k not in ("packs", "losses", "graphs")}
             self.say(f"step {step}: {kind}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
 
     def status(self, **about: Any) -> None:
         """What the run is doing, for whoever asks."""
-        write_atomically(self.folder / "status.json", json.dumps({"time": _now(), **about}, indent=1).encode())
+        write_status(self.folder, **about)
 
     def say(self, line: str) -> None:
         """A line for people: into ``train.log``, which the driver of a cluster run prints as it grows."""
@@ -56,10 +68,27 @@ class RunLog:
 
     def close(self) -> None:
         """Sync and close."""
-        for file in (self._metrics, self._events, self._train):
+        for file in (self._metrics, self._train):
             file.flush()
             os.fsync(file.fileno())
             file.close()
+
+
+def append_event(folder: Path, step: int | None, kind: str, **about: Any) -> None:
+    """A line of ``events.jsonl``. One without a step is of the cluster, not of the training, and no resume cuts it."""
+    with open(folder / "events.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, "time": _now(), "event": kind, **about}, default=str) + "\n")
+
+
+def write_status(folder: Path, **about: Any) -> None:
+    """``status.json``, anew."""
+    write_atomically(folder / "status.json", json.dumps({**about, "time": _now()}, indent=1).encode())
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """``status.json``; empty for a new run."""
+    path = folder / "status.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _now() -> int:
@@ -76,7 +105,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _cut(path: Path, cursor: int) -> None:
-    kept = [line for line in read_lines(path) if line["step"] <= cursor]
+    kept = [line for line in read_lines(path) if line["step"] is None or line["step"] <= cursor]
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 

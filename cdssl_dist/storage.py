@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from cdssl_dist.remote import PIECE, Remote
 from sharding.manifest import DataSetError
 
 OPEN_SHARDS: Final = 128  # of a process; more than it has lanes, times shards that are mixed, as a rule
+STALE: Final = 60.0  # s; a shard that left the cache is held, and takes room on the disk, while it is read more often
 
 Entries = Sequence[dict[str, Any]]  # of the manifest: name, size, sha256
 
@@ -24,6 +26,9 @@ class Storage(Protocol):
 
     def read(self, shard: int, offset: int, size: int, stop: threading.Event | None) -> bytes:
         """Bytes of a shard, unverified and perhaps too few."""
+
+    def fetch(self, shard: int, stop: threading.Event | None) -> bool:
+        """Bring a shard near before it is read; False where there is no nearer place, and nothing was done."""
 
     def again(self, shard: int) -> bool:
         """Told that a shard gave wrong bytes: whether reading once more may help."""
@@ -63,6 +68,10 @@ class LocalShards:
         except OSError as why:
             raise DataSetError(f"{self._paths[shard]}: the shard was lost after the start ({why.strerror})") from None
 
+    def fetch(self, shard: int, stop: threading.Event | None) -> bool:
+        """The system reads ahead."""
+        return False
+
     def again(self, shard: int) -> bool:
         """A disk says the same twice."""
         return False
@@ -92,6 +101,10 @@ class RemoteShards:
         if file is not None:
             return os.pread(file.number, size, offset)
         return self._remote.range(self._entries[shard]["name"], offset, offset + size, stop)
+
+    def fetch(self, shard: int, stop: threading.Event | None) -> bool:
+        """See ``Storage``; raises as ``read`` does."""
+        return self._open.get(shard, lambda: self._cached(shard, stop)) is not None
 
     def again(self, shard: int) -> bool:
         """The cached copy is thrown away; a network may do better the second time."""
@@ -146,10 +159,10 @@ class _RemoteFile(io.RawIOBase):
 class _Descriptor:
     """An open file; closed when nobody refers to it any more, so that one thread cannot close it under another."""
 
-    __slots__ = ("number",)
+    __slots__ = ("number", "used")
 
     def __init__(self, number: int) -> None:
-        self.number = number
+        self.number, self.used = number, time.monotonic()
 
     def __del__(self) -> None:
         os.close(self.number)
@@ -167,6 +180,7 @@ class _Descriptors:
         with self._lock:
             if shard in self._files:
                 self._files.move_to_end(shard)
+                self._files[shard].used = time.monotonic()
                 return self._files[shard]
         number = opened()  # not under the lock: it may take long, and other shards are read meanwhile
         if number is None:
@@ -176,6 +190,9 @@ class _Descriptors:
             self._files[shard] = file
             while len(self._files) > OPEN_SHARDS:
                 self._files.popitem(last=False)
+            old = [s for s, f in self._files.items() if f.used < file.used - STALE and os.fstat(f.number).st_nlink == 0]
+            for s in old:
+                del self._files[s]
         return file
 
     def take(self, shard: int) -> _Descriptor | None:

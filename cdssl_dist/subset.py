@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import operator
+import re
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any, Final
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 
 from cdssl_dist.dataset import DataSet
 from sharding.block import decode
+from sharding.crystal import ATOMIC_NUMBER
 from sharding.graph import Multigraphs, concatenate
 from sharding.manifest import SPLITS, DataSetError
 
@@ -104,6 +106,17 @@ def read(data: DataSet, rows: pa.Table) -> Multigraphs:
     place = np.empty(len(keys), np.int64)
     place[np.argsort(blocks, kind="stable")] = np.arange(len(keys))
     return found.take(place)
+
+
+def elements(data: DataSet, split: str) -> list[int]:
+    """Atomic numbers that occur in a split, by the formulas of the graph table."""
+    found: set[str] = set()
+    for name in sorted(name for name in data.manifest.tables if name.startswith(GRAPHS)):
+        with data.open(name) as file:
+            rows = pq.read_table(file, columns=["formula"], filters=[("split", "==", split)])
+        for formula in pc.unique(rows["formula"]).to_pylist():
+            found |= set(re.findall("[A-Z][a-z]?", formula))
+    return sorted(ATOMIC_NUMBER[symbol] for symbol in found)
 
 
 def condition(text: str, names: Sequence[str]) -> pc.Expression:

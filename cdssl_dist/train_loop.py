@@ -16,10 +16,12 @@ import torch.distributed as dist
 from cdssl_dist import __version__, checkpoint
 from cdssl_dist.batch import widen
 from cdssl_dist.checkpoint import Checkpoint, Progress, Retention
+from cdssl_dist.compiled import compile_model
 from cdssl_dist.config import Config
+from cdssl_dist.dataset import BadBlockError
 from cdssl_dist.edges import GaussianExpansion
 from cdssl_dist.engine import Engine, EngineSettings, init_distributed
-from cdssl_dist.evaluate import Validation, fit_reference
+from cdssl_dist.evaluate import Validation, fit_reference, gathered
 from cdssl_dist.export import EncoderCard, write_encoder
 from cdssl_dist.guard import Guard, GuardRules, GuardStop
 from cdssl_dist.loader import DataSet, Loader, Step
@@ -31,11 +33,19 @@ from cdssl_dist.plan import EpochPlan
 from cdssl_dist.pretext import Denoising
 from cdssl_dist.runlog import Ledger, Rollback, RunLog
 from cdssl_dist.schedule import learning_rate
+from cdssl_dist.subset import elements
+from cdssl_dist.system import memory_errors
 from cdssl_dist.watch import watched_edges
 from sharding.block import decode
 
 
-def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False, echo: bool = True) -> bool:
+def train(
+    config: Config,
+    *,
+    stop_requested: Callable[[], bool] = lambda: False,
+    report: Callable[[int, dict[str, float]], None] = lambda step, values: None,
+    echo: bool = True,
+) -> bool:
     """Train, from the newest checkpoint of the run folder where there is one.
 
     Rank, world size and rendezvous come from the environment (``RANK``, ``WORLD_SIZE``, …).
@@ -43,6 +53,7 @@ def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False,
     Args:
         config: of the run.
         stop_requested: asked once a step on every rank; when any says yes, all save and return.
+        report: called on rank 0 with each line of metrics.
         echo: print progress, beside writing it to ``train.log``.
 
     Returns:
@@ -51,6 +62,7 @@ def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False,
     Raises:
         GuardStop: where the guard gives up.
         CheckpointError: where the run folder holds another run.
+        OutOfMemory: names the packs that it was met in.
     """
     device = _device(config)
     torch.set_num_threads(config.engine.threads)
@@ -60,8 +72,10 @@ def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False,
             restore(config.checkpoint.mirror, Path(config.run))
         dist.barrier()
     trainer = Trainer(config, device, stop_requested, echo)
+    trainer.report = report
     trainer.resume()
-    trainer.run()
+    with memory_errors(trainer.where):
+        trainer.run()
     return trainer.finish()
 
 
@@ -82,16 +96,19 @@ class Trainer:
         self.folder = Path(config.run)
         self.checkpoints = self.folder / "checkpoints"
 
-        self.data = DataSet(config.data_path)
+        self.data = DataSet(config.data_path, cache_gb=config.data.cache_gb)
         k, per_step = config.data.blocks_per_pack, config.data.packs_per_step
         self.plan = EpochPlan(self.data.table("train"), config.noise.seed, k, per_step)
         end = self.data.manifest.cutoff + config.graph.margin
         expansion = GaussianExpansion(config.graph.centers, end, config.graph.gamma)
         self.task = Denoising(expansion, config.noise.range, config.noise.seed)
-        self.reference = fit_reference(
-            self.data, replace(self.plan, last="pad"), self.task, config.tracking.baseline_packs, device
+        packs, bad_blocks = config.tracking.baseline_packs, config.data.bad_blocks
+        fitted = replace(self.plan, last="pad")
+        self.reference = fit_reference(self.data, fitted, self.task, packs, device, bad_blocks)
+        packs_of_val = config.data.val_packs
+        self.validation = Validation(
+            self.data, self.task, self.reference, k, per_step, packs_of_val, device, bad_blocks
         )
-        self.validation = Validation(self.data, self.task, self.reference, k, per_step, config.data.val_packs, device)
 
         torch.manual_seed(config.model.seed)
         self.size = config.model.model_dump(exclude={"seed"})
@@ -103,6 +120,8 @@ class Trainer:
             **config.optim.model_dump(exclude={"lr"}),
         )
         model = PretextModel(edge_features=expansion.centers, recompute=config.engine.recompute, **self.size)
+        if config.engine.compile:
+            compile_model(model)
         self.engine = Engine(model, settings, device, self._decide)
         self.meter = Meter(device, config.engine.precision)
 
@@ -110,9 +129,11 @@ class Trainer:
         self.ledger = Ledger.read(self.folder)
         self.guard = Guard(GuardRules(**config.guard.model_dump()))
         self.stopping = False
+        self.skipped: tuple[int, ...] = ()  # bad blocks that this rank left out of the step
         self.lr = 0.0
         self.metrics: dict[str, float] = {}  # of the last validation
         self.validated = -1  # the cursor then
+        self.report: Callable[[int, dict[str, float]], None] = lambda step, values: None
 
     # -- the story of a run -------------------------------------------------------------------------------------------
 
@@ -120,11 +141,14 @@ class Trainer:
         """Continue from the newest checkpoint, if there is one."""
         if found := checkpoint.newest(self.checkpoints, self.ledger):
             self._load(found)
-        self.log = RunLog(self.folder, self.cursor, echo=self.echo) if self.rank == 0 else None
+        self.log = RunLog(self.folder, self.cursor, self.echo, self.report) if self.rank == 0 else None
         if self.log and found:
-            self.log.say(f"resumed from step {self.cursor}")
+            self.log.say(f"resumed from step {self.cursor} on {self.world_size} ranks")
             for change in self.changes:
                 self.log.event(self.cursor, "changed", what=change)
+        if self.log:
+            for line in self.plan.about(self.world_size):
+                self.log.say(line)
         mirror = self.config.checkpoint.mirror
         self.mirror = Mirror(mirror, self.folder, self._tell_mirror) if self.log and mirror else None
 
@@ -160,12 +184,20 @@ class Trainer:
         dist.barrier()
         return complete
 
+    def where(self) -> str:
+        """The step that this rank is at, with the packs that it takes in it, for the reports of errors."""
+        table, lanes = self.plan.table, self.plan.lanes(self.rank, self.world_size)
+        packs = [[e.index for e in self.plan.pack(self.cursor, lane)] for lane in lanes]
+        said = (f"blocks {table.block[p].tolist()} with {table.edges[p].sum()} scored edges" for p in packs if p)
+        return f"step {self.cursor} on rank {self.rank} of {self.world_size}, pack of " + ", or of ".join(said)
+
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def _step(self, step: Step) -> torch.Tensor | None:
         """Forward and backward over this rank's packs; returns the sums behind the metrics when they are due."""
         due = (step.number + 1) % self.config.tracking.every == 0
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device) if due else None
+        compiled = self.config.engine.compile  # compiled code would be compiled anew for each hook
         if watched := self._watched(step.number):
             self.engine.watch()
         edges = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -173,10 +205,11 @@ class Trainer:
         scale = self.world_size * len(step.packs) / max(step.edges, 1)
         self.loss = torch.zeros((), device=self.device)  # this rank's part of the loss of the step
         self.pack_losses: list[torch.Tensor] = []
+        self.skipped = step.skipped
         for raw in step.packs:
             batch = widen(raw.to(self.device))
             reference = self.reference if due else None
-            with watched_edges(self.engine.computing, edges) if watched else contextlib.nullcontext():
+            with watched_edges(self.engine.computing, edges) if watched and not compiled else contextlib.nullcontext():
                 squared, figures = self.meter.counted(self.task.loss, self.engine.module, batch, reference)
             if sums is not None and figures is not None:
                 sums += figures
@@ -198,18 +231,22 @@ class Trainer:
         found = self.engine.watched()
         messages, dead, saturated = (float(v) for v in edges)
         if self.log:
-            shares = {"watch/dead_edges": dead / messages, "watch/saturated_edges": saturated / messages}
-            self.log.metrics(self.cursor + 1, {**found, **shares})
+            shares = (
+                {"watch/dead_edges": dead / messages, "watch/saturated_edges": saturated / messages} if messages else {}
+            )
+            self.log.metrics(self.cursor + 1, found | {name: n / messages for name, n in shares.items()})
 
     def _decide(self, norm: float) -> float | None:
         """The engine's question, once a step on all ranks: the learning rate to apply it with, or None."""
-        # The norm was reduced already, so all ranks judge alike; what they do not share yet is the loss
-        # of their packs, and who was asked to stop.
-        asked = torch.tensor(float(self.stop_requested()), device=self.device)
-        shared = torch.stack([self.loss, asked])
+        # The norm was reduced already, so all ranks judge alike; what they do not share yet is the loss of their packs,
+        # who was asked to stop, and who met bad blocks.
+        mine = torch.tensor([float(self.stop_requested()), float(len(self.skipped))], device=self.device)
+        shared = torch.cat([self.loss[None], mine])
         dist.all_reduce(shared)
-        loss, stops = shared.tolist()
-        self.stopping = stops > 0
+        loss, asked, skipped = shared.tolist()
+        self.stopping = asked > 0
+        if skipped:
+            self._tell_skipped(self.cursor, "train", gathered(self.skipped))
         applied = self.guard.state.applied
         rate = learning_rate(applied, peak=self.config.optim.lr, **self.config.schedule.model_dump())
         self.lr = rate * self.config.guard.rollback_lr ** len(self.ledger.rollbacks)
@@ -258,7 +295,13 @@ class Trainer:
         if self.log:
             self.log.metrics(self.cursor, self.metrics)
             self.log.say(f"step {self.cursor}  " + "  ".join(f"{n} {v:.4f}" for n, v in self.metrics.items()))
+        self._tell_skipped(self.cursor, "val", self.validation.skipped)
         self.meter.restart()
+
+    def _tell_skipped(self, step: int, split: str, blocks: list[int]) -> None:
+        """An event for the bad blocks that a step or a validation went without, on whatever rank."""
+        if self.log and blocks:
+            self.log.event(step, "bad blocks", split=split, blocks=blocks)
 
     def _tell(self, step: Step) -> None:
         """An event for each verdict that is not plainly to apply; a stop ends the run."""
@@ -268,7 +311,10 @@ class Trainer:
             packs = [[int(self.plan.table.block[e.index]) for e in pack] for pack in self.plan.step(step.number)]
             worst = max(range(len(packs)), key=lambda p: losses[p] if math.isfinite(losses[p]) else math.inf)
             about = {"norm": self.guard.norm, "z": last.z, "reason": last.reason, "packs": packs, "losses": losses}
-            graphs = [key for block in packs[worst] for key in decode(self.data.read(block)).keys]
+            graphs: list[str] = []
+            for block in packs[worst]:
+                with contextlib.suppress(BadBlockError):  # left out of the step too
+                    graphs += decode(self.data.read(block)).keys
             self.log.event(step.number, last.verdict, **about, pack=worst, graphs=graphs)
         if last.verdict == "stop":
             raise GuardStop(f"step {step.number}: {last.reason}")
@@ -331,6 +377,7 @@ class Trainer:
             last=self.config.schedule.steps,
             prefetch=self.config.data.prefetch,
             pin=self.device.type == "cuda",
+            bad_blocks=self.config.data.bad_blocks,
         )
 
     def _status(self, state: str, figures: dict[str, float]) -> None:
@@ -354,6 +401,7 @@ class Trainer:
             metrics=self.metrics,
             sources=self.data.manifest.sources,
             code_version=__version__,
+            elements=elements(self.data, "train"),
         )
 
 

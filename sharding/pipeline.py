@@ -35,6 +35,7 @@ from sharding.storage import target_of, writing
 from sharding.workspace import Quarantine, Workspace, describe
 
 MANY_READS: Final = 20_000  # of half a millisecond each
+MOST_BUCKETS: Final = 4_096  # each looks into all files of the stage before, of which there are as many
 
 
 class StrictError(ValueError):
@@ -155,7 +156,7 @@ def _merge(files: list[Path], folder: Path, settings: ShardSettings, executor: E
     if len(files) * _buckets(files, settings) <= MANY_READS:
         return files
     folder.mkdir(exist_ok=True)
-    groups = _together(files, settings.bucket_bytes)
+    groups = _together(files, _bucket_bytes(files, settings))
     tasks = [spill.Merging(parts, folder / f"{i:06d}.spill") for i, parts in enumerate(groups)]
     with Progress("merge", "crystals") as progress:
         for count in executor.map(spill.merge, tasks):
@@ -273,7 +274,16 @@ def _write(
 
 def _buckets(files: list[Path], settings: ShardSettings) -> int:
     """How many ranges a stage has: from the size of what it reads, so from the data alone."""
-    return max(1, -(-sum(path.stat().st_size for path in files) // settings.bucket_bytes))
+    return max(1, -(-_size(files) // _bucket_bytes(files, settings)))
+
+
+def _bucket_bytes(files: list[Path], settings: ShardSettings) -> int:
+    """How much a task holds at a time; of very much data more, since reads grow with the square of the buckets."""
+    return max(settings.bucket_bytes, -(-_size(files) // MOST_BUCKETS))
+
+
+def _size(files: list[Path]) -> int:
+    return sum(path.stat().st_size for path in files)
 
 
 def _together(files: list[Path], size: int) -> list[list[Path]]:

@@ -23,7 +23,7 @@ class ShardSettings:
     labels: dict[str, str] = field(default_factory=dict)  # label name → column
     fingerprints: bool = True  # find twins; without, a crystal's group is its reduced formula
     duplicates: Duplicates = "exact"  # which twins of a crystal are dropped: none, equal ones, or near ones as well
-    bucket_bytes: int = 64 * 2**20  # of graphs that one task holds in memory at a time
+    bucket_bytes: int = 64 * 2**20  # of graphs that one task holds in memory at a time; more from 256 GiB on
 
     def __post_init__(self) -> None:
         if not 0.5 < self.cutoff <= 20:

@@ -7,10 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from cdssl_dist.batch import collate, widen
 from cdssl_dist.bench import data
 from cdssl_dist.bench.__main__ import main
+from cdssl_dist.bench.concatenating import concatenating
+from cdssl_dist.dataset import DataSet
+from cdssl_dist.edges import GaussianExpansion, distances
+from cdssl_dist.megnet import PretextModel
+from cdssl_dist.plan import EpochPlan
+from sharding.block import decode_arrays, encode
 from sharding.crystal import Crystal
 from sharding.graph import build
 from sharding.sources import open_source
@@ -39,7 +48,78 @@ def test_the_figures_are_complete(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"json", "csv"} <= figures["text to shard"].keys()
     for search in figures["neighbour search"].values():
         assert search["directed edges"] == search["pymatgen's directed edges"] > 0
-    assert [row["crystals"] for row in figures["growth"]] == [64, 128, 256, 512]
+    assert [row["crystals"] for row in figures["growth"]] == [256, 512, 1024, 2048]
+
+
+ALONE = """
+import sys
+
+for name in ("ray deepspeed mlflow pymatgen numba ase gemmi webdataset torch_geometric fsspec pydantic yaml orjson "
+             "sklearn matplotlib").split():
+    sys.modules[name] = None  # as if it were not installed
+from cdssl_dist.bench.__main__ import main
+main(sys.argv[1:])
+"""
+LOADER = ["loader", "--json", "--repeat", "1", "--crystals", "40", "--data"]
+STEP = ["step", "--json", "--repeat", "1", "--edges", "2000", "--eager", "--device", "cpu", "--data"]
+
+
+def test_the_loader_is_measured_where_little_is_installed(data_folder: Path) -> None:
+    """And what can be counted otherwise comes out alike."""
+    run = subprocess.run(
+        [sys.executable, "-c", ALONE, *LOADER, str(data_folder)], capture_output=True, text=True, check=True
+    )
+    figures = json.loads(run.stdout)
+    data = DataSet(data_folder)
+    plan, shape = EpochPlan(data.table("train"), 0, 1, 8), data.shape("train", 1)
+    packs = [data.pack([e], plan.table, shape) for e in plan.pack(0, 0) + plan.pack(1, 3)]
+    room = len(packs[0].edge_src)
+    filled = data.blocks["edges"][plan.table.block] / (2 * room)
+    assert figures["padding"]["edges"] == pytest.approx(1 - filled.mean())
+    work = [[sum(filled[e.index] for e in pack) for pack in plan.step(s)] for s in range(plan.steps_before(1))]
+    assert figures["imbalance"][0]["ranks"] == 8
+    assert figures["imbalance"][0]["ours"]["worst"] == pytest.approx(max(max(s) / np.mean(s) for s in work))
+    assert [row["ranks"] for row in figures["imbalance"]] == [n for n in (8, 16, 32, 64) if n <= len(plan.table)]
+    assert figures["data"]["crystals"] >= 40
+    assert all(figures["device"].values())
+    for rate in figures["rates"].values():
+        assert rate["directed edges"] / rate["crystals"] == pytest.approx(
+            figures["data"]["directed edges"] / figures["data"]["crystals"]
+        )
+    assert figures["memory"]["largest"] >= figures["memory"]["at the end"] > figures["memory"]["16 packs read ahead"]
+
+
+@pytest.mark.slow
+def test_what_stands_beside_the_loader(data_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["loader", "--json", "--repeat", "1", "--crystals", "40", "--data", str(data_folder)]) == 0
+    assert len(json.loads(capsys.readouterr().out)["rates"]) >= 5
+
+
+def test_a_step_is_measured_where_little_is_installed(data_folder: Path, tmp_path: Path) -> None:
+    """In a folder without matgl, so that the concatenating model stands beside ours."""
+    command = [sys.executable, "-c", ALONE, *STEP, str(data_folder.absolute())]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    figures = json.loads(run.stdout)
+    assert {"ours, eager, f32", "ours, eager, bf16", "concatenating, eager, f32"} <= figures["us per edge"].keys()
+    assert all(value > 0 for value in figures["us per edge"].values())
+    assert 1000 < figures["data"]["edges of a pack"] <= 2000
+
+
+def test_the_concatenating_model_is_the_same_function() -> None:
+    """Of the same weights: what stands beside ours computes what ours does."""
+    graphs, _ = build(data.made(20), 4.0)
+    batch = widen(collate([decode_arrays(encode(graphs, np.uint16))], [(0, 0)]))
+    expansion = GaussianExpansion(12, 5.0, 0.5)
+    torch.manual_seed(0)
+    model = PretextModel(edge_features=12, width=8, hidden=12, blocks=2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+        features = expansion(distances(batch, batch.positions))
+        ours = model(features, batch)
+        theirs = concatenating(model)(features, batch)
+    assert ours.std(dim=0).min() > 1e-3
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
 WITHOUT = """
@@ -57,13 +137,13 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_a_plain_step_needs_torch_and_a_data_set_only(data_folder: Path) -> None:
-    arguments = ["step", "--engine", "plain", "--data", str(data_folder), "--steps", "1", "--repeat", "1", "--json"]
+    arguments = ["overhead", "--engine", "plain", "--data", str(data_folder), "--steps", "1", "--repeat", "1", "--json"]
     done = subprocess.run([sys.executable, "-c", WITHOUT, *arguments], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["ms per step"]["plain torch"] > 0
 
 
 def test_a_step_with_everything(data_folder: Path) -> None:
-    arguments = ["step", "--data", str(data_folder), "--steps", "2", "--repeat", "1", "--json", "--dtype", "bf16"]
+    arguments = ["overhead", "--data", str(data_folder), "--steps", "2", "--repeat", "1", "--json", "--dtype", "bf16"]
     command = [sys.executable, "-m", "cdssl_dist.bench", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     figures = json.loads(done.stdout[done.stdout.index("{\n") :])

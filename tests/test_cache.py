@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -455,6 +456,36 @@ def test_a_data_set_larger_than_its_cache(server: Server, data_folder: Path, fol
 
 
 @pytest.mark.server
+def test_a_shard_that_left_the_cache_is_let_go_when_it_is_not_read(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its bytes would stay on the disk beside those that the cache may hold."""
+    now = [0.0]
+    monkeypatch.setattr("cdssl_dist.storage.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+
+    def held() -> int:
+        gc.collect()
+        files = Path("/proc/self/fd").iterdir()
+        return sum(".tar (deleted)" in os.readlink(file) for file in files if file.is_symlink())
+
+    largest = max(shard["size"] for shard in DataSet(server.folder).manifest.shards)
+    far = DataSet(server.url, cache_gb=2.1 * largest / 1e9, patience=QUICK)
+    first = {int(shard): block for block, shard in reversed([*enumerate(far.blocks["shard"])])}
+    assert len(first) > 6
+    for shard in range(5):
+        far.read(first[shard])
+        far.read(first[0])  # is in use all the time
+    assert held() >= 2
+    now[0] += 100.0
+    far.read(first[0])
+    far.read(first[5])
+    assert held() <= 1
+    asked = server.asked[far.manifest.shards[0]["name"]]
+    far.read(first[0])
+    assert server.asked[far.manifest.shards[0]["name"]] == asked
+
+
+@pytest.mark.server
 def test_few_shards_are_open_at_a_time(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cdssl_dist.storage.OPEN_SHARDS", 2)
     for data in (DataSet(server.folder), DataSet(server.url, patience=QUICK)):
@@ -559,6 +590,63 @@ def test_a_process_that_never_ends_its_download_is_not_waited_for(folder: Path) 
     file = found.open(name, 100, fill(text))
     assert file is not None
     os.close(file)
+
+
+# -- ahead of the reader -----------------------------------------------------------------------------------------------
+
+
+def needed(data: DataSet, plan: EpochPlan, steps: range) -> set[str]:
+    """Names of the shards that lane 0 reads in some steps."""
+    return {shard_of(data, int(plan.table.block[e.index])) for step in steps for e in plan.pack(step, 0)}
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    until = time.monotonic() + 20
+    while not true() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert true()
+
+
+@pytest.mark.server
+def test_shards_are_loaded_before_they_are_needed_and_no_more_of_them(
+    server: Server, data_folder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps that they hold are then delivered without the server."""
+    monkeypatch.setattr("cdssl_dist.plan.SHARDS_MIXED", 2)
+    local, far = DataSet(data_folder), DataSet(server.url, patience=Patience(request=0.2, give_up=1.0))
+    names = {shard["sha256"]: str(shard["name"]) for shard in far.manifest.shards}
+    plans = [EpochPlan(data.table("train"), 3, 1, 1) for data in (local, far)]
+    which: dict[str, int] = {"rank": 0, "world_size": 1, "first": 0, "last": 15, "prefetch": 1}
+    shape, window = local.shape("train", 1), plans[1].window
+    read = 3  # one is taken, one waits, and one is in the hand of the reader
+    with Loader(far, plans[1], shape, **which) as found, Loader(local, plans[0], shape, **which) as expected:
+        steps = [next(found)]
+        coming = needed(far, plans[1], range(read + window))
+        assert needed(far, plans[1], range(read)) < coming < needed(far, plans[1], range(15))
+        wait_for(lambda: {names[path.stem] for path in folder.glob("*.tar")} == coming)
+        time.sleep(0.3)
+        assert {names[path.stem] for path in folder.glob("*.tar")} == coming
+        server.faults = {"*": [always(busy)]}
+        steps += [next(found) for _ in range(read + window - 1)]
+        assert_same_steps(steps, [next(expected) for _ in steps])
+
+
+@pytest.mark.server
+def test_what_is_loaded_ahead_in_vain_is_no_error_yet(server: Server, data_folder: Path) -> None:
+    """Steps before the lost shard come, then the error that names it."""
+    far = DataSet(server.url, patience=QUICK)
+    plan = EpochPlan(far.table("train"), 3, 1, 1)
+    later = shard_of(far, int(plan.table.block[plan.pack(14, 0)[0].index]))
+    first = next(s for s in range(15) if later in needed(far, plan, range(s + 1)))
+    (server.folder / later).unlink()
+    taken = []
+    with (
+        pytest.raises(DataSetError, match=f"{later}: there is no such file"),
+        Loader(far, plan, far.shape("train", 1), rank=0, world_size=1, first=0, last=15) as found,
+    ):
+        for step in found:
+            taken.append(step.number)
+    assert taken == list(range(first))
 
 
 # -- leaving -----------------------------------------------------------------------------------------------------------

@@ -9,18 +9,32 @@ import pytest
 
 LAYERS = [
     {"config", "plan", "schedule", "guard", "waiting"},
-    {"batch", "noise", "edges", "megnet", "heads", "loss", "pretext", "precision"},
-    {"remote", "cache", "storage", "dataset", "loader", "subset", "labeled"}
-    | {"runlog", "perf", "engine", "checkpoint", "evaluate", "export", "watch", "mirror"},
+    {"batch", "noise", "edges", "megnet", "compiled", "heads", "loss", "pretext", "precision"},
+    {"remote", "cache", "storage", "dataset", "loader", "subset", "tables", "labeled", "stream"}
+    | {
+        "runlog",
+        "system",
+        "perf",
+        "engine",
+        "checkpoint",
+        "evaluate",
+        "export",
+        "watch",
+        "mirror",
+        "structures",
+        "embedding",
+    }
+    | {"targets", "splits", "baselines", "tuning", "predictor", "experiment", "models", "model_card", "parity"},
     {"train_loop"},
-    {"mlflow_server", "tracking", "registry", "pyfunc", "model_folder", "cluster"},
-    {"commands", "pretrain", "replay", "finetune", "registry_cli", "demo", "bench", "doctor", "cli"},
+    {"mlflow_server", "tracking", "registry", "registry_store", "pyfunc", "model_folder"} | {"live", "rank", "cluster"},
+    {"commands", "pretrain", "replay", "status", "registry_cli", "demo", "bench", "doctor", "cli"}
+    | {"encoder", "estimator", "finetune", "predict", "embed", "probe", "map", "map_page"},
 ]
 # foreign package → the modules that may import it
 KNOWN_BY = {
     "deepspeed": {"engine"},
-    "mlflow": {"mlflow_server", "tracking", "registry", "pyfunc", "model_folder"},
-    "ray": {"cluster"},
+    "mlflow": {"mlflow_server", "tracking", "registry", "registry_store", "pyfunc", "model_folder"},
+    "ray": {"cluster", "rank"},
 }
 NOT_IN = {
     "sharding": {"torch", "deepspeed", "mlflow", "cdssl_dist"},

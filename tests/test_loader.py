@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import os
 import shutil
 import threading
 import time
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cdssl_dist.batch import NO_BLOCK, GraphBatch, PackShape, RawPack, collate, to_pyg, widen
+from cdssl_dist.dataset import BadBlockError
 from cdssl_dist.loader import DataSet, Loader, Step
 from cdssl_dist.plan import BlockTable, Entry, EpochPlan
 from sharding.block import decode, decode_arrays, encode
@@ -44,7 +48,7 @@ def copy(data_folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
     yield
-    assert [t.name for t in threading.enumerate() if t.name == "cdssl-loader"] == []
+    assert [t.name for t in threading.enumerate() if t.name.startswith("cdssl")] == []
 
 
 def plan_of(data: DataSet, k: int = 1) -> EpochPlan:
@@ -247,6 +251,17 @@ def test_ranks_together_read_what_one_reads(data: DataSet, ranks: int) -> None:
         assert all(same(a, b) for a, b in zip(packs, alone.packs, strict=True))
 
 
+def test_fewer_blocks_than_ranks(data: DataSet) -> None:
+    """Every step takes them more than once; all ranks have work, and none waits for another."""
+    table = data.table("train")
+    few = BlockTable(table.block[:2], table.shard[:2], table.edges[:2])
+    plan, shape = EpochPlan(few, 0, 1, P), data.shape("train", 1)
+    for rank in range(P):
+        with Loader(data, plan, shape, rank=rank, world_size=P, first=0, last=5) as found:
+            blocks = [step.packs[0].block[0] for step in found]
+        assert blocks == [few.block[plan.pack(step, rank)[0].index] for step in range(5)]
+
+
 def test_no_steps_is_no_mistake(data: DataSet) -> None:
     assert steps(data, first=5, last=5) == []
 
@@ -260,6 +275,29 @@ def test_a_consumer_that_leaves_early_leaves_no_thread(data: DataSet) -> None:
         raise ZeroDivisionError
     with loader(data, last=10**6):
         pass  # the fixture above looks for the threads
+
+
+@pytest.mark.parametrize("how", ["to the end", "an exception", "a bad block"])
+def test_nothing_is_left_behind(copy: Path, how: str) -> None:
+    """No thread, descriptor or shared memory, however a loop ends."""
+
+    def held() -> tuple[set[str], int, set[str]]:
+        gc.collect()
+        return {t.name for t in threading.enumerate()}, len(os.listdir("/proc/self/fd")), set(os.listdir("/dev/shm"))
+
+    def go() -> None:
+        with DataSet(copy) as data, loader(data, last=30) as found:
+            for step in found:
+                if how == "an exception" and step.number == 4:
+                    raise ZeroDivisionError
+
+    if how == "a bad block":
+        spoiled(copy, [3])
+    before = held()
+    error = {"an exception": ZeroDivisionError, "a bad block": BadBlockError}.get(how)
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        go()
+    assert held() == before
 
 
 def test_a_step_asked_for_after_the_end_is_an_error_and_no_hang(data: DataSet) -> None:
@@ -434,6 +472,18 @@ def test_a_foreign_block_table(copy: Path, tmp_path: Path, aflow: list[Crystal])
 def test_an_empty_split_says_so(data: DataSet) -> None:
     with pytest.raises(DataSetError, match="'test' is empty"):
         data.table("test")
+
+
+@pytest.mark.gpu
+def test_packs_in_pinned_memory_arrive_as_they_were(data: DataSet) -> None:
+    plan, shape = plan_of(data), data.shape("train", 1)
+    with Loader(data, plan, shape, rank=0, world_size=1, first=0, last=9, pin=True) as found:
+        for step in found:
+            for raw, entries in zip(step.packs, plan.step(step.number), strict=True):
+                assert all(getattr(raw, f.name).is_pinned() for f in fields(RawPack))
+                there, here = widen(raw.to(torch.device("cuda"))), widen(data.pack(entries, plan.table, shape))
+                for f in fields(GraphBatch):
+                    assert torch.equal(getattr(there, f.name).cpu(), getattr(here, f.name)), f.name
 
 
 def test_any_error_of_the_thread_reaches_the_loop(data: DataSet) -> None:

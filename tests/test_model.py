@@ -15,6 +15,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 
 from cdssl_dist.batch import GraphBatch, PackShape, collate, widen
+from cdssl_dist.compiled import compile_model
 from cdssl_dist.edges import GaussianExpansion, distances
 from cdssl_dist.heads import PropertyModel
 from cdssl_dist.loss import BINS, SUMS, Baseline, baseline_sums, figures, fit_baseline, metrics_of, squared_error
@@ -353,6 +354,23 @@ def test_recomputing_changes_nothing(crystals: list[Crystal]) -> None:
     assert same_loss == loss
     for name, grad in grads.items():
         torch.testing.assert_close(same_grads[name], grad, msg=name)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_parts_are_the_model(crystals: list[Crystal], recompute: bool) -> None:
+    """Captured and differentiated as torch.compile does it; the code that inductor makes of it is in a slower test."""
+    size = {"edge_features": FEATURES, "width": 16, "hidden": 24, "blocks": 3, "recompute": recompute}
+    eager, fast = scaled(PretextModel(**size)), compile_model(scaled(PretextModel(**size)), backend="aot_eager")
+    batch = batch_of(crystals)
+    loss, grads = gradients(eager, batch)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    same_loss, same_grads = gradients(fast, batch)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4  # of five parts, two blocks are one code
+    assert same_loss == pytest.approx(loss, rel=1e-6)
+    for name, grad in grads.items():
+        torch.testing.assert_close(same_grads[name], grad, rtol=1e-4, atol=1e-6 * float(grad.abs().max()), msg=name)
+    assert list(fast.state_dict()) == list(eager.state_dict())
 
 
 def test_distances_are_those_of_the_crystal(crystals: list[Crystal]) -> None:

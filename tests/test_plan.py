@@ -124,6 +124,16 @@ def test_more_ranks_than_packs_is_an_error() -> None:
         EpochPlan(table(50), 0, 1, 4).micro_steps(5)
 
 
+@given(plans())
+def test_idle_is_what_is_missing_to_equal_numbers_of_packs(plan: EpochPlan) -> None:
+    for ranks in range(1, plan.packs_per_step + 1):
+        taken = [len(plan.lanes(rank, ranks)) for rank in range(ranks)]
+        assert plan.idle(ranks) == pytest.approx(1 - sum(taken) / (ranks * max(taken)))
+        line, *warnings = plan.about(ranks)
+        assert f"{len(plan.table) / plan.blocks_per_step:,.1f} steps" in line
+        assert bool(warnings) == (plan.idle(ranks) > 0.05)
+
+
 def read_amplification(plan: EpochPlan, epoch: int) -> float:
     """Shards read by all lanes together in the steps of an epoch, each lane counting for itself, per shard."""
     read = set()

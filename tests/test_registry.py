@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import pickle
@@ -18,44 +19,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from encoders import write_encoder_to
 from safetensors.numpy import load_file, save_file
 
-from cdssl_dist import registry
+from cdssl_dist import registry, registry_store
 from cdssl_dist.batch import collate, widen
 from cdssl_dist.edges import distances
-from cdssl_dist.export import EncoderCard, read_encoder, write_encoder
-from cdssl_dist.megnet import PretextModel, pooled
+from cdssl_dist.export import EncoderCard, read_encoder
+from cdssl_dist.megnet import pooled
 from cdssl_dist.mlflow_server import connect, experiment
+from cdssl_dist.model_card import write_model_card
 from cdssl_dist.registry import RegistryError, list_versions, promote, pull, register, rollback, show
+from cdssl_dist.registry_cli import main
+from cdssl_dist.registry_store import UnreachableError
 from sharding.crystal import Crystal
 from sharding.graph import build
 
-SIZE = {"width": 8, "hidden": 16, "blocks": 2}
-
-
-def write_encoder_to(
-    folder: Path, seed: int = 0, skill: float | None = 0.3, validation: str = "v", sigma: float = 0.3
-) -> Path:
-    """A small random encoder."""
-    torch.manual_seed(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    card = EncoderCard(
-        cutoff=4.0,
-        centers=20,
-        end=5.0,
-        gamma=0.5,
-        model=SIZE,
-        sigma=(sigma, sigma),
-        precision="fp32",
-        data_digest="d" * 64,
-        validation_digest=validation,
-        config_digest="c" * 64,
-        metrics={} if skill is None else {"val/skill": 0.5, "val/skill_edge": skill},
-        sources=[{"name": "AFLOW", "licence": "CC-BY-4.0"}],
-        code_version="0.1.0",
-    )
-    write_encoder(folder, PretextModel(edge_features=20, **SIZE).state_dict(), card)
-    return folder
+FILES = ("encoder.safetensors", "encoder.json")
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +90,7 @@ def test_register_once(made: tuple[Path, registry.Registered], home: Path, uri: 
     card = json.loads((made[0] / "encoder" / "encoder.json").read_text())
     for tag in ("data_digest", "config_digest", "validation_digest", "code_version", "weights_sha256"):
         assert version.tags[tag] == card[tag]
-    assert version.tags["skill_edge"] == "0.3" and version.tags["format"] == "cdssl-encoder 1"
+    assert version.tags["skill_edge"] == "0.3" and version.tags["format"] == "cdssl-encoder 2"
     assert not (home / "mlruns").exists() and not (home / "mlflow-run.json").exists()
 
 
@@ -120,8 +100,8 @@ def test_the_champion_is_the_best_comparable_one(home: Path, uri: str) -> None:
 
     worse = registered(2, skill=0.2)
     assert "champion" not in worse.aliases and "0.2000 is not above the 0.3000" in worse.reason
-    assert "validation_digest" in registered(3, skill=0.9, validation="other").reason
-    assert "sigma" in registered(4, skill=0.9, sigma=0.1).reason
+    assert "validation_digest" in registered(3, skill=0.9, validation_digest="other").reason
+    assert "sigma" in registered(4, skill=0.9, sigma=(0.1, 0.1)).reason
     assert "no skill_edge" in registered(5, skill=None).reason
     assert show("models:/crystals@champion", uri).version == 1
 
@@ -179,7 +159,7 @@ def test_pull(made: tuple[Path, registry.Registered], home: Path, uri: str, caps
 def test_what_is_not_right_is_refused(home: Path, uri: str) -> None:
     done = register(write_encoder_to(home / "e", 9), "crystals", uri)
     stored = model_folder(home) / "artifacts"
-    sound = {name: (stored / name).read_bytes() for name in registry.FILES}
+    sound = {name: (stored / name).read_bytes() for name in FILES}
     weights = load_file(str(stored / "encoder.safetensors"))
     weights["element.weight"] += 1
     save_file(weights, str(stored / "encoder.safetensors"))
@@ -203,7 +183,7 @@ def test_what_is_not_right_is_refused(home: Path, uri: str) -> None:
     fake = write_encoder_to(home / "fake")
     (fake / "encoder.safetensors").write_bytes(pickle.dumps(weights))
     card = json.loads((fake / "encoder.json").read_text())
-    card["weights_sha256"] = registry._sha256(fake / "encoder.safetensors")
+    card["weights_sha256"] = registry.sha256(fake / "encoder.safetensors")
     (fake / "encoder.json").write_text(json.dumps(card))
     for use in (lambda: pull(str(fake), uri), lambda: register(fake, "crystals", uri)):
         with pytest.raises(RegistryError, match="holds no encoder"):
@@ -315,7 +295,7 @@ def test_the_pyfunc_needs_no_package_of_ours(
     model = tmp_path / "model"
     shutil.copytree(model_folder(made[0]), model)
     files = [p.relative_to(model).as_posix() for p in model.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
-    assert {Path(f).suffix for f in files} <= {"", ".py", ".json", ".yaml", ".txt", ".safetensors"}, files
+    assert {Path(f).suffix for f in files} <= {"", ".py", ".json", ".yaml", ".txt", ".md", ".safetensors"}, files
     assert not any(b"\x80\x04\x95" in (model / f).read_bytes() for f in files)  # how a pickle begins
     code = {f for f in files if f.startswith("code/")}
     assert "code/cdssl_dist/megnet.py" in code and "code/sharding/graph.py" in code
@@ -358,9 +338,9 @@ def test_the_pyfunc_takes_objects_and_names_what_it_refuses(
     from ase import Atoms
     from pymatgen.core import Structure
 
-    from cdssl_dist import pyfunc
+    from cdssl_dist import embedding, pyfunc
 
-    monkeypatch.setattr(pyfunc, "HALF_EDGES", 500)  # several forward passes
+    monkeypatch.setattr(embedding, "HALF_EDGES", 500)  # several forward passes
     folder = made[0] / "encoder"
     model = pyfunc.CdsslEncoder()
     model.load_context(
@@ -389,3 +369,75 @@ def test_the_pyfunc_takes_objects_and_names_what_it_refuses(
         import pandas as pd
 
         model.predict(None, pd.DataFrame({"cif": ["x"]}))
+
+
+def test_older_formats_are_read_and_newer_ones_refused(home: Path, uri: str, repo: Path) -> None:
+    old = repo / "tests" / "data" / "encoder-v1"  # as version 1 wrote it
+    encoder, card = read_encoder(old)
+    assert (card.version, card.elements) == (2, []) and encoder.width == 2
+    done = register(old, "old", uri)
+    assert show(done.uri, uri).tags["format"] == "cdssl-encoder 1"
+    assert (pull(done.uri, uri) / "encoder.json").read_bytes() == (old / "encoder.json").read_bytes()
+
+    connect(uri).set_model_version_tag("crystals", "1", "format", "cdssl-encoder 99")
+    with pytest.raises(RegistryError, match="reads up to 2: update"):
+        pull("models:/crystals/1", uri)
+    new = write_encoder_to(home / "new", 3)
+    content = json.loads((new / "encoder.json").read_text()) | {"version": 99}
+    (new / "encoder.json").write_text(json.dumps(content))
+    with pytest.raises(RegistryError, match="format version 99"):
+        pull(str(new), uri)
+
+
+def test_the_fields_of_a_card_do_not_change_without_a_version() -> None:
+    """Whoever changes these adds a version and an upgrade, and keeps a file of the old one."""
+    assert [f.name for f in dataclasses.fields(EncoderCard)] == [
+        *["cutoff", "centers", "end", "gamma", "model", "sigma", "precision", "data_digest", "validation_digest"],
+        *["config_digest", "metrics", "sources", "code_version", "elements", "weights_sha256", "tie", "format"],
+        *["version", "extra"],
+    ]
+
+
+def test_diff_delete_and_what_a_name_holds(home: Path, uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+    register(write_encoder_to(home / "e", 2, skill=0.2, sigma=(0.1, 0.1)), "crystals", uri)
+
+    def cdssl(*arguments: str) -> str:
+        assert main(["--registry", uri, *arguments]) == 0
+        return capsys.readouterr().out
+
+    assert "sigma\n  - [0.3, 0.3]\n  + [0.1, 0.1]" in cdssl("diff", "models:/crystals/1", "models:/crystals/2")
+    assert "do not differ" in cdssl("diff", "models:/crystals/1", "models:/crystals@champion")
+    assert main(["--registry", uri, "delete", "1", "crystals"]) == 2
+    assert "is the champion: promote another" in capsys.readouterr().err
+    assert "models:/crystals/2" in cdssl("list", "crystals")
+    assert "deleted models:/crystals/2" in cdssl("delete", "2", "crystals")
+    assert "models:/crystals/2" not in cdssl("list", "crystals")
+
+    out = home / "mine"
+    assert cdssl("pull", "models:/crystals/1", "--out", str(out)).strip() == str(out)
+    card = (out / "MODEL_CARD.md").read_text()
+    assert "| AFLOW | CC-BY-4.0 |" in card and "code, for registries you trust" in card
+
+
+def test_a_card_shows_no_markup_of_others(home: Path) -> None:
+    folder = write_encoder_to(home / "e", 2, sources=[{"name": "<script>|x|\n# y", "licence": "[a](b)"}])
+    text = write_model_card(folder).read_text()
+    assert "\\<script\\>\\|x\\| # y" in text and "\\[a\\](b)" in text
+
+
+def test_a_registry_that_comes_back(home: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registration that was cut off is repeated, and nothing is there twice."""
+    calls: list[int] = []
+    real = registry_store.create_version
+
+    def answers_are_lost(*arguments: object) -> int:
+        calls.append(real(*arguments))  # type: ignore[arg-type]
+        if len(calls) == 1:
+            raise UnreachableError("the answer was lost")
+        return calls[-1]
+
+    monkeypatch.setattr(registry, "create_version", answers_are_lost)
+    monkeypatch.setattr(registry.time, "sleep", lambda _: None)
+    done = register(write_encoder_to(home / "e", 5, skill=0.9), "crystals", uri)
+    assert len(calls) == 1 and done.version == calls[0] and done.aliases == ("champion", "latest")
+    assert [v.version for v in list_versions("crystals", uri)] == [2, 1]

@@ -199,6 +199,19 @@ def test_several_buckets_by_two_workers(source: Path, undisturbed: Path, tmp_pat
     assert contents(tmp_path / "two") == contents(undisturbed)
 
 
+def test_buckets_of_very_much_data_are_larger_not_more(
+    source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sharding.pipeline.MOST_BUCKETS", 3)
+    sharded(source, tmp_path / "d")
+    kept = [
+        pq.read_table(d / "graphs.parquet", columns=["key"])["key"].to_pylist() for d in (tmp_path / "d", undisturbed)
+    ]
+    assert Counter(kept[0]) == Counter(kept[1])
+    parts = [len(list((d / "graphs.parquet").iterdir())) for d in (tmp_path / "d", undisturbed)]
+    assert parts[0] <= 2 * (3 + 2) < parts[1]  # for each split: of each bucket, and of what they set aside
+
+
 def test_many_small_files_are_merged(
     source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ from killable import Killable
 from test_format import contents, optimade
 from test_sharding_runs import COMMAND, line_of
 
+from cdssl_dist.dataset import DataSet
 from sharding.__main__ import main
 from sharding.crystal import Crystal
 from sharding.manifest import DataSetError
@@ -91,6 +92,8 @@ def test_from_a_bucket_into_a_bucket(
     assert main(command("s3://bucket/in/some.parquet", "s3://bucket/out/d")) == 0
     assert "upload: 12 files" in capsys.readouterr().err
     assert fetched("s3://bucket/out/d", tmp_path / "d") == contents(local)
+    with DataSet("s3://bucket/out/d") as far, DataSet(local) as near:  # as training reads it, through the cache
+        assert [far.read(block) for block in range(len(near.checksums))] == list(map(near.read, near.blocks["block"]))
     assert not list(cache.glob("unfinished/*"))
     before = system.find("bucket/out", detail=True)
     assert main(command(source, "s3://bucket/out/d")) == 2

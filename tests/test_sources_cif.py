@@ -220,6 +220,17 @@ def test_a_syntax_that_gemmi_refuses_is_tried_by_pymatgen() -> None:
     assert read(latin)[0].atomic_numbers.tolist() == [26]
 
 
+@pytest.mark.parametrize("ending", ["\n", "  \n", "\r\n"])
+def test_a_name_without_its_quotes(monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    """As ASE wrote every CIF for years: whole databases, for which pymatgen's parser would be far too slow."""
+    monkeypatch.setattr(cif, "_slowly", None)
+    for name, atoms in (("P 1", 2), ("F m -3 m", 8)):
+        symmetry = f"_symmetry_space_group_name_H-M    {name}{ending}_symmetry_int_tables_number 1"
+        unquoted = text("Na 0 0 0\nCl 0.5 0.5 0.5", symmetry=symmetry.replace("number 1", "number ?"))
+        for given in (unquoted, unquoted.encode()):
+            assert len(read(given)[0].atomic_numbers) == atoms
+
+
 @pytest.mark.parametrize(
     ("cif_text", "code"),
     [

@@ -12,7 +12,7 @@ import pytest
 
 from cdssl_dist.dataset import DataSet
 from cdssl_dist.labeled import load_labeled
-from cdssl_dist.subset import condition, read, select
+from cdssl_dist.subset import condition, elements, read, select
 from sharding.block import Budget, decode
 from sharding.crystal import Crystal
 from sharding.manifest import DataSetError
@@ -150,13 +150,20 @@ def test_a_foreign_graph_table(folder: Path, data: DataSet) -> None:
         read(data, moved)
 
 
+def test_elements_of_a_split(folder: Path, rows: list[dict]) -> None:
+    with DataSet(folder) as data:
+        for split in ("train", "val"):
+            graphs = read(data, select(data, split=split))
+            assert elements(data, split) == sorted(set(graphs.atomic_numbers.tolist()))
+
+
 # -- labels ------------------------------------------------------------------------------------------------------------
 
 
 def test_labeled_crystals_are_those_with_a_number(folder: Path, rows: list[dict]) -> None:
     found = load_labeled(str(folder), "e", 5.0)
     expected = {r["key"]: r for r in rows if not np.isnan(r["y.e"])}
-    assert dict(zip(found.graphs.keys, found.target.tolist(), strict=True)) == {
+    assert dict(zip(found.graphs.keys, found.targets[:, 0].tolist(), strict=True)) == {
         k: r["y.e"] for k, r in expected.items()
     }
     assert dict(zip(found.graphs.keys, found.groups, strict=True)) == {k: r["group"] for k, r in expected.items()}
@@ -167,14 +174,14 @@ def test_labeled_crystals_by_split_key_and_condition(folder: Path, rows: list[di
     found = load_labeled(str(folder), "e", 5.0, "train", keys=keys, where="n_atoms <= 6")
     expected = [r for r in rows[::-1] if r["split"] == "train" and r["n_atoms"] <= 6 and not np.isnan(r["y.e"])]
     assert found.graphs.keys == [r["key"] for r in expected]
-    assert found.target.tolist() == [r["y.e"] for r in expected]
+    assert found.targets[:, 0].tolist() == [r["y.e"] for r in expected]
 
 
 def test_a_computed_target_needs_no_label(folder: Path, rows: list[dict]) -> None:
     found = load_labeled(str(folder), "computed:volume_per_atom", 5.0, "val")
     expected = {r["key"]: r["volume"] / r["n_atoms"] for r in rows if r["split"] == "val"}
     assert set(found.graphs.keys) == set(expected)
-    np.testing.assert_allclose(found.target, [expected[key] for key in found.graphs.keys], rtol=1e-5)
+    np.testing.assert_allclose(found.targets[:, 0], [expected[key] for key in found.graphs.keys], rtol=1e-5)
 
 
 def test_labeled_crystals_behind_a_url(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +190,7 @@ def test_labeled_crystals_behind_a_url(folder: Path, tmp_path: Path, monkeypatch
     system.put(str(folder), "/labeled/data", recursive=True)
     near, far = load_labeled(str(folder), "e", 5.0, "val"), load_labeled("memory://labeled/data", "e", 5.0, "val")
     assert far.graphs.keys == near.graphs.keys
-    np.testing.assert_array_equal(far.target, near.target)
+    np.testing.assert_array_equal(far.targets, near.targets)
     np.testing.assert_array_equal(far.graphs.positions, near.graphs.positions)
     system.rm("/labeled", recursive=True)
 
@@ -196,7 +203,7 @@ def test_conditions_on_what_is_no_data_set() -> None:
     keys = [some.graphs.keys[7], some.graphs.keys[3]]
     few = load_labeled("aflow:20", "computed:density", 5.0, keys=keys)
     assert few.graphs.keys == keys
-    assert few.target.tolist() == some.target[[7, 3]].tolist()
+    assert few.targets.tolist() == some.targets[[7, 3]].tolist()
     with pytest.raises(DataSetError, match="1 of 1 keys"):
         load_labeled("aflow:20", "computed:density", 5.0, keys=["nobody"])
 

@@ -354,6 +354,18 @@ def test_what_is_kept(retention: Retention, kept: set[int], tmp_path: Path) -> N
     assert {int(path.name.split("-")[1]) for path in tmp_path.iterdir()} == kept
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_run_equals_an_eager_one(precision: str, data_folder: Path, tmp_path: Path) -> None:
+    for name in ("eager", "compiled"):
+        engine = {"precision": precision, "compile": name == "compiled"}
+        launch(1, run_training, config(tmp_path / name, data_folder, engine=engine), timeout=1200)
+    eager, compiled = (metrics(tmp_path / name, "train/loss") for name in ("eager", "compiled"))
+    tolerance = 1e-4 if precision == "fp32" else 1e-2
+    np.testing.assert_allclose([v for _, v in compiled], [v for _, v in eager], rtol=tolerance)
+    assert all(mfu > 0 for _, mfu in metrics(tmp_path / "compiled", "perf/mfu"))
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_run_goes_on_at_another_number_of_ranks_and_another_stage(
     stage: int, undisturbed: Path, data_folder: Path, tmp_path: Path

@@ -14,7 +14,9 @@ from cdssl_dist.commands import Parser, command
 # what → its module, imported when it is asked for: on a machine with a GPU there may be no Ray and no pymatgen
 BENCHMARKS: Final = {
     "graph": ("cdssl_dist.bench.graph", "databases → shards: structures per second, growth of time and memory"),
-    "step": ("cdssl_dist.bench.step", "a training step: plain torch, the engine, the guard, checkpoints, a restart"),
+    "loader": ("cdssl_dist.bench.loader", "shards → tensors: crystals and edges per second, padding, balance, memory"),
+    "step": ("cdssl_dist.bench.step", "one training step, eager and compiled, beside matgl: edges per second"),
+    "overhead": ("cdssl_dist.bench.overhead", "what engine, guard, metrics and checkpoints add to a plain torch loop"),
 }
 
 

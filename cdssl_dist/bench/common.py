@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import platform
 import statistics
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +27,17 @@ def median(repeat: int, measure: Callable[[], float]) -> float:
     return statistics.median(measure() for _ in range(repeat))
 
 
+def in_turns(repeat: int, measures: dict[str, Callable[[], float]]) -> dict[str, float]:
+    """The median of each measure, taken in turns, so that a busy machine is busy for all; see ``median``."""
+    found: dict[str, list[float]] = {name: [] for name in measures}
+    for i in range(repeat + 1):
+        for name, measure in measures.items():
+            value = measure()
+            if i:
+                found[name].append(value)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
 def machine() -> Figures:
     """What the figures were measured on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -34,3 +48,22 @@ def machine() -> Figures:
         "python": platform.python_version(),
         "load before": round(os.getloadavg()[0], 2),
     }
+
+
+@contextlib.contextmanager
+def data_folder(given: str | None) -> Iterator[str]:
+    """The data set that was given; else one that is made for now."""
+    if given:
+        yield given
+        return
+    from cdssl_dist.bench.data import SHARED
+    from sharding.pipeline import shard
+    from sharding.settings import ShardSettings
+    from sharding.sources import open_source
+
+    shared = SHARED / "mp2025.parquet"
+    source = open_source(str(shared) if shared.exists() else "aflow:20000")
+    with tempfile.TemporaryDirectory(prefix="cdssl-bench-") as out:
+        with contextlib.redirect_stderr(io.StringIO()):
+            shard([source], Path(out) / "d", ShardSettings(fingerprints=False, duplicates="keep"))
+        yield f"{out}/d"

@@ -48,11 +48,12 @@ def write_csv(path: Path, count: int) -> None:
         writer.writerows([f"bench-{i}", cifs[i % len(cifs)]] for i in range(count))
 
 
-def mofs() -> Path | None:
-    """An archive of MOF CIFs from the package ``core-mof``, where it is installed."""
+def mofs() -> dict[str, Path]:
+    """The archives of MOF CIFs in the package ``core-mof``, where it is installed."""
     found = importlib.util.find_spec("CoRE_MOF")
     locations = found.submodule_search_locations if found else None
-    return Path(next(iter(locations))) / "data" / "2014.tar.xz" if locations else None
+    folder = Path(next(iter(locations))) / "data" if locations else Path("nowhere")
+    return {f"mof {path.name.split('.')[0]}": path for path in sorted(folder.glob("*.tar.xz"))}
 
 
 def made(count: int) -> list[Crystal]:

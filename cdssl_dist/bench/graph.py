@@ -1,12 +1,13 @@
 """``cdssl bench graph``: how fast databases become shards, per core, and how time and memory grow with the data.
 
-Every figure is the median of repeated runs in this process, or of runs in a process of their own where memory is
-measured. What stands beside ours is run on the same files, in turns, so that a busy machine is busy for all.
+Rates are of CPU time, in one process and thread, so that a busy machine counts less; growth and the complete run are
+``cdssl shard`` in processes of their own, by the clock.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -28,6 +29,7 @@ from sharding.graph import build
 from sharding.pipeline import shard
 from sharding.settings import ShardSettings
 from sharding.sources import ReadOptions, Source, open_source
+from sharding.summary import inspect
 
 CUTOFF: Final = 5.0  # Å
 GROWTH: Final = (1, 2, 4, 8)
@@ -47,33 +49,40 @@ def measure(args: Namespace) -> Figures:
 
 
 def _figures(folder: Path, crystals: int, repeat: int) -> Figures:
-    texts = {"json": folder / "some.json", "csv": folder / "some.csv", "mof": data.mofs()}
-    data.write_json(folder / "some.json", crystals)
-    data.write_csv(folder / "some.csv", crystals // 4)
-    limits = {"json": crystals, "csv": crystals // 4, "mof": max(crystals // 16, 64)}
-    figures: Figures = {"text to shard": {}, "neighbour search": {}, "matgl": {}, "growth": []}
+    texts = {"json": folder / "some.json", "csv": folder / "some.csv", **data.mofs()}
+    data.write_json(texts["json"], crystals)
+    data.write_csv(texts["csv"], crystals // 4)
+    figures: Figures = {"text to shard": {}, "neighbour search": {}, "matgl": {}}
     for name, path in texts.items():
-        if path is None:
-            continue
-        source = open_source(str(path), ReadOptions(limit=limits[name]))
-        rates = {}
-        for title, fingerprints in (("without fingerprints", False), ("with fingerprints", True)):
-            settings = ShardSettings(cutoff=CUTOFF, fingerprints=fingerprints, duplicates="keep")
-            rates[title] = median(repeat, lambda s=settings, src=source: _sharding(src, s))  # type: ignore[misc]
-        figures["text to shard"][name] = rates
+        source = open_source(str(path), ReadOptions(limit=crystals // 16 if name.startswith("mof") else None))
+        figures["text to shard"][name] = {
+            title: median(repeat, functools.partial(_sharding, source, fingerprints))
+            for title, fingerprints in (("without fingerprints", False), ("with fingerprints", True))
+        }
         figures["neighbour search"][name] = _searches(source, repeat)
         if (ENVIRONMENT / "bin" / "python").exists() and path.suffix in (".json", ".csv"):
-            figures["matgl"][name] = _matgl(path, min(limits[name], 1_000), repeat)
-    figures["growth"] = [_growth(folder, crystals * factor // GROWTH[-1], repeat) for factor in GROWTH]
+            figures["matgl"][name] = _matgl(path, 1_000, repeat)
+    data.write_json(folder / "growth.json", 4 * crystals)
+    arguments = [str(folder / "growth.json"), "--workers", "1", "--duplicates", "keep", "--limit"]
+    counts = [4 * crystals * factor // GROWTH[-1] for factor in GROWTH]
+    runs = [[_run([*arguments, str(count)]) for count in counts] for _ in range(repeat)]
+    figures["growth"] = [
+        {"crystals": count}
+        | {name: statistics.median(run[i][name] for run in runs) for name in ("seconds", "peak MiB")}
+        for i, count in enumerate(counts)
+    ]
+    if (whole := data.SHARED / "mp2025.parquet").exists():
+        figures["mp2025 complete"] = _run([str(whole), "--workers", "2"])
     return figures
 
 
-def _sharding(source: Source, settings: ShardSettings) -> float:
+def _sharding(source: Source, fingerprints: bool) -> float:
     """Structures per second of one worker, from text to the manifest."""
+    settings = ShardSettings(cutoff=CUTOFF, fingerprints=fingerprints, duplicates="keep")
     with tempfile.TemporaryDirectory(prefix="cdssl-bench-") as out, contextlib.redirect_stderr(io.StringIO()):
-        begin = time.perf_counter()
+        begin = time.process_time()
         manifest = shard([source], Path(out) / "d", settings)
-        seconds = time.perf_counter() - begin
+        seconds = time.process_time() - begin
     return (sum(c["graphs"] for c in manifest.splits.values()) + sum(manifest.quarantined.values())) / seconds
 
 
@@ -89,20 +98,20 @@ def _searches(source: Source, repeat: int) -> Figures:
     counted = 0
 
     def ours() -> float:
-        begin = time.perf_counter()
+        begin = time.process_time()
         for i in range(0, len(crystals), 512):
             build(crystals[i : i + 512], CUTOFF)
-        return len(crystals) / (time.perf_counter() - begin)
+        return len(crystals) / (time.process_time() - begin)
 
     def pymatgen() -> float:
         nonlocal counted
         counted = 0
-        begin = time.perf_counter()
+        begin = time.process_time()
         for crystal in crystals:
             at, cell = np.ascontiguousarray(crystal.positions), np.ascontiguousarray(crystal.lattice)
             distances = find_points_in_spheres(at, at, CUTOFF, periodic, cell, 1e-8)[3]
             counted += int((distances > 1e-8).sum())
-        return len(crystals) / (time.perf_counter() - begin)
+        return len(crystals) / (time.process_time() - begin)
 
     rates = {"ours, with checks and graph arrays": median(repeat, ours), "pymatgen": median(repeat, pymatgen)}
     return rates | {"directed edges": 2 * len(graphs.edge_src), "pymatgen's directed edges": counted}
@@ -122,25 +131,43 @@ def _matgl(path: Path, limit: int, repeat: int) -> float:
     return statistics.median(json.loads(answer.stdout.splitlines()[-1]))
 
 
-def _growth(folder: Path, crystals: int, repeat: int) -> Figures:
-    """Seconds and the largest memory of ``cdssl shard --workers 1``, in a process of its own."""
-    seconds, memory = [], []
-    for _ in range(repeat):
-        with tempfile.TemporaryDirectory(prefix="cdssl-bench-") as out:
-            arguments = [str(folder / "some.json"), "--out", f"{out}/d", "--workers", "1", "--duplicates", "keep"]
-            begin = time.perf_counter()
-            process = subprocess.Popen(
-                [sys.executable, "-m", "sharding", *arguments, "--limit", str(crystals)],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            if process.returncode:
-                raise RuntimeError(f"cdssl shard of {crystals} crystals ended with {process.returncode}")
-            seconds.append(time.perf_counter() - begin)
-            memory.append(usage.ru_maxrss / 1024)
-    return {"crystals": crystals, "seconds": statistics.median(seconds), "peak MiB": statistics.median(memory)}
+def _run(arguments: list[str]) -> Figures:
+    """``cdssl shard`` in a process of its own: seconds, and the memory of it and its workers together."""
+    with tempfile.TemporaryDirectory(prefix="cdssl-bench-") as out:
+        begin = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sharding", *arguments, "--out", f"{out}/d"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        peak = 0.0
+        while process.poll() is None:
+            peak = max(peak, sum(map(_memory, _family(process.pid))))
+            time.sleep(0.1)
+        seconds = time.perf_counter() - begin
+        if process.returncode:
+            raise RuntimeError(f"cdssl shard {' '.join(arguments)} ended with {process.returncode}")
+        found = inspect(f"{out}/d")
+    return {"seconds": seconds, "peak MiB": peak} | {
+        name: found[name] for name in ("graphs", "edges", "bytes_per_edge", "fill")
+    }
+
+
+def _family(pid: int) -> list[int]:
+    """A process and all that descend from it."""
+    children = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            children += [int(child) for child in path.read_text().split()]
+    return [pid, *(one for child in children for one in _family(child))]
+
+
+def _memory(pid: int) -> float:
+    """MiB of a process; what it shares counts in part (PSS)."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("Pss:")).split()[1]) / 1024
+    return 0.0  # it has ended
 
 
 def table(figures: Figures) -> str:
@@ -153,4 +180,6 @@ def table(figures: Figures) -> str:
     lines += [f"matgl, {name}: {rate:,.0f} structures/s" for name, rate in figures["matgl"].items()]
     for row in figures["growth"]:
         lines.append(f"growth: {row['crystals']:,} crystals in {row['seconds']:.1f} s, {row['peak MiB']:,.0f} MiB")
+    if whole := figures.get("mp2025 complete"):
+        lines.append("mp2025 complete: " + ", ".join(f"{name} {value:,.4g}" for name, value in whole.items()))
     return "\n".join(lines)

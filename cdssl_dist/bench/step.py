@@ -1,273 +1,256 @@
-"""``cdssl bench step``: what the engine, the guard, metrics and checkpoints add to a plain torch loop.
+"""``cdssl bench step``: one training step (forward, backward, AdamW) on packs of real crystals, beside what others use.
 
-The same packs, the same initial weights, in turns. On CPU the time is that of the process, which other processes hardly
-change; on a GPU it is that of the clock. ``--engine plain`` needs torch and a data set: neither DeepSpeed nor Ray,
-pydantic or pymatgen.
+On CPU rates are of CPU time, so that a busy machine counts less; on a GPU of the clock, the device waited for. With
+``--data`` it runs where torch, numpy, pyarrow, safetensors and xxhash are. On CPU each step begins with the arrays of
+decoded blocks and collates them, as matgl's begins with its graphs; on a GPU packs lie ready in pinned memory.
 """
 
 from __future__ import annotations
 
-import argparse
-import functools
-import json
-import os
-import socket
-import statistics
-import subprocess
-import sys
-import tempfile
+import contextlib
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Final
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from cdssl_dist.batch import RawPack, widen
-from cdssl_dist.bench.common import BenchError, Figures
+from cdssl_dist.batch import PackShape, RawPack, collate, widen
+from cdssl_dist.bench.common import Figures, data_folder, in_turns
+from cdssl_dist.bench.concatenating import concatenating
+from cdssl_dist.bench.matgl_process import Matgl
+from cdssl_dist.compiled import compile_model
 from cdssl_dist.dataset import DataSet
 from cdssl_dist.edges import GaussianExpansion
-from cdssl_dist.guard import Guard, GuardRules
-from cdssl_dist.loss import Baseline, fit_baseline
 from cdssl_dist.megnet import PretextModel
 from cdssl_dist.plan import EpochPlan
-from cdssl_dist.precision import bf16_twin, round_into
 from cdssl_dist.pretext import Denoising
+from sharding.block import decode, decode_arrays, encode
+from sharding.graph import Multigraphs, concatenate
 
-SIZES: Final = {"small": {"width": 32, "hidden": 64, "blocks": 3}, "wide": {"width": 256, "hidden": 256, "blocks": 6}}
-METRICS_EVERY: Final = 20  # steps, the defaults of the config
-CHECKPOINT_EVERY: Final = 500
-CLIP: Final = 1.0
-RATE: Final = 1e-3
+SIZES: Final = {
+    "small": {"width": 32, "hidden": 64, "blocks": 3},
+    "wide": {"width": 256, "hidden": 256, "blocks": 6},
+}
+CENTERS: Final = 100
+DTYPES: Final = {"f32": torch.float32, "bf16": torch.bfloat16}
+PACKS: Final = 4
 
-Run = Callable[[int], None]  # some steps
+
+class Engine(Protocol):
+    """What a step needs of an engine; ``cdssl_dist.engine.Engine`` has it too."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The model, to be called."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward pass and update."""
+        ...
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of the command line."""
-    parser.add_argument("--data", help="a data set; one is made of aflow: where left out")
-    parser.add_argument("--engine", choices=("plain", "deepspeed", "both"), default="both", help="what is measured")
-    parser.add_argument("--size", choices=tuple(SIZES), default="small", help="64/32 units × 3 blocks, or 256 × 6")
-    parser.add_argument("--dtype", choices=("f32", "bf16"), default="f32", help="of weights and activations")
+class Plain:
+    """AdamW by hand: weights in the precision of the step, masters and moments in f32."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self.module = model.to(dtype)
+        self.weights: list[Tensor] = list(model.parameters())
+        self.masters = [p.detach().float() if dtype != torch.float32 else p for p in self.weights]
+        fused = self.weights[0].device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4, fused=fused)
+
+    def backward(self, loss: Tensor) -> None:
+        """See ``Engine``."""
+        torch.autograd.backward(loss)
+        if self.masters[0] is not self.weights[0]:
+            for master, weight in zip(self.masters, self.weights, strict=True):
+                assert weight.grad is not None
+                master.grad = weight.grad.float()
+        self.optimizer.step()
+        with torch.no_grad():
+            if self.masters[0] is not self.weights[0]:
+                torch._foreach_copy_(self.weights, self.masters)
+        for weight in self.weights:
+            weight.grad = None
+
+
+def plain(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Engine:
+    """An engine of torch alone."""
+    return Plain(model.to(device), dtype)
+
+
+ENGINES: Final[dict[str, Callable[[nn.Module, torch.dtype, torch.device], Engine]]] = {"plain": plain}
+
+
+@dataclass(frozen=True)
+class Packs:
+    """What is stepped over, cycled: crystals of the training split, cut to packs of one size."""
+
+    graphs: list[Multigraphs]
+    arrays: list[dict[str, Any]]
+    shape: PackShape
+    edges: list[int]  # directed, no padding
+
+    def raw(self, i: int) -> RawPack:
+        """Pack i, collated now."""
+        return collate([self.arrays[i]], [(i, 0)], self.shape, self.arrays[i]["edge_src"].dtype)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """See ``cdssl_dist.bench``."""
+    parser.add_argument("--data", help="a data set; what is shared, or aflow:, is sharded else")
+    parser.add_argument("--size", choices=SIZES, default="small", help="of the model: 64/32 × 3 blocks, 256 × 6")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="precision of the weights")
+    parser.add_argument("--engine", choices=ENGINES, default="plain", help="what updates the weights")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=1, help="ZeRO")
-    parser.add_argument("--steps", type=int, default=20, help="of each turn")
-    parser.add_argument("--packs", type=int, default=4, help="different packs, which steps take in turn")
+    parser.add_argument("--edges", type=int, help="directed edges of a pack; 32,768 (CPU) or 1,048,576 where left out")
+    parser.add_argument("--threads", type=int, default=1, help="of torch, on CPU")
+    parser.add_argument("--eager", action="store_true", help="only that: compiling takes minutes")
 
 
-def measure(args: argparse.Namespace) -> Figures:
-    """See the module."""
-    with tempfile.TemporaryDirectory(prefix="cdssl-bench-") as made:
-        folder = Path(args.data) if args.data else _made(Path(made) / "data")
-        device = torch.device(args.device)
-        if device.type == "cpu":
-            torch.set_num_threads(1)
-        with DataSet(folder) as data:
-            table = data.table("train")
-            plan, shape = EpochPlan(table, 0, 1, 1), data.shape("train", 1)
-            packs = [data.pack(plan.pack(i, 0), table, shape).to(device) for i in range(min(args.packs, len(table)))]
-            cutoff = data.manifest.cutoff
-        expansion = GaussianExpansion(100, cutoff + 1.0, 0.5)
-        task = Denoising(expansion, (0.3, 0.3), 0)
-        turns: dict[str, Run] = {}
-        if args.engine != "deepspeed":
-            turns["plain torch"] = _plain(task, packs, args, device)
-        engine = None
-        if args.engine != "plain":
-            engine, more = _engine(task, packs, args, device)
-            turns |= more
-        seconds = _in_turns(turns, args, device)
-        figures: Figures = {
-            "directed edges of a pack": 2 * shape.half_edges,
-            "size": args.size, "dtype": args.dtype, "device": args.device, "stage": args.stage,
-            "ms per step": {name: 1e3 * statistics.median(each) for name, each in seconds.items()},
-            "µs per edge": {n: 1e6 * statistics.median(each) / (2 * shape.half_edges) for n, each in seconds.items()},
-        }  # fmt: skip
-        if engine is not None:
-            if args.engine == "both":
-                figures["engine over plain"] = _over(seconds, "engine", "plain torch")
-            figures["guard and metrics over engine"] = _over(seconds, "engine, guard, metrics", "engine")
-            step = statistics.median(seconds["engine, guard, metrics"])
-            figures["checkpoint"] = _checkpoint(engine, Path(made) / "checkpoints", args.repeat, step)
-            if device.type == "cpu":
-                figures["kill to new step, s"] = _restart(folder, Path(made) / "run", args)
-        return figures
-
-
-def _made(folder: Path) -> Path:
-    from sharding.pipeline import shard
-    from sharding.settings import ShardSettings
-    from sharding.sources import open_source
-
-    shard([open_source("aflow:3000")], folder, ShardSettings(val=0.2))
-    return folder
-
-
-def _model(args: argparse.Namespace) -> nn.Module:
-    torch.manual_seed(0)
-    return PretextModel(edge_features=100, **SIZES[args.size])
-
-
-def _plain(task: Denoising, packs: list[RawPack], args: argparse.Namespace, device: torch.device) -> Run:
-    """What one would write without this project."""
-    model = _model(args).to(device)
-    twin = bf16_twin(model) if args.dtype == "bf16" else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=device.type == "cuda")
-
-    def run(steps: int) -> None:
-        for i in range(steps):
-            batch = widen(packs[i % len(packs)])
-            squared, _ = task.loss(model, batch)
-            (squared / batch.scored.sum()).backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
-            optimizer.zero_grad()
-            if twin is not None:
-                round_into(twin, model)
-
-    return run
-
-
-def _engine(
-    task: Denoising, packs: list[RawPack], args: argparse.Namespace, device: torch.device
-) -> tuple[Any, dict[str, Run]]:
-    """One engine, with a gate that is always open, and with guard and metrics as in the training loop."""
-    import torch.distributed as dist
-
-    from cdssl_dist.engine import Engine, EngineSettings, init_distributed
-
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    init_distributed(device)
-    guard = Guard(GuardRules(on_spike="clip", rollback_after=10**9, max_bad_share=1.0))
-    state: dict[str, Any] = {"guarded": False, "loss": torch.zeros((), device=device)}
-
-    def decide(norm: float) -> float | None:
-        if state["guarded"]:
-            shared = torch.stack([state["loss"], torch.zeros((), device=device)])
-            dist.all_reduce(shared)
-            guard.judge(norm, 0, shared.tolist()[0])
-        return RATE
-
-    precision: Any = {"f32": "fp32", "bf16": "bf16"}[args.dtype]
-    settings = EngineSettings(stage=args.stage, precision=precision, micro_steps=1, clip=CLIP)
-    engine = Engine(_model(args), settings, device, decide)
-    sums = torch.stack([task.baseline_sums(widen(pack), task.expansion.end) for pack in packs]).sum(dim=0)
-    reference: Baseline = fit_baseline(sums, task.expansion.end)
-
-    def run(guarded: bool, steps: int) -> None:
-        state["guarded"] = guarded
-        for i in range(steps):
-            batch = widen(packs[i % len(packs)])
-            due = guarded and i % METRICS_EVERY == METRICS_EVERY - 1
-            squared, figures = task.loss(engine.module, batch, reference if due else None)
-            loss = squared / batch.scored.sum()
-            state["loss"] = loss.detach()
-            engine.backward(loss)
-            if figures is not None:
-                dist.all_reduce(figures)
-                figures.tolist()
-
-    plain, guarded = functools.partial(run, False), functools.partial(run, True)
-    return engine, {"engine": plain, "engine, guard, metrics": guarded}
-
-
-def _in_turns(turns: dict[str, Run], args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
-    """Seconds per step of each, once in every round."""
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in turns}
-    for turn in range(args.repeat + 1):
-        for name, run in turns.items():
-            begin = clock()
-            run(args.steps)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if turn:  # the first loads and allocates
-                seconds[name].append((clock() - begin) / args.steps)
-    return seconds
-
-
-def _over(seconds: dict[str, list[float]], one: str, other: str) -> float:
-    """How much longer one takes than the other: the median of the rounds."""
-    return statistics.median(a / b for a, b in zip(seconds[one], seconds[other], strict=True)) - 1.0
-
-
-def _checkpoint(engine: Any, root: Path, repeat: int, step: float) -> Figures:
-    """How long training stands still for a checkpoint, and what share of the time that is at the default cadence."""
-    from cdssl_dist.checkpoint import Progress, Retention, save
-    from cdssl_dist.guard import GuardState
-    from cdssl_dist.runlog import Ledger
-
-    root.mkdir()
-    stalls = []
-    for i in range(repeat):
-        progress = Progress(i, GuardState(), "", "", {}, 1, {})
-        begin = time.perf_counter()
-        save(root, engine, progress, Retention(keep=1, quiet=0), Ledger())
-        stalls.append(time.perf_counter() - begin)
-    stall = statistics.median(stalls)
-    return {"stall, ms": 1e3 * stall, "share": stall / (stall + CHECKPOINT_EVERY * step)}
-
-
-def _restart(data: Path, run: Path, args: argparse.Namespace) -> float:
-    """Seconds from SIGKILL of one rank under a bare launcher to the first step of the next life."""
-    from cdssl_dist.config import parse
-
-    content = {
-        "run": str(run),
-        "data": {"path": str(data), "packs_per_step": 1},
-        "model": SIZES[args.size],
-        "checkpoint": {"every": 3},
-        "tracking": {"every": 1, "baseline_packs": 1, "validate_every": 10**6},
-        "engine": {"device": args.device, "stage": args.stage},
+def measure(args: Namespace) -> Figures:
+    """All figures; rates are medians, directed edges (no padding) per second."""
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    with data_folder(args.data) as folder, DataSet(folder) as data:
+        packs = packs_of(data, args.edges or (2**20 if device.type == "cuda" else 2**15))
+        end = data.manifest.cutoff + 1.0
+    beside = device.type == "cpu" and Matgl.available()
+    task = Denoising(GaussianExpansion(CENTERS, end, 0.5), (0.3, 0.3), 0)
+    steps: dict[str, Step] = {}
+    for dtype in args.dtype:
+        for name, change in CONTESTANTS.items():
+            if (beside and name.startswith("concatenating")) or (args.eager and name.endswith("compiled")):
+                continue
+            model = change(fresh(args.size))
+            steps[f"{name}, {dtype}"] = Step(ENGINES[args.engine](model, DTYPES[dtype], device), task, packs, device)
+    with contextlib.ExitStack() as stack:
+        measures: dict[str, Callable[[], float]] = {name: step.per_edge for name, step in steps.items()}
+        if beside:
+            matgl = stack.enter_context(Matgl(packs.graphs, SIZES[args.size], args.threads))
+            measures["matgl, f32"] = matgl.per_edge
+        seconds = in_turns(args.repeat, measures)
+    return {
+        "data": {
+            "packs": len(packs.edges),
+            "edges of a pack": packs.shape.half_edges * 2,
+            "padding": 1 - float(np.mean(packs.edges)) / (2 * packs.shape.half_edges),
+        },
+        "model": args.size,
+        "engine": args.engine,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "us per edge": {name: 1e6 * value for name, value in seconds.items()},
+        "edges/s": {name: 1 / value for name, value in seconds.items()},
+        "first step, s": {name: step.first for name, step in steps.items()},
+        "peak MiB": {name: step.peak for name, step in steps.items() if step.peak},
     }
-    parse(content)
-    code = (
-        "import json, sys; from cdssl_dist.config import parse; from cdssl_dist.train_loop import train; "
-        "train(parse(json.loads(sys.argv[1])), echo=False)"
+
+
+def fresh(size: str) -> PretextModel:
+    """The model with the same first weights each time."""
+    torch.manual_seed(0)
+    return PretextModel(edge_features=CENTERS, **SIZES[size])
+
+
+CONTESTANTS: Final[dict[str, Callable[[PretextModel], PretextModel]]] = {
+    "concatenating, eager": concatenating,
+    "ours, eager": lambda model: model,
+    "concatenating, compiled": lambda model: compile_model(concatenating(model)),
+    "ours, compiled": compile_model,
+}
+
+
+def packs_of(data: DataSet, edges: int) -> Packs:
+    """The first crystals of an epoch, in packs of at most so many directed edges and all of one shape."""
+    plan = EpochPlan(data.table("train"), 0, 1, 1)
+    order = plan.order(0)
+    crystals = _crystals(data, [int(plan.table.block[i]) for i in order])
+    graphs = [found for _, found in zip(range(PACKS), _filled(crystals, edges), strict=False)]
+    arrays = [decode_arrays(encode(g, np.uint16)) for g in graphs]
+    shape = PackShape(
+        max(len(g) for g in graphs) + 1,
+        max(len(g.atomic_numbers) for g in graphs) + 1,
+        max(len(g.edge_src) for g in graphs),
     )
-    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-
-    def life(until: Callable[[], bool]) -> None:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, json.dumps(content)],
-            env=environment | {"MASTER_PORT": str(_free_port())},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            while not until():
-                if process.poll() is not None:
-                    raise BenchError("the run that was to be killed ended by itself")
-                time.sleep(0.01)
-        finally:
-            process.kill()
-            process.wait()
-
-    log = run / "train.log"  # a line for each step
-    life(lambda: any(run.glob("checkpoints/*/COMMITTED")))
-    begin, said = time.perf_counter(), log.read_text().count("\n")
-    life(lambda: log.read_text().count("\n") >= said + 2)  # that it has resumed, and a step
-    return time.perf_counter() - begin
+    return Packs(graphs, arrays, shape, [2 * len(g.edge_src) for g in graphs])
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+def _crystals(data: DataSet, blocks: Sequence[int]) -> Iterator[Multigraphs]:
+    """Blocks of crystals, around and around."""
+    while True:
+        for block in blocks:
+            yield decode(data.read(block))
+
+
+def _filled(blocks: Iterator[Multigraphs], edges: int) -> Iterator[Multigraphs]:
+    """Crystals of consecutive blocks up to a number of directed edges."""
+    while True:
+        parts: list[Multigraphs] = []
+        left = edges // 2
+        while left > 0:
+            block = next(blocks)
+            count = int(np.searchsorted(np.cumsum(block.n_edges.astype(np.int64)), left, side="right"))
+            if count:
+                parts.append(block.take(np.arange(count)))
+                left -= int(parts[-1].n_edges.sum())
+            if count < len(block):
+                break
+        yield concatenate(parts)
+
+
+class Step:
+    """One contestant: its model, and where in the packs it is."""
+
+    def __init__(self, engine: Engine, task: Denoising, packs: Packs, device: torch.device) -> None:
+        self.engine, self.task, self.packs, self.device = engine, task, packs, device
+        self.ready = [packs.raw(i).pin() for i in range(len(packs.edges))] if device.type == "cuda" else []
+        self.next = 0
+        self.first = 0.0  # seconds by the clock of the first step, compilation included
+        self.peak = 0.0  # MiB of the device
+
+    def per_edge(self) -> float:
+        """Seconds per directed edge: of CPU time over one pack, or by the clock over many."""
+        begin = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            edges = sum(self.step() for _ in range(32 if self.first else 1))
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - begin
+            self.peak = torch.cuda.max_memory_allocated() / 2**20
+        else:
+            before = time.process_time()
+            edges = self.step()
+            seconds = time.process_time() - before
+        self.first = self.first or time.perf_counter() - begin
+        return seconds / edges
+
+    def step(self) -> int:
+        """Train on the next pack; returns its directed edges."""
+        i = self.next % len(self.packs.edges)
+        self.next += 1
+        raw = self.ready[i] if self.ready else self.packs.raw(i)
+        batch = widen(raw.to(self.device))
+        squared, _ = self.task.loss(self.engine.module, batch)
+        self.engine.backward(squared / self.packs.edges[i])
+        return self.packs.edges[i]
 
 
 def table(figures: Figures) -> str:
     """The figures for people."""
-    lines = [f"{figures['directed edges of a pack']:,} directed edges a pack, {figures['size']}, {figures['dtype']}"]
-    for name, ms in figures["ms per step"].items():
-        lines.append(f"{name:24} {ms:8.1f} ms per step, {figures['µs per edge'][name]:.3f} µs per edge")
-    for name in ("engine over plain", "guard and metrics over engine"):
-        if name in figures:
-            lines.append(f"{name:30} {figures[name]:+.1%}")
-    if "checkpoint" in figures:
-        stall = figures["checkpoint"]
-        lines.append(f"checkpoint: {stall['stall, ms']:.0f} ms, {stall['share']:.2%} of the time at every 500 steps")
-    if "kill to new step, s" in figures:
-        lines.append(f"kill to new step: {figures['kill to new step, s']:.1f} s")
+    about, each = figures["data"], figures["us per edge"]
+    lines = [
+        f"{figures['model']} on {figures['device']}, engine {figures['engine']}: {about['packs']} packs of "
+        f"{about['edges of a pack']:,} directed edges, {about['padding']:.1%} of them padding"
+    ]
+    other = each.get("matgl, f32") or each.get("concatenating, eager, f32")
+    beside = "matgl" if "matgl, f32" in each else "concatenating"
+    for name, value in each.items():
+        ratio = f"  {other / value:5.2f} × {beside}" if other else ""
+        first = f"  first step {figures['first step, s'][name]:.1f} s" if name in figures["first step, s"] else ""
+        peak = f"  {figures['peak MiB'][name]:,.0f} MiB" if name in figures["peak MiB"] else ""
+        lines.append(f"{name:30} {value:10.4g} µs/edge  {1 / value:10.4g} M edges/s{ratio}{first}{peak}")
     return "\n".join(lines)

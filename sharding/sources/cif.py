@@ -38,6 +38,11 @@ NONE: Final = frozenset(("0", ".", "?"))
 # an element with an optional charge or count: "Fe", "Fe3+", "O2-", "C1"
 SYMBOL: Final = re.compile(r"([A-Z][a-z]?)(?:[\d+-][\w+-]*)?$")
 
+# `_symmetry_space_group_name_H-M    P 1`, as ASE wrote it for years
+UNQUOTED: Final = re.compile(
+    rb"^(\s*_\w*space_group_name_H-M\w*[ \t]+)([A-Za-z][^'\"\r\n]*[ \t][^'\"\r\n]*?)[ \t]*\r?$", re.M
+)
+
 
 def split(stream: Stream, stem: str, options: ReadOptions) -> Iterator[Piece]:
     """One piece: the file."""
@@ -65,7 +70,7 @@ def crystals(
             blocks, those that are refused are faults.
     """
     try:
-        document = gemmi.cif.read_string(text)
+        document = _document(text)
     except (RuntimeError, ValueError) as why:
         yield from _slowly(text, key, options, labels, str(why))
         return
@@ -81,6 +86,18 @@ def crystals(
             yield from _block(block, f"{key}#{block.name}", options, labels)
         except RefusedError as why:
             yield Fault(f"block {block.name}", why.code, why.text, f"{key}#{block.name}")
+
+
+def _document(text: bytes | str) -> gemmi.cif.Document:
+    """The parsed text; the one break of the syntax that whole databases have is mended."""
+    try:
+        return gemmi.cif.read_string(text)
+    except (RuntimeError, ValueError):
+        there = text.encode() if isinstance(text, str) else text
+        mended = UNQUOTED.sub(rb"\1'\2'", there, count=1)
+        if mended == there:
+            raise
+        return gemmi.cif.read_string(mended)
 
 
 def _block(block: gemmi.cif.Block, key: str, options: ReadOptions, labels: Mapping[str, float] | None) -> list[Crystal]:

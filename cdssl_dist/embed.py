@@ -1,0 +1,74 @@
+"""Embed any number of crystals: a Parquet file of their representations.
+
+cdssl embed --encoder models:/cdssl-encoder@champion --data FILE --out embeddings.parquet
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cdssl_dist.commands import Parser, command
+from cdssl_dist.encoder import CHAMPION, CrystalEncoder
+from cdssl_dist.labeled import density, volume_per_atom
+from cdssl_dist.predictor import unseen_elements
+from cdssl_dist.stream import Rows, stream, write_rows
+from sharding.crystal import SYMBOLS, reduced_formula
+from sharding.graph import Multigraphs, offsets
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Pull an encoder, embed, write a Parquet file."""
+    p = Parser("cdssl embed", "Embed crystals with a pretrained encoder, in bounded memory.")
+    p.add_argument("--encoder", default=CHAMPION, help="models:/NAME@ALIAS, or a folder")
+    p.add_argument("--registry", help="MLflow URI; MLFLOW_TRACKING_URI, else runs/mlflow.db, where left out")
+    p.add_argument("--data", required=True, help="a data set of shards, or a file or source that cdssl shard reads")
+    p.add_argument("--split", choices=("train", "val", "test"), help="use this split of a data set of shards only")
+    p.add_argument("--where", metavar="CONDITION", help="of a data set of shards, as in 'n_atoms <= 20'")
+    p.add_argument("--out", required=True, help="Parquet file: a row for each crystal")
+    p.add_argument("--threads", type=int, default=1, help="of torch, on CPU")
+    args = p.parse_args(argv)
+
+    torch.set_num_threads(args.threads)
+    encoder = CrystalEncoder.from_registry(args.encoder, args.registry)
+    fields = [
+        ("formula", pa.string()),
+        ("n_atoms", pa.int32()),
+        ("density", pa.float64()),
+        ("volume_per_atom", pa.float64()),
+        ("unseen_elements", pa.string()),
+        ("embedding", pa.list_(pa.float32())),
+    ]
+
+    def use(graphs: Multigraphs) -> dict[str, object]:
+        strange = unseen_elements(encoder.card.elements, graphs)
+        return {
+            "formula": formulas(graphs),
+            "n_atoms": graphs.n_atoms.astype(np.int32),
+            "density": density(graphs),
+            "volume_per_atom": volume_per_atom(graphs),
+            "unseen_elements": [" ".join(SYMBOLS[z] for z in numbers) or None for numbers in strange],
+            "embedding": list(encoder.embed_graphs(graphs)),
+        }
+
+    about = {"encoder": args.encoder, "weights_sha256": encoder.card.weights_sha256}
+    rows = Rows(args.out, fields, about)
+    refused = write_rows(rows, stream(args.data, encoder.cutoff, args.split, args.where), use, "embed")
+    more = f"; {refused:,} could not be used, the column `refused` says why" if refused else ""
+    print(f"{args.out}: {rows.rows - refused:,} vectors of {encoder.dim} numbers{more}")
+    return 0
+
+
+def formulas(graphs: Multigraphs) -> list[str]:
+    """Reduced formula of each crystal."""
+    start = offsets(graphs.n_atoms)
+    return [reduced_formula(graphs.atomic_numbers[a:b]) for a, b in zip(start[:-1], start[1:], strict=True)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

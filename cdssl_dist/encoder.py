@@ -1,0 +1,103 @@
+"""A pretrained encoder in Python.
+
+>>> from cdssl_dist import CrystalEncoder  # doctest: +SKIP
+>>> encoder = CrystalEncoder.from_registry("models:/cdssl-encoder@champion")  # doctest: +SKIP
+>>> vectors = encoder.embed(structures)  # (n, 3W)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cdssl_dist import registry
+from cdssl_dist.commands import RUNS
+from cdssl_dist.embedding import embed_graphs, embed_structures
+from cdssl_dist.export import EncoderCard, read_encoder
+from cdssl_dist.megnet import MEGNet
+from cdssl_dist.mlflow_server import tracking_uri
+from cdssl_dist.structures import RefusedStructuresError, as_list
+from sharding.graph import Multigraphs
+
+CHAMPION = "models:/cdssl-encoder@champion"
+
+
+class CrystalEncoder:
+    """A pretrained encoder: structures in, vectors out.
+
+    Args:
+        network: the encoder.
+        card: what is known of it.
+        folder: where its files lie.
+        device: "cpu", "cuda", …; a GPU where there is one, when left out.
+
+    Attributes:
+        dim: length of a vector, 3W.
+        cutoff: of its graphs, Å.
+    """
+
+    def __init__(self, network: MEGNet, card: EncoderCard, folder: Path | None = None, device: str | None = None):
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.network = network.eval().requires_grad_(False).to(self.device)
+        self.card, self.folder = card, folder
+        self.dim, self.cutoff = 3 * network.width, card.cutoff
+
+    @classmethod
+    def from_registry(
+        cls, ref: str = CHAMPION, registry_uri: str | None = None, device: str | None = None
+    ) -> CrystalEncoder:
+        """Pull an encoder by name; afterwards it is in a cache of this machine, and works offline.
+
+        Only safetensors and JSON are read, checked against the digests that were registered; no code is executed.
+
+        Args:
+            ref: ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, or a folder.
+            registry_uri: of the MLflow server or SQLite file; MLFLOW_TRACKING_URI, else runs/mlflow.db, when left out.
+            device: see the class.
+
+        Raises:
+            registry.RegistryError: where there is no such encoder, it is damaged, or of a newer format.
+        """
+        return cls.from_folder(registry.pull(ref, tracking_uri(registry_uri, RUNS)), device)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, device: str | None = None) -> CrystalEncoder:
+        """Read ``encoder.safetensors`` and ``encoder.json``, as a run or a pull leaves them.
+
+        Raises:
+            export.ExportError: where they are missing, damaged, or of a newer format.
+        """
+        return cls(*read_encoder(folder), Path(folder), device)
+
+    def embed(self, structures: Any, refused: Literal["error", "nan"] = "error") -> NDArray[np.float32]:
+        """The representation of crystals: mean x̂, mean û and ŝ.
+
+        Args:
+            structures: a list of pymatgen ``Structure``, ASE ``Atoms``, CIF or JSON text, dictionaries or our
+                ``Crystal``, in any mixture; or one of them.
+            refused: what is no ordered crystal is an error that names its row, or gets a row of NaN.
+
+        Returns:
+            (n, 3W) f32.
+
+        Raises:
+            RefusedStructuresError: whose ``refused`` says which rows, and why.
+        """
+        if refused not in ("error", "nan"):
+            raise ValueError(f"refused={refused!r}: must be 'error' or 'nan'")
+        items = as_list(structures)
+        rows, bad = embed_structures(self.network, self.card.expansion, self.cutoff, items)
+        if bad and refused == "error":
+            raise RefusedStructuresError(bad, len(items), "refused='nan' gives them rows of NaN")
+        return rows
+
+    def embed_graphs(self, graphs: Multigraphs) -> NDArray[np.float32]:
+        """The same of graphs that were built with the encoder's cutoff: (G, 3W) f32."""
+        return embed_graphs(self.network, self.card.expansion, graphs)
+
+    def __repr__(self) -> str:
+        return f"CrystalEncoder(dim={self.dim}, cutoff={self.cutoff}, weights={self.card.weights_sha256[:12]})"

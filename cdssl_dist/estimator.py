@@ -1,0 +1,229 @@
+"""Fine-tuning as scikit-learn estimators.
+
+>>> from cdssl_dist import CrystalRegressor  # doctest: +SKIP
+>>> model = CrystalRegressor("models:/cdssl-encoder@champion").fit(structures, moduli)  # doctest: +SKIP
+>>> model.predict(others)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.utils.validation import check_is_fitted
+
+from cdssl_dist import __version__
+from cdssl_dist.encoder import CHAMPION, CrystalEncoder
+from cdssl_dist.model_card import write_model_card
+from cdssl_dist.predictor import Prediction, Predictor, PropertyCard, network_of, scalers_of, write_property
+from cdssl_dist.splits import Split, hold_out
+from cdssl_dist.structures import RefusedStructuresError, as_list, graphs_of
+from cdssl_dist.targets import Array, Target, Task
+from cdssl_dist.tuning import FineTuning, Member, fit
+from sharding.crystal import reduced_formula
+from sharding.graph import Multigraphs, concatenate, offsets
+
+
+class _Estimator(BaseEstimator):  # type: ignore[misc]
+    """What regressor and classifier share.
+
+    Args:
+        encoder: ``models:/NAME@ALIAS``, a folder, or a ``CrystalEncoder``.
+        registry_uri: of the MLflow server or SQLite file; see ``CrystalEncoder.from_registry``.
+        epochs, batch_size, lr, patience, warmup, freeze, layer_decay: see ``tuning.FineTuning``.
+        members: networks that answer together.
+        validation: share of the crystals, by whole formulas, for early stopping; where there are fewer than three
+            formulas, or it is 0, the last weights are taken.
+        random_state: seed.
+    """
+
+    def __init__(
+        self,
+        encoder: Any = CHAMPION,
+        *,
+        registry_uri: str | None = None,
+        epochs: int = 60,
+        batch_size: int = 32,
+        lr: float = 1e-3,
+        patience: int = 20,
+        warmup: int = 0,
+        freeze: int = 0,
+        layer_decay: float = 1.0,
+        members: int = 1,
+        validation: float = 0.1,
+        random_state: int = 0,
+    ) -> None:
+        self.encoder = encoder
+        self.registry_uri = registry_uri
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.lr = lr
+        self.patience = patience
+        self.warmup = warmup
+        self.freeze = freeze
+        self.layer_decay = layer_decay
+        self.members = members
+        self.validation = validation
+        self.random_state = random_state
+
+    def _fit(self, structures: Any, targets: Array, task: Task) -> Self:
+        how = FineTuning(
+            lr=self.lr,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            patience=self.patience,
+            warmup=self.warmup,
+            freeze=self.freeze,
+            layer_decay=self.layer_decay,
+        )
+        found = self.encoder
+        if not isinstance(found, CrystalEncoder):
+            found = CrystalEncoder.from_registry(str(found), self.registry_uri)
+        items = as_list(structures)
+        if len(items) != len(targets):
+            raise ValueError(f"{len(items)} structures and {len(targets)} targets: one target a structure is needed")
+        graphs = _graphs(items, found.cutoff)
+        start = offsets(graphs.n_atoms)
+        formulas = [reduced_formula(graphs.atomic_numbers[a:b]) for a, b in zip(start[:-1], start[1:], strict=True)]
+        members: list[Member] = []
+        for i in range(self.members):
+            seed = self.random_state + i
+            train, val = hold_out(np.arange(len(items)), formulas, self.validation, seed)
+            own = FineTuning(**asdict(how) | {"seed": seed})
+            split = Split(train, val, val[:0])
+            members.append(fit(found.network, found.card.expansion, graphs, targets, split, task, own))
+        self._keep(members, found, task, graphs, how)
+        return self
+
+    def _keep(
+        self, members: Sequence[Member], encoder: CrystalEncoder, task: Task, graphs: Multigraphs, how: FineTuning
+    ) -> None:
+        card = encoder.card
+        seen = sorted({*card.elements, *np.unique(graphs.atomic_numbers).tolist()}) if card.elements else []
+        ref = self.encoder if isinstance(self.encoder, str) else repr(encoder)
+        own = PropertyCard(
+            task=asdict(task),
+            scalers=scalers_of(members),
+            cutoff=card.cutoff,
+            centers=card.centers,
+            end=card.end,
+            gamma=card.gamma,
+            model=card.model,
+            elements=seen,
+            encoder={"ref": ref, "weights_sha256": card.weights_sha256, "data_digest": card.data_digest},
+            data_digest="",
+            settings=asdict(how) | {"members": self.members},
+            metrics={},
+            sources=[],
+            code_version=__version__,
+        )
+        networks = [network_of(own, task.outputs) for _ in members]
+        for network, member in zip(networks, members, strict=True):
+            network.load_state_dict(member.weights)
+        self.members_ = list(members)
+        self.history_ = [member.history for member in members]
+        self.predictor_ = Predictor(networks, [m.scaler for m in members], task, own)
+
+    def _predict(self, structures: Any) -> Prediction:
+        check_is_fitted(self, "predictor_")
+        predictor = self.predictor_
+        return predictor.predict(_graphs(as_list(structures), predictor.card.cutoff))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the fitted model, for ``cdssl predict --model FOLDER`` or ``registry.register``; data and no pickle."""
+        check_is_fitted(self, "predictor_")
+        write_property(Path(folder), self.members_, self.predictor_.card)
+        write_model_card(Path(folder))
+        return Path(folder)
+
+    def __sklearn_tags__(self) -> Any:
+        """Structures are no table of numbers."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = False
+        tags.no_validation = True
+        tags.non_deterministic = False
+        return tags
+
+
+class CrystalRegressor(RegressorMixin, _Estimator):  # type: ignore[misc]
+    """Fine-tunes an encoder to numbers; see ``_Estimator`` for the parameters."""
+
+    __doc__ = f"Fine-tunes an encoder to numbers.\n{(_Estimator.__doc__ or '').partition(chr(10))[2]}"
+
+    def fit(self, X: Any, y: Any, *, per_atom: bool | Sequence[bool] = False) -> Self:
+        """Train.
+
+        Args:
+            X: structures, as ``CrystalEncoder.embed`` takes them.
+            y: (n,) or (n, T) targets, NaN where missing.
+            per_atom: whether a target grows with the cell, and is learned per atom; one for all or one each.
+
+        Raises:
+            RefusedStructuresError: naming the rows that are no ordered crystals.
+            TuningError: where a target has no label.
+        """
+        targets = np.asarray(y, np.float64)
+        self.one_ = targets.ndim == 1
+        targets = targets.reshape(len(targets), -1)
+        flags = [per_atom] * targets.shape[1] if isinstance(per_atom, bool) else list(per_atom)
+        if len(flags) != targets.shape[1]:
+            raise ValueError(f"{len(flags)} values of per_atom for {targets.shape[1]} targets")
+        targets = np.where(np.isfinite(targets), targets, np.nan)
+        task = Task(tuple(Target(f"y{t}", "", bool(flag)) for t, flag in enumerate(flags)))
+        return self._fit(X, targets, task)
+
+    def predict(self, X: Any, return_std: bool = False) -> Any:
+        """Predict.
+
+        Args:
+            X: structures.
+            return_std: give the deviation between the members, too.
+
+        Returns:
+            As ``y`` was, (n,) or (n, T); with ``return_std`` a pair of such.
+        """
+        mean, std = self._predict(X)
+        mean, std = (mean[:, 0], std[:, 0]) if self.one_ else (mean, std)
+        return (mean, std) if return_std else mean
+
+
+class CrystalClassifier(ClassifierMixin, _Estimator):  # type: ignore[misc]
+    """Fine-tunes an encoder to classes; see ``_Estimator`` for the parameters."""
+
+    __doc__ = f"Fine-tunes an encoder to classes.\n{(_Estimator.__doc__ or '').partition(chr(10))[2]}"
+
+    def fit(self, X: Any, y: Any) -> Self:
+        """Train on structures and the name or number of each one's class, (n,).
+
+        Raises:
+            RefusedStructuresError: naming the rows that are no ordered crystals.
+        """
+        self.classes_, index = np.unique(np.asarray(y), return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(f"y holds {len(self.classes_)} class: nothing to tell apart")
+        names = tuple(map(str, self.classes_.tolist()))
+        return self._fit(X, index.astype(np.float64)[:, None], Task((Target("y"),), names))
+
+    def predict_proba(self, X: Any) -> NDArray[np.float64]:
+        """Probability of each of ``classes_``: (n, C)."""
+        return self._predict(X).mean
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """The likeliest class: (n,)."""
+        chance = self.predict_proba(X)
+        return np.asarray(self.classes_[chance.argmax(axis=1)])
+
+
+def _graphs(items: list[Any], cutoff: float) -> Multigraphs:
+    refused: dict[int, str] = {}
+    parts = list(graphs_of(items, cutoff, refused))
+    if refused:
+        raise RefusedStructuresError(refused, len(items), "leave these out")
+    if not items:
+        raise ValueError("there are no structures")
+    return concatenate(parts)

@@ -1,0 +1,148 @@
+"""Who trains, who stops the training, and who tests: by shares, by folds, or as a column says. Groups stay together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+NAMES: Final = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+class SplitError(ValueError):
+    """Crystals that cannot be divided as asked: said in one line."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Indices of crystals; ``val`` may be empty where nothing is stopped early."""
+
+    train: Indices
+    val: Indices
+    test: Indices
+
+    def sizes(self) -> dict[str, int]:
+        """Crystals of each part."""
+        return {"train": len(self.train), "val": len(self.val), "test": len(self.test)}
+
+
+def split_by_group(groups: Sequence[str], train: float, val: float, seed: int) -> Split:
+    """Shuffle groups, then fill train, validation and test by numbers of crystals; no group is in two of them.
+
+    Args:
+        groups: of each crystal.
+        train, val: shares of the crystals; the rest tests.
+        seed: of the shuffle.
+
+    Raises:
+        SplitError: where a part is empty.
+    """
+    rank, member = _shuffled(groups, seed)
+    before = _share_before(rank)
+    part = np.where(before < train, 0, np.where(before < train + val, 1, 2))
+    split = Split(*(np.flatnonzero(part == p) for p in range(3)))
+    sizes = list(split.sizes().values())
+    if min(sizes) == 0:
+        raise SplitError(
+            f"{len(rank)} crystals in {len(set(member.tolist()))} groups split into {sizes[0]} train, {sizes[1]} "
+            f"validation and {sizes[2]} test crystals; none may be empty: give more data or other shares"
+        )
+    return split
+
+
+def hold_out(among: Indices, groups: Sequence[str], share: float, seed: int) -> tuple[Indices, Indices]:
+    """A share of some crystals for early stopping, by whole groups; none where there are too few groups.
+
+    Returns:
+        Those to train on, and those to validate with.
+    """
+    rank, _ = _shuffled([groups[i] for i in among], seed)
+    if share <= 0 or len(among) == 0 or len(np.unique(rank)) < 3:
+        return among, among[:0]
+    held = _share_before(rank) < share  # at least the first group, and not the last one
+    held &= rank < rank.max()
+    return among[~held], among[held]
+
+
+def k_folds(groups: Sequence[str], k: int, val: float, seed: int) -> list[Split]:
+    """Each crystal tests once; the others train, less the share ``val`` of them.
+
+    Raises:
+        SplitError: where there are fewer groups than folds.
+    """
+    rank, _ = _shuffled(groups, seed)
+    n_groups = len(np.unique(rank))
+    if not 2 <= k <= n_groups:
+        raise SplitError(f"{k} folds of {len(rank)} crystals in {n_groups} groups: take between 2 and {n_groups}")
+    fold = np.minimum((_share_before(rank) * k).astype(np.int64), k - 1)
+    if len(np.unique(fold)) < k:  # a group larger than a fold
+        fold = rank % k
+    return _folds(fold, range(k), groups, val, seed)
+
+
+def folds_of_column(values: Sequence[Any], groups: Sequence[str], val: float, seed: int) -> list[Split]:
+    """A fold for each value of a column; crystals without a value take no part.
+
+    Raises:
+        SplitError: where there are fewer than two values.
+    """
+    names = sorted({v for v in values if not _absent(v)}, key=str)
+    if len(names) < 2:
+        raise SplitError(f"the column of folds has {len(names)} different values; two at least are needed")
+    fold = np.array([-1 if _absent(v) else names.index(v) for v in values])
+    return _folds(fold, range(len(names)), groups, val, seed)
+
+
+def split_of_column(values: Sequence[Any], groups: Sequence[str], val: float, seed: int, test: str = "test") -> Split:
+    """As a column says that holds train, val (or valid, validation) and test; others take no part.
+
+    Args:
+        values: the column.
+        groups, val, seed: to hold crystals out of the training ones where the column names none for validation.
+        test: the value that tests, e.g. "val" where the labels of the test crystals are secret.
+
+    Raises:
+        SplitError: where nothing is left to train or to test with.
+    """
+    texts = ["" if _absent(v) else str(v).strip().lower() for v in values]
+    said = np.array([NAMES.get(t, t) for t in texts], dtype=object)
+    test = NAMES.get(test.lower(), test.lower())
+    train, tested = np.flatnonzero(said == "train"), np.flatnonzero(said == test)
+    if len(train) == 0 or len(tested) == 0:
+        found = ", ".join(f"{name or 'nothing'}: {(said == name).sum()}" for name in sorted(set(said.tolist())))
+        hint = "; --test-value names another value to test with" if len(train) else ""
+        raise SplitError(f"of the labeled crystals the column of splits says {found}; {test!r} must be there{hint}")
+    held = np.flatnonzero(said == "val") if test != "val" else train[:0]
+    if len(held) == 0:
+        train, held = hold_out(train, groups, val, seed)
+    return Split(train, held, tested)
+
+
+def _folds(fold: Indices, numbers: Sequence[int], groups: Sequence[str], val: float, seed: int) -> list[Split]:
+    splits = []
+    for number in numbers:
+        rest = np.flatnonzero((fold != number) & (fold >= 0))
+        splits.append(Split(*hold_out(rest, groups, val, seed + number), np.flatnonzero(fold == number)))
+    return splits
+
+
+def _shuffled(groups: Sequence[str], seed: int) -> tuple[Indices, Indices]:
+    """The place of each crystal's group in a seeded order of the groups, and its number: (n,), (n,)."""
+    names, member = np.unique(np.array(groups), return_inverse=True)
+    place = np.empty(len(names), np.int64)
+    place[np.random.default_rng(seed).permutation(len(names))] = np.arange(len(names))
+    return place[member], member
+
+
+def _share_before(rank: Indices) -> NDArray[np.float64]:
+    """Of each crystal, the share of crystals in groups that come earlier: (n,)."""
+    sizes = np.bincount(rank)
+    return (np.concatenate([[0], np.cumsum(sizes)[:-1]]) / len(rank))[rank]
+
+
+def _absent(value: Any) -> bool:
+    return value is None or value == "" or (isinstance(value, float) and np.isnan(value))

@@ -1,0 +1,81 @@
+"""Columns of a CSV or Parquet file by the ids of crystals: splits, folds, classes, and labels that lie elsewhere."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sharding.manifest import DataSetError
+from sharding.sources.pieces import IDS
+
+KEYS: Final = ("key", *IDS, "immutable_id")  # columns that hold the id
+
+
+def read_columns(path: str, names: Sequence[str], keys: Sequence[str]) -> dict[str, list[Any]]:
+    """Some columns of a table, in the order of crystals.
+
+    Args:
+        path: a CSV or Parquet file.
+        names: of the columns.
+        keys: of the crystals. A row belongs to the crystal with its id; where ids are mere numbers, or the table has
+            none, to the crystal whose key ends in # and the id, or the number of the row.
+
+    Returns:
+        Name → a value for each crystal, None where the table has none. Of rows with the same id the first counts.
+
+    Raises:
+        DataSetError: where it is no table, a column is missing, or no row belongs to a crystal.
+    """
+    values: dict[str, tuple[Any, ...]] = {}
+    for key, row in _rows(path, names):
+        values.setdefault(key, row)
+    nothing = (None,) * len(names)
+    found = [values.get(key) or values.get(key.rpartition("#")[2]) or nothing for key in keys]
+    if keys and all(row is nothing for row in found):
+        raise DataSetError(
+            f"{path}: no row has the id of a crystal; ids are e.g. {keys[0]!r} and {next(iter(values), None)!r}"
+        )
+    return {name: [row[i] for row in found] for i, name in enumerate(names)}
+
+
+def _rows(path: str, names: Sequence[str]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    ending = Path(path).suffix.lower()
+    try:
+        if ending == ".parquet":
+            file = pq.ParquetFile(path)
+            key = _check(path, file.schema_arrow.names, names)
+            row = 0
+            for batch in file.iter_batches(columns=list(dict.fromkeys([*([key] if key else []), *names]))):
+                columns = [batch.column(name).to_pylist() for name in names]
+                ids = batch.column(key).to_pylist() if key else range(row, row + batch.num_rows)
+                row += batch.num_rows
+                yield from zip(map(str, ids), zip(*columns, strict=True), strict=True)
+        elif ending == ".csv":
+            csv.field_size_limit(sys.maxsize)
+            with open(path, encoding="utf-8-sig", newline="") as text:
+                reader = csv.DictReader(text)
+                key = _check(path, list(reader.fieldnames or ()), names)
+                for number, record in enumerate(reader):
+                    yield str(record[key] if key else number), tuple(record[name] for name in names)
+        else:
+            listed = ", ".join(names)
+            raise DataSetError(f"{path}: {listed} can be read of a CSV or Parquet file; give one by --labels")
+    except (OSError, pa.ArrowException, csv.Error, UnicodeDecodeError) as why:
+        raise DataSetError(f"{path}: no table that can be read ({why})") from None
+
+
+def _check(path: str, there: Sequence[str], names: Sequence[str]) -> str | None:
+    """The column of ids; complains about those that are missing."""
+    for name in names:
+        if name not in there:
+            near = difflib.get_close_matches(name, there, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(there[:40])}"
+            raise DataSetError(f"{path}: no column {name!r}; {hint}")
+    return next((name for name in KEYS if name in there), None)

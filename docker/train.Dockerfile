@@ -1,0 +1,47 @@
+# syntax=docker/dockerfile:1
+# Pretraining and fine-tuning. CUDA's libraries come with torch's wheel, so that the base is plain Debian; the driver is the
+# node's. How to build: docs/kubernetes.md. The base by its digest, as a registry says it: docker buildx imagetools inspect debian:bookworm-slim
+ARG BASE=debian:bookworm-slim@sha256:UNSET
+
+FROM ${BASE} AS build
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends ca-certificates python3 python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+COPY docker/build.lock docker/train.lock /src/docker/
+# bibtexparser and DeepSpeed have no wheels; the latter is plain Python without its compiled operators, which are not used
+RUN python3 -m venv /opt/venv \
+    && /opt/venv/bin/pip install --no-cache-dir --require-hashes --only-binary :all: -r /src/docker/build.lock \
+    && DS_BUILD_OPS=0 /opt/venv/bin/pip install --no-cache-dir --require-hashes --no-build-isolation --no-deps \
+        --only-binary :all: --no-binary bibtexparser,deepspeed -r /src/docker/train.lock
+COPY pyproject.toml README.md LICENSE /src/
+COPY cdssl_dist /src/cdssl_dist
+COPY sharding /src/sharding
+COPY configs /src/configs
+RUN /opt/venv/bin/pip install --no-cache-dir --no-build-isolation --no-deps /src
+COPY docker/sbom.py /opt/cdssl/
+RUN /opt/venv/bin/python /opt/cdssl/sbom.py > /opt/cdssl/sbom.cdx.json
+
+# What the image holds, for scanners: docker buildx build --target sbom --output sbom …
+FROM scratch AS sbom
+COPY --from=build /opt/cdssl/sbom.cdx.json /
+
+FROM ${BASE}
+LABEL org.opencontainers.image.title="cdssl-train" \
+    org.opencontainers.image.description="Pretraining and fine-tuning of crystal encoders" \
+    org.opencontainers.image.licenses="Apache-2.0"
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+# wget: the operator's probes of Ray call it
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends ca-certificates python3 tini wget \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --user-group --home-dir /tmp --no-create-home --shell /usr/sbin/nologin cdssl
+COPY --from=build /opt/venv /opt/venv
+COPY --from=build /opt/cdssl /opt/cdssl
+ENV PATH=/opt/venv/bin:/usr/bin:/bin HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 RAY_AUTH_MODE=token
+USER 10001:10001
+WORKDIR /tmp
+# For docker run; Kubernetes has probes of its own
+HEALTHCHECK --interval=60s --timeout=30s CMD ["python", "-c", "import cdssl_dist, ray, torch"]
+ENTRYPOINT ["tini", "--"]
+CMD ["python", "-m", "cdssl_dist.pretrain", "--help"]

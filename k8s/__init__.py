@@ -1,0 +1,1 @@
+"""Manifests for Kubernetes; ``k8s.check`` checks them."""

@@ -1,0 +1,1 @@
+"""Checks of the manifests, over every rendered overlay, without a cluster: ``python -m k8s.check``."""

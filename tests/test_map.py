@@ -1,0 +1,108 @@
+"""The map: what its figures say, and that its page works in a browser."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cdssl_dist.cli import main as cdssl
+from cdssl_dist.map import neighbours_tell, reduced
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A curve in space, along which density grows; n_atoms is noise."""
+    random = np.random.default_rng(0)
+    t = np.sort(random.uniform(0, 3, 80))
+    points = np.stack([np.cos(t), np.sin(t), t], axis=1) + random.normal(0, 0.01, (80, 3))
+    columns = {
+        "key": [HOSTILE, *(f"c-{i}" for i in range(1, 81))],
+        "formula": ["NaCl", *["Cu"] * 80],
+        "density": [*t, None],
+        "n_atoms": random.integers(1, 9, 81),
+        "embedding": [*points.tolist(), None],
+    }
+    path = tmp_path_factory.mktemp("map") / "e.parquet"
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_neighbours_tell_what_the_map_keeps(vectors: Path) -> None:
+    points = np.array(pq.read_table(vectors)["embedding"].to_pylist()[:80])
+    t = np.array(pq.read_table(vectors)["density"].to_pylist()[:80])
+    place = reduced(points, "tsne", 0)
+    kept = neighbours_tell("density", t, place, points)
+    assert kept.on_map > 0.8 and kept.in_vectors > 0.8
+    noise = np.random.default_rng(1).normal(size=80)
+    assert neighbours_tell("noise", noise, place, points).on_map < 0.1
+    # The same by hand, for the vectors.
+    distance = np.linalg.norm(points[:, None] - points[None], axis=2) + np.diag(np.full(80, np.inf))
+    told = t[np.argsort(distance, axis=1)[:, :10]].mean(axis=1)
+    assert kept.in_vectors == pytest.approx(1 - np.abs(told - t).mean() / np.abs(t - np.median(t)).mean())
+
+
+PROBE = """
+<script>window.onerror = message => document.documentElement.setAttribute("data-" + "error", message);
+window.alert = () => document.documentElement.setAttribute("data-" + "error", "markup was executed");</script>"""
+ACT = """<script>
+const said = {}, out = document.querySelector("output"), pixels = () => canvas.toDataURL().length;
+said.columns = [...column.options].map(o => o.value);
+const box = canvas.getBoundingClientRect(), [x, y] = place(0), s = canvas.width / box.width;
+const at = {clientX: box.left + x / s, clientY: box.top + y / s};
+canvas.dispatchEvent(new PointerEvent("pointermove", at)); said.at = out.textContent;
+said.kept = document.getElementById("kept").textContent;
+const before = canvas.toDataURL();
+column.value = "n_atoms"; column.dispatchEvent(new Event("change"));
+said.recoloured = canvas.toDataURL() !== before; said.low = document.getElementById("low").textContent;
+find.value = "nacl"; find.dispatchEvent(new Event("input")); said.hits = document.getElementById("hits").textContent;
+said.wide = document.documentElement.scrollWidth <= window.innerWidth;
+const pre = document.createElement("pre"); pre.id = "said"; pre.textContent = JSON.stringify(said);
+document.body.append(pre);
+</script></body>"""
+
+
+def test_the_page_in_a_browser(vectors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cdssl(["map", str(vectors), "--out", str(tmp_path), "--method", "pca"]) == 0
+    assert "density" in capsys.readouterr().out
+    assert {p.name for p in tmp_path.iterdir()} == {"map.png", "map.html", "map.parquet"}
+    assert len(pq.read_table(tmp_path / "map.parquet")) == 80
+    text = (tmp_path / "map.html").read_text()
+    assert "http" not in text.replace("http-equiv", "") and HOSTILE not in text
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs chromium")
+    probed = tmp_path / "probed.html"
+    probed.write_text(text.replace("<head>", "<head>" + PROBE, 1).replace("</body>", ACT, 1))
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,800", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path}/profile", probed.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert "data-error" not in shown
+    match = re.search(r'<pre id="said">(.*?)</pre>', shown, re.S)
+    assert match, shown[-2000:]
+    said = json.loads(html.unescape(match[1]))
+    assert said["columns"] == ["density", "n_atoms"]
+    assert said["at"].startswith(HOSTILE) and "density" in said["at"]  # shown as text
+    assert said["recoloured"] and said["low"] == "1" and said["hits"] == "1 found" and said["wide"]
+
+
+def test_what_cannot_be_mapped(vectors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = tmp_path / "few.parquet"
+    pq.write_table(pq.read_table(vectors).slice(0, 5), few)
+    for arguments, said in (
+        ([str(few)], "too few"),
+        ([str(vectors), "--color", "key"], "no column of numbers 'key'; there are density, n_atoms"),
+        ([str(tmp_path / "none.parquet")], "no Parquet file"),
+    ):
+        assert cdssl(["map", *arguments, "--out", str(tmp_path / "out")]) == 2
+        assert said in capsys.readouterr().err

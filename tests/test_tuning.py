@@ -1,0 +1,246 @@
+"""Fine-tuning: what is learned, what is masked, scaled, frozen and stopped, and who tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from encoders import write_encoder_to
+from sklearn.linear_model import RidgeCV
+
+from cdssl_dist import tuning
+from cdssl_dist.baselines import ALPHAS, baselines
+from cdssl_dist.embedding import batch_of
+from cdssl_dist.experiment import PRETRAINED, SCRATCH, compare, new_encoder, predict
+from cdssl_dist.export import EncoderCard, read_encoder
+from cdssl_dist.labeled import volume_per_atom
+from cdssl_dist.megnet import MEGNet
+from cdssl_dist.predictor import network_of
+from cdssl_dist.splits import Split, folds_of_column, hold_out, k_folds, split_by_group, split_of_column
+from cdssl_dist.targets import Scaler, Target, Task
+from cdssl_dist.tuning import FineTuning, TuningError, fit, stages_of
+from sharding.crystal import Crystal
+from sharding.graph import Multigraphs, build
+
+ONE = Task((Target("volume", "Å³/atom"),))
+TWO = Task((Target("volume", "Å³/atom"), Target("atoms", "1")))
+QUICK = FineTuning(epochs=8, lr=3e-3, batch_size=16, patience=8)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[MEGNet, EncoderCard]:
+    return read_encoder(write_encoder_to(tmp_path_factory.mktemp("encoder")))
+
+
+@pytest.fixture(scope="module")
+def graphs(aflow: list[Crystal]) -> Multigraphs:
+    found, _ = build([c for c in aflow if len(c.atomic_numbers) <= 8], 4.0)
+    return found.slice(0, 100)
+
+
+@pytest.fixture(scope="module")
+def split(graphs: Multigraphs) -> Split:
+    return split_by_group(graphs.keys, 0.6, 0.2, 0)
+
+
+def test_it_learns_and_one_seed_gives_one_result(
+    encoder: tuple[MEGNet, EncoderCard], graphs: Multigraphs, split: Split
+) -> None:
+    network, card = encoder
+    y = volume_per_atom(graphs)[:, None]
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    how = replace(QUICK, epochs=20, patience=20, lr=1e-2)
+    member = fit(network, card.expansion, graphs, y, split, ONE, how)
+    assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
+    short = [fit(network, card.expansion, graphs, y, split, ONE, replace(QUICK, epochs=2, seed=s)) for s in (0, 0, 1)]
+    assert short[0].history == short[1].history != short[2].history
+    learned = predict(member, card, graphs.take(split.train), ONE)
+    error = np.abs(learned - y[split.train]).mean()
+    assert error < 0.5 * np.abs(np.median(y[split.train]) - y[split.train]).mean()
+    # What is kept are the weights of the best epoch, and its error is in the unit of the target.
+    best = min(line["val"] for line in member.history)
+    assert member.history[member.best]["val"] == best
+    held = predict(member, card, graphs.take(split.val), ONE)
+    assert np.abs(held - y[split.val]).mean() == pytest.approx(best, rel=1e-6)
+
+
+def test_missing_labels_are_as_if_they_were_not_there(
+    encoder: tuple[MEGNet, EncoderCard], graphs: Multigraphs, split: Split
+) -> None:
+    """A crystal without any label changes nothing; the gradient of a target comes from its labels alone."""
+    network, card = encoder
+    y = np.stack([volume_per_atom(graphs), graphs.n_atoms.astype(float)], axis=1)
+    y[split.train[::3]] = np.nan
+    without = Split(np.setdiff1d(split.train, split.train[::3]), split.val, split.test)
+    how = replace(QUICK, epochs=2)
+    runs = [fit(network, card.expansion, graphs, y, s, TWO, how) for s in (split, without)]
+    assert runs[0].history == runs[1].history
+
+    model = network_of(card, 2)
+    wanted = torch.from_numpy(np.where(np.arange(200).reshape(100, 2) % 3 == 0, np.nan, y)).float()
+    wanted[np.isnan(y)] = torch.nan
+    index = np.arange(12)
+    loss = tuning._backward(model, graphs, index, wanted, TWO)
+    with torch.inference_mode():
+        alone = [model(batch_of(graphs.take(index[i : i + 1]), torch.device("cpu")))[0] for i in index]
+    off = [abs(float(alone[i][t] - wanted[i, t])) for i in index for t in range(2) if torch.isfinite(wanted[i, t])]
+    assert loss == pytest.approx(np.mean(off), rel=1e-5)
+
+
+def test_large_batches_go_through_in_parts_with_the_same_gradient(
+    encoder: tuple[MEGNet, EncoderCard], graphs: Multigraphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = torch.from_numpy(volume_per_atom(graphs)[:, None]).float()
+    found = []
+    for limit in (10**9, 300):
+        monkeypatch.setattr(tuning, "HALF_EDGES", limit)
+        model = network_of(encoder[1], 1)
+        torch.manual_seed(0)
+        _ = [torch.nn.init.normal_(w, std=0.2) for w in model.parameters()]
+        tuning._backward(model, graphs, np.arange(30), wanted, ONE)
+        found.append(torch.cat([w.grad.flatten() for w in model.parameters()]))  # type: ignore[union-attr]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_frozen_stays_and_what_is_near_the_input_moves_less(
+    encoder: tuple[MEGNet, EncoderCard], graphs: Multigraphs, split: Split
+) -> None:
+    network, card = encoder
+    y = volume_per_atom(graphs)[:, None]
+
+    def moved(how: FineTuning) -> list[float]:
+        member = fit(network, card.expansion, graphs, y, Split(split.train, split.val[:0], split.test), ONE, how)
+        after = network_of(card, 1)
+        after.load_state_dict(member.weights)
+        before = network_of(card, 1)
+        before.encoder.load_state_dict(network.state_dict())
+        pairs = zip(stages_of(before)[:-1], stages_of(after)[:-1], strict=True)
+        return [max(float((a - b).detach().abs().max()) for a, b in zip(*p, strict=True)) for p in pairs]
+
+    assert moved(replace(QUICK, epochs=1, freeze=3)) == [0, 0, 0]
+    first, second, third = moved(replace(QUICK, epochs=1, freeze=1))
+    assert first == 0 and second > 0 and third > 0
+    assert moved(replace(QUICK, epochs=2, warmup=2)) == [0, 0, 0]
+    assert min(moved(replace(QUICK, epochs=3, warmup=2))) > 0
+    # One step of Adam moves a weight by about its rate.
+    one = replace(QUICK, epochs=1, batch_size=1000, layer_decay=0.1, lr=1e-2)
+    for stage, rate in zip(moved(one), (1e-5, 1e-4, 1e-3), strict=True):
+        assert stage == pytest.approx(rate, rel=0.1)
+    with pytest.raises(TuningError, match="3 stages"):
+        moved(replace(QUICK, freeze=4))
+
+
+def test_per_atom_targets_are_learned_as_such(graphs: Multigraphs) -> None:
+    task = Task((Target("total", "eV", per_atom=True), Target("b")))
+    total = 3.0 * graphs.n_atoms + np.arange(100) / 50
+    y = np.stack([total, np.full(100, 7.0)], axis=1)
+    scaler = Scaler.fit(task, y, graphs.n_atoms)
+    learned = scaler.forward(y, graphs.n_atoms)
+    per_atom = total / graphs.n_atoms
+    np.testing.assert_allclose(learned[:, 0], (per_atom - per_atom.mean()) / per_atom.std())
+    np.testing.assert_allclose(learned[:, 1], 0)  # constant, and not divided by 0
+    np.testing.assert_allclose(scaler.back(learned, graphs.n_atoms), y)
+    with pytest.raises(ValueError, match="label of b"):
+        Scaler.fit(task, np.stack([total, np.full(100, np.nan)], axis=1), graphs.n_atoms)
+
+
+def test_it_stops_early(encoder: tuple[MEGNet, EncoderCard], graphs: Multigraphs, split: Split) -> None:
+    noise = np.random.default_rng(0).normal(size=(100, 1))  # nothing to learn
+    how = replace(QUICK, epochs=60, patience=3)
+    member = fit(encoder[0], encoder[1].expansion, graphs, noise, split, ONE, how)
+    assert len(member.history) == member.best + 4 < 60
+
+
+def test_classes(encoder: tuple[MEGNet, EncoderCard], graphs: Multigraphs, split: Split) -> None:
+    graph = np.repeat(np.arange(100), graphs.n_atoms)
+    dense = (np.bincount(graph, graphs.atomic_numbers > 30) > 0).astype(float)[:, None]
+    dense[split.train[:3]] = np.nan
+    task = Task((Target("dense"),), ("no", "yes"))
+    how = replace(QUICK, epochs=12, patience=12, lr=1e-2)
+    outcome = compare(*encoder, graphs, dense, task, [split], how, members=2)
+    chance = outcome.predictions[PRETRAINED][split.test]
+    np.testing.assert_allclose(chance.sum(axis=1), 1)
+    assert all(m.history[-1]["loss"] < 0.35 for m in outcome.members[PRETRAINED])  # ln 2 says nothing was learned
+    right = dense[split.test, 0].astype(int)
+    expected = -np.log(chance[np.arange(len(right)), right]).mean()
+    assert outcome.errors[PRETRAINED]["log_loss"] == pytest.approx(expected)
+
+
+def test_folds_members_and_baselines(encoder: tuple[MEGNet, EncoderCard], graphs: Multigraphs) -> None:
+    y = np.stack([volume_per_atom(graphs), graphs.n_atoms.astype(float)], axis=1)
+    y[::7, 1] = np.nan
+    task = Task((TWO.targets[0], replace(TWO.targets[1], per_atom=True)))
+    splits = k_folds([f"g{i // 2}" for i in range(100)], 3, 0.2, 0)
+    tested = np.concatenate([s.test for s in splits])
+    assert sorted(tested.tolist()) == list(range(100))
+    how = replace(QUICK, epochs=1)
+    outcome = compare(*encoder, graphs, y, task, splits, how, how, members=2)
+    assert [len(outcome.members[arm]) for arm in (PRETRAINED, SCRATCH)] == [6, 6]
+    first = splits[1]
+    members = outcome.members[PRETRAINED][2:4]
+    each = np.stack([predict(m, encoder[1], graphs.take(first.test), task) for m in members])
+    np.testing.assert_allclose(outcome.predictions[PRETRAINED][first.test], each.mean(axis=0))
+    np.testing.assert_allclose(outcome.deviations[PRETRAINED][first.test], each.std(axis=0))
+    known = np.isfinite(y[:, 1])
+    expected = np.abs(outcome.predictions["median"] - y)[known, 1].mean()
+    assert outcome.errors["median"]["atoms"] == pytest.approx(expected)
+
+    fractions = np.array([np.bincount(graphs.slice(i, i + 1).atomic_numbers, minlength=119) for i in range(100)])
+    fractions = fractions / fractions.sum(axis=1, keepdims=True)
+    ridge = RidgeCV(alphas=ALPHAS).fit(fractions[first.train], y[first.train, 0])
+    found = baselines(task, graphs, y, first)["ridge on composition"]
+    np.testing.assert_allclose(found[:, 0], ridge.predict(fractions))
+    np.testing.assert_allclose(found[:, 1], graphs.n_atoms, rtol=1e-3)  # one atom an atom
+    assert not torch.equal(new_encoder(encoder[1], 0).element.weight, new_encoder(encoder[1], 1).element.weight)
+
+
+def test_who_tests() -> None:
+    groups = [f"g{i // 3}" for i in range(60)]
+    for splits in (k_folds(groups, 5, 0.2, 0), [split_by_group(groups, 0.6, 0.2, 0)]):
+        for split in splits:
+            parts = [{groups[i] for i in part} for part in (split.train, split.val, split.test)]
+            assert all(parts) and not (parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2])
+    with pytest.raises(ValueError, match="between 2 and 20"):
+        k_folds(groups, 21, 0.2, 0)
+    with pytest.raises(ValueError, match="3 crystals in 3 groups split into"):
+        split_by_group(["a", "b", "c"], 0.5, 0.1, 0)
+
+    column = ["train"] * 30 + ["Valid"] * 6 + ["test"] * 12 + [None] * 6 + ["extra"] * 6
+    split = split_of_column(column, groups, 0.2, 0)
+    assert [p.tolist() for p in (split.train, split.val, split.test)] == [
+        [*range(30)],
+        [*range(30, 36)],
+        [*range(36, 48)],
+    ]
+    other = split_of_column(column, groups, 0.2, 0, test="val")
+    assert other.test.tolist() == [*range(30, 36)] and 0 < len(other.val) < 12
+    assert sorted([*other.train, *other.val]) == [*range(30)]
+    with pytest.raises(ValueError, match=r"extra: 6.*'holdout' must be there"):
+        split_of_column(column, groups, 0.2, 0, test="holdout")
+
+    folds = folds_of_column([i % 4 if i < 50 else float("nan") for i in range(60)], groups, 0.2, 0)
+    assert [f.test.tolist() for f in folds] == [[*range(k, 50, 4)] for k in range(4)]
+    assert all(max(np.concatenate([f.train, f.val])) < 50 for f in folds)
+    train, val = hold_out(np.array([4, 5, 9]), groups, 0.1, 0)  # two groups: none is given away
+    assert len(train) == 3 and len(val) == 0
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_hardly_any_labels(n: int, encoder: tuple[MEGNet, EncoderCard], graphs: Multigraphs) -> None:
+    few = graphs.slice(0, n)
+    split = Split(np.arange(n), np.arange(0), np.arange(n))
+    outcome = compare(*encoder, few, np.full((n, 1), 5.0), ONE, [split], replace(QUICK, epochs=2))
+    assert np.isfinite(outcome.errors[PRETRAINED]["volume"])
+    assert outcome.errors["ridge on composition"]["volume"] == pytest.approx(0, abs=1e-9)
+
+
+def test_trouble_is_said(encoder: tuple[MEGNet, EncoderCard], graphs: Multigraphs, split: Split) -> None:
+    y = volume_per_atom(graphs)[:, None]
+    with pytest.raises(TuningError, match="no training crystal"):
+        fit(encoder[0], encoder[1].expansion, graphs, np.full((100, 1), np.nan), split, ONE, QUICK)
+    with pytest.raises(TuningError, match="lower learning rate"):
+        fit(encoder[0], encoder[1].expansion, graphs, y, split, ONE, replace(QUICK, lr=1e30))
+    with pytest.raises(TuningError, match="epochs must be above 0"):
+        FineTuning(epochs=0)
