@@ -85,6 +85,7 @@ class OptimConfig(Section):
     eps: float = 1e-8
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, ge=0)  # largest gradient norm; 0 does not clip
+    ema: float = Field(0.0, ge=0, lt=1)  # decay of the mean of the weights that is validated and exported; 0 for none
 
 
 class ScheduleConfig(Section):
@@ -103,6 +104,7 @@ class EngineConfig(Section):
     stage: Literal[0, 1, 2, 3] = 1  # ZeRO
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    recompute: bool = False  # the inside of each block in the backward pass: less memory, a third more work
     compile: bool = False  # a third faster on CPU, for a start of minutes the first time; see docs/performance.md
     threads: int = Field(1, ge=1)  # of each worker, on CPU
     deepspeed: dict[str, Any] = Field(default_factory=dict)  # passed through; contradictions are errors
@@ -111,7 +113,7 @@ class EngineConfig(Section):
 class GuardConfig(Section):
     """What is done about the gradient norm; see ``guard.py``."""
 
-    on_spike: Literal["clip", "skip"] = "skip"
+    on_spike: Literal["clip", "skip", "apply"] = "skip"  # apply: only what is not finite is held back
     warmup: int = Field(50, ge=2)  # norms seen before any verdict on a finite one
     memory: float = Field(0.99, gt=0, lt=1)  # of the running statistics
     z_spike: float = Field(6.0, gt=0)  # in standard deviations of the log norm
@@ -120,6 +122,9 @@ class GuardConfig(Section):
     max_rollbacks: int = Field(3, ge=0)
     rollback_lr: float = Field(0.5, gt=0, le=1)  # factor on the learning rate
     max_bad_share: float = Field(0.1, gt=0, le=1)  # of the last 1000 steps; more stops the run
+    level_after: int = Field(10, ge=2)  # spikes in a row that agree, with the loss as before, are a new level
+    level_spread: float = Field(1.0, gt=0)  # of the log norm: how far they may lie apart
+    level_loss: float = Field(1.5, ge=1)  # the loss of each, in units of the running mean
 
 
 class CheckpointConfig(Section):
@@ -128,6 +133,11 @@ class CheckpointConfig(Section):
     every: int = Field(500, ge=1)  # steps
     keep: int = Field(2, ge=1)
     quiet: int = Field(50, ge=0)  # applied steps after which a checkpoint is known to be good
+    best: bool = True  # the one with the lowest val/loss is kept too
+    hours: float | None = Field(None, gt=0)  # of each such span one is kept for good
+    mirror: str | None = None  # URL or folder that checkpoints are copied to, and fetched from where none is left here
+    mirror_wait: float = Field(60.0, ge=0)  # s; how long the end of a run waits for the last copy
+    allow_changed: tuple[str, ...] = ()  # keys that may differ from those a run began with; ``data`` for the data set
 
 
 class ClusterConfig(Section):
@@ -166,6 +176,7 @@ class TrackingConfig(Section):
     experiment: str = "cdssl-pretrain"
     every: int = Field(20, ge=1)  # steps between lines of metrics
     validate_every: int = Field(500, ge=1)  # steps; a validation always ends the run
+    watch_every: int = Field(200, ge=0)  # steps between a closer look at gradients, updates and edges; 0 for never
     baseline_packs: int = Field(32, ge=1)  # training packs that skill_edge's reference is fitted on
 
 
@@ -204,6 +215,11 @@ class Config(Section):
                 "engine.compile=true does not go with engine.stage=3: compiled code holds on to weights that ZeRO-3 "
                 "takes apart between layers; use stage 0, 1 or 2, or leave compile out"
             )
+        if self.engine.compile and self.engine.stage == 0 and self.engine.precision == "bf16":
+            raise ValueError(
+                "engine.compile does not reach the bf16 copy that stage 0 computes with; set engine.stage=1, whose "
+                "result is the same"
+            )
         return self
 
     @property
@@ -222,13 +238,17 @@ class Config(Section):
         return path
 
     def digest(self) -> str:
-        """SHA-256 of what decides the encoder: not of paths, cluster size or bookkeeping."""
+        """SHA-256 of ``decisive``."""
+        return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()
+
+    def decisive(self) -> dict[str, Any]:
+        """What decides the encoder: not paths, cluster size or bookkeeping."""
         content = self.model_dump(mode="json", exclude={"run", "cluster", "tracking", "registry", "checkpoint"})
         for free in ("path", "prefetch", "cache_gb", "bad_blocks"):  # where and how, not what is computed
             content["data"].pop(free)
-        for free in ("threads", "stage", "device", "compile"):
+        for free in ("threads", "stage", "device", "compile", "recompute"):
             content["engine"].pop(free)
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return content
 
 
 def packaged(name: str) -> Path:

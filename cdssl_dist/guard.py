@@ -1,8 +1,12 @@
 """The gradient guard: a pure state machine that looks at the norm of every step before it is applied.
 
-Statistics are of the logarithm of the norm, exponentially weighted. A non-finite norm is never applied and never
-enters the statistics; a spike enters clipped, so that the statistics follow a moderate rise that lasts. Several bad
-steps in a row ask for a roll-back, too many in all, or too many roll-backs, for a stop: no rise is skipped for ever.
+Statistics are of the logarithm of the norm, exponentially weighted. A non-finite norm or loss is never applied and
+never enters the statistics; a spike enters clipped, so that the statistics follow a moderate rise that lasts.
+
+Several bad steps in a row ask for a roll-back, too many in all, or too many roll-backs, for a stop. One kind of row is
+no trouble: norms that are high but agree with one another, while the loss is what it was. That is a new level, of other
+data or of another phase of training; after some steps the statistics move there. Without the loss it would look like a
+network that one step has thrown far off, whose norms agree too.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ WINDOW: Final = 1000  # steps in which the share of bad ones is watched
 class GuardRules:
     """Every threshold; see ``config.GuardConfig`` for what each means."""
 
-    on_spike: Literal["clip", "skip"] = "skip"
+    on_spike: Literal["clip", "skip", "apply"] = "skip"
     warmup: int = 50
     memory: float = 0.99
     z_spike: float = 6.0
@@ -29,6 +33,9 @@ class GuardRules:
     max_rollbacks: int = 3
     rollback_lr: float = 0.5
     max_bad_share: float = 0.1
+    level_after: int = 10
+    level_spread: float = 1.0
+    level_loss: float = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +48,11 @@ class GuardState:
     bad_in_row: int = 0
     bad_recent: float = 0.0  # bad steps of the last WINDOW, exponentially forgotten
     applied: int = 0  # steps
+    loss: float = 0.0  # of applied steps, running mean; 0 before the first
+    level_steps: int = 0  # spikes in a row that may be a new level
+    level_low: float = 0.0  # their log norms
+    level_high: float = 0.0
+    level_sum: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +80,10 @@ class Guard:
         self.rules, self.state = rules, GuardState()
         self.norm, self.last = math.nan, Judgement("apply", math.nan)
 
-    def judge(self, norm: float, rollbacks: int) -> None:
+    def judge(self, norm: float, rollbacks: int, loss: float | None = None) -> None:
         """Judge a step; ``last`` is the judgement."""
         self.norm = norm
-        self.last, self.state = judge(norm, self.state, self.rules, rollbacks)
+        self.last, self.state = judge(norm, self.state, self.rules, rollbacks, loss)
 
 
 def z_score(norm: float, state: GuardState, rules: GuardRules) -> float:
@@ -84,7 +96,9 @@ def z_score(norm: float, state: GuardState, rules: GuardRules) -> float:
     return (math.log(max(norm, 1e-30)) - state.mean) / deviation
 
 
-def judge(norm: float, state: GuardState, rules: GuardRules, rollbacks: int = 0) -> tuple[Judgement, GuardState]:
+def judge(
+    norm: float, state: GuardState, rules: GuardRules, rollbacks: int = 0, loss: float | None = None
+) -> tuple[Judgement, GuardState]:
     """One step.
 
     Args:
@@ -92,30 +106,56 @@ def judge(norm: float, state: GuardState, rules: GuardRules, rollbacks: int = 0)
         state: before the step.
         rules: thresholds.
         rollbacks: how often the run was rolled back already (from the ledger, which no checkpoint resets).
+        loss: of the step, over all ranks; where it is not known, no rise is taken for a new level.
 
     Returns:
         The judgement and the state after it.
     """
     z = z_score(norm, state, rules)
-    finite = math.isfinite(norm)
-    spike = finite and state.seen >= rules.warmup and z > rules.z_spike
+    finite = math.isfinite(norm) and (loss is None or math.isfinite(loss))
+    spike = finite and rules.on_spike != "apply" and state.seen >= rules.warmup and z > rules.z_spike
     bad = spike or not finite
-    state = _count(state, bad)
+    state = _level(norm, loss, spike, _count(state, bad), rules)
     if finite and norm > 0.0:  # a step without scored edges has no gradient, and says nothing of the others
         state = _learn(norm, state, rules)
     if not bad:
-        return Judgement("apply", z), replace(state, applied=state.applied + 1)
+        return Judgement("apply", z), _applied(state, loss, rules)
 
     what = f"gradient norm {norm:.4g}" + (f", {z:.1f} deviations above the usual" if spike else "")
+    if loss is not None and not math.isfinite(loss):
+        what += f", loss {loss:.4g}"
+    if state.level_steps >= rules.level_after:
+        mean = state.level_sum / state.level_steps
+        reason = f"{what}; the new level after {state.level_steps} that agree, with the loss as before"
+        return Judgement("clip", z, reason), _applied(replace(state, mean=mean, level_steps=0), loss, rules)
     if state.bad_recent > rules.max_bad_share * WINDOW:
         return Judgement("stop", z, f"{what}; {state.bad_recent:.0f} bad steps of the last {WINDOW}"), state
-    if state.bad_in_row >= rules.rollback_after:
+    if state.bad_in_row >= rules.rollback_after and state.level_steps < state.bad_in_row:
         if rollbacks >= rules.max_rollbacks:
             return Judgement("stop", z, f"{what}; {state.bad_in_row} in a row after {rollbacks} roll-backs"), state
         return Judgement("rollback", z, f"{what}; {state.bad_in_row} bad steps in a row"), state
     if finite and rules.on_spike == "clip":
-        return Judgement("clip", z, what), replace(state, applied=state.applied + 1)
+        return Judgement("clip", z, what), _applied(state, loss, rules)
     return Judgement("skip", z, what), state
+
+
+def _applied(state: GuardState, loss: float | None, rules: GuardRules) -> GuardState:
+    mean = state.loss if loss is None else rules.memory * state.loss + (1.0 - rules.memory) * loss
+    if loss is not None and state.loss == 0.0:
+        mean = loss
+    return replace(state, applied=state.applied + 1, loss=mean)
+
+
+def _level(norm: float, loss: float | None, spike: bool, state: GuardState, rules: GuardRules) -> GuardState:
+    """Count the spikes in a row that agree with one another while the loss is as before."""
+    if not spike or loss is None or loss > rules.level_loss * state.loss:
+        return replace(state, level_steps=0)
+    value = math.log(norm)
+    low, high = (min(value, state.level_low), max(value, state.level_high)) if state.level_steps else (value, value)
+    if high - low > rules.level_spread:
+        return replace(state, level_steps=1, level_low=value, level_high=value, level_sum=value)
+    total = (state.level_sum if state.level_steps else 0.0) + value
+    return replace(state, level_steps=state.level_steps + 1, level_low=low, level_high=high, level_sum=total)
 
 
 def _count(state: GuardState, bad: bool) -> GuardState:

@@ -17,6 +17,7 @@ from cdssl_dist.config import Config, load
 from cdssl_dist.loader import DataSet
 from cdssl_dist.mlflow_server import tracking_uri
 from cdssl_dist.remote import is_remote
+from cdssl_dist.replay import parse_place, replay, table
 from cdssl_dist.runlog import read_status
 from sharding.manifest import Manifest
 
@@ -33,8 +34,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file's"
     )
+    parser.add_argument(
+        "--allow-changed",
+        metavar="KEY[,KEY]",
+        help="keys that may differ from those the run began with, e.g. optim.lr; data for the data set",
+    )
+    parser.add_argument(
+        "--replay-step",
+        metavar="RUN:STEP",
+        help="train nothing: compute a step of a run again, and tell which packs and crystals did what",
+    )
     args = parser.parse_args(argv)
-    return pretrain(load(args.config, args.overrides))
+    if args.replay_step:
+        print(table(replay(*parse_place(args.replay_step))))
+        return 0
+    config = load(args.config, args.overrides)
+    if args.allow_changed:
+        allowed = {"allow_changed": tuple(args.allow_changed.split(","))}
+        config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=allowed)})
+    return pretrain(config)
 
 
 def pretrain(config: Config) -> int:

@@ -53,7 +53,8 @@ class RunLog:
         if kind in COUNTED:
             self.metrics(step, {f"event/{kind.replace(' ', '_')}": 1.0})
         if kind != "checkpoint":
-            self.say(f"step {step}: {kind}: " + ", ".join(f"{k} {v}" for k, v in about.items() if k != "packs"))
+            shown = {k: v for k, v in about.items() if k not in ("packs", "losses", "graphs")}
+            self.say(f"step {step}: {kind}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
 
     def status(self, **about: Any) -> None:
         """What the run is doing, for whoever asks."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +15,10 @@ import torch.distributed as dist
 
 from cdssl_dist import __version__, checkpoint
 from cdssl_dist.batch import widen
-from cdssl_dist.checkpoint import Checkpoint, Progress
+from cdssl_dist.checkpoint import Checkpoint, Progress, Retention
 from cdssl_dist.compiled import compile_model
 from cdssl_dist.config import Config
+from cdssl_dist.dataset import BadBlockError
 from cdssl_dist.edges import GaussianExpansion
 from cdssl_dist.engine import Engine, EngineSettings, init_distributed
 from cdssl_dist.evaluate import Validation, fit_reference, gathered
@@ -23,6 +27,7 @@ from cdssl_dist.guard import Guard, GuardRules, GuardStop
 from cdssl_dist.loader import DataSet, Loader, Step
 from cdssl_dist.loss import SUMS, metrics_of
 from cdssl_dist.megnet import PretextModel
+from cdssl_dist.mirror import Mirror, restore
 from cdssl_dist.perf import Meter
 from cdssl_dist.plan import EpochPlan
 from cdssl_dist.pretext import Denoising
@@ -30,6 +35,8 @@ from cdssl_dist.runlog import Ledger, Rollback, RunLog
 from cdssl_dist.schedule import learning_rate
 from cdssl_dist.subset import elements
 from cdssl_dist.system import memory_errors
+from cdssl_dist.watch import watched_edges
+from sharding.block import decode
 
 
 def train(
@@ -60,6 +67,10 @@ def train(
     device = _device(config)
     torch.set_num_threads(config.engine.threads)
     init_distributed(device)
+    if config.checkpoint.mirror:
+        if dist.get_rank() == 0:
+            restore(config.checkpoint.mirror, Path(config.run))
+        dist.barrier()
     trainer = Trainer(config, device, stop_requested, echo)
     trainer.report = report
     trainer.resume()
@@ -108,7 +119,7 @@ class Trainer:
             extra=config.engine.deepspeed,
             **config.optim.model_dump(exclude={"lr"}),
         )
-        model = PretextModel(edge_features=expansion.centers, **self.size)
+        model = PretextModel(edge_features=expansion.centers, recompute=config.engine.recompute, **self.size)
         if config.engine.compile:
             compile_model(model)
         self.engine = Engine(model, settings, device, self._decide)
@@ -121,6 +132,7 @@ class Trainer:
         self.skipped: tuple[int, ...] = ()  # bad blocks that this rank left out of the step
         self.lr = 0.0
         self.metrics: dict[str, float] = {}  # of the last validation
+        self.validated = -1  # the cursor then
         self.report: Callable[[int, dict[str, float]], None] = lambda step, values: None
 
     # -- the story of a run -------------------------------------------------------------------------------------------
@@ -132,9 +144,13 @@ class Trainer:
         self.log = RunLog(self.folder, self.cursor, self.echo, self.report) if self.rank == 0 else None
         if self.log and found:
             self.log.say(f"resumed from step {self.cursor} on {self.world_size} ranks")
+            for change in self.changes:
+                self.log.event(self.cursor, "changed", what=change)
         if self.log:
             for line in self.plan.about(self.world_size):
                 self.log.say(line)
+        mirror = self.config.checkpoint.mirror
+        self.mirror = Mirror(mirror, self.folder, self._tell_mirror) if self.log and mirror else None
 
     def run(self) -> None:
         """Step until the end, a stop request, or the guard's word; after a roll-back the loader starts anew."""
@@ -161,6 +177,8 @@ class Trainer:
         if self.log:
             if complete:
                 write_encoder(self.folder, weights, self._card())
+            if self.mirror and not self.mirror.close(self.config.checkpoint.mirror_wait):
+                self.log.say("the last checkpoint is not copied yet, and is left to the next start")
             self._status("done" if complete else "stopped", self.metrics)
             self.log.close()
         dist.barrier()
@@ -179,36 +197,61 @@ class Trainer:
         """Forward and backward over this rank's packs; returns the sums behind the metrics when they are due."""
         due = (step.number + 1) % self.config.tracking.every == 0
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device) if due else None
+        compiled = self.config.engine.compile  # compiled code would be compiled anew for each hook
+        if watched := self._watched(step.number):
+            self.engine.watch()
+        edges = torch.zeros(3, dtype=torch.float64, device=self.device)
         # DeepSpeed divides by micro-steps and averages over ranks; the loss is per scored edge of the whole step.
         scale = self.world_size * len(step.packs) / max(step.edges, 1)
+        self.loss = torch.zeros((), device=self.device)  # this rank's part of the loss of the step
+        self.pack_losses: list[torch.Tensor] = []
         self.skipped = step.skipped
         for raw in step.packs:
             batch = widen(raw.to(self.device))
             reference = self.reference if due else None
-            squared, figures = self.meter.counted(self.task.loss, self.engine.module, batch, reference)
+            with watched_edges(self.engine.computing, edges) if watched and not compiled else contextlib.nullcontext():
+                squared, figures = self.meter.counted(self.task.loss, self.engine.module, batch, reference)
             if sums is not None and figures is not None:
                 sums += figures
+            self.pack_losses.append(squared.detach() / max(step.edges, 1))
+            self.loss += self.pack_losses[-1]
             self.engine.backward(squared * scale)
             self.meter.add(raw)
+        if watched:
+            self._report_watched(edges)
         return sums
+
+    def _watched(self, step: int) -> bool:
+        every = self.config.tracking.watch_every
+        return every > 0 and (step + 1) % every == 0
+
+    def _report_watched(self, edges: torch.Tensor) -> None:
+        """A line of what is looked at every ``watch_every`` steps; a collective."""
+        dist.all_reduce(edges)
+        found = self.engine.watched()
+        messages, dead, saturated = (float(v) for v in edges)
+        if self.log:
+            shares = (
+                {"watch/dead_edges": dead / messages, "watch/saturated_edges": saturated / messages} if messages else {}
+            )
+            self.log.metrics(self.cursor + 1, found | {name: n / messages for name, n in shares.items()})
 
     def _decide(self, norm: float) -> float | None:
         """The engine's question, once a step on all ranks: the learning rate to apply it with, or None."""
-        # The norm was reduced already, so all ranks judge alike; what they do not share is who was asked to stop, and
-        # who met bad blocks.
-        self.guard.judge(norm, rollbacks=len(self.ledger.rollbacks))
+        # The norm was reduced already, so all ranks judge alike; what they do not share yet is the loss of their packs,
+        # who was asked to stop, and who met bad blocks.
         mine = torch.tensor([float(self.stop_requested()), float(len(self.skipped))], device=self.device)
-        dist.all_reduce(mine)
-        asked, skipped = mine.tolist()
+        shared = torch.cat([self.loss[None], mine])
+        dist.all_reduce(shared)
+        loss, asked, skipped = shared.tolist()
         self.stopping = asked > 0
         if skipped:
             self._tell_skipped(self.cursor, "train", gathered(self.skipped))
-        if self.guard.last.verdict not in ("apply", "clip"):
-            return None
-        before = self.guard.state.applied - 1
-        rate = learning_rate(before, peak=self.config.optim.lr, **self.config.schedule.model_dump())
+        applied = self.guard.state.applied
+        rate = learning_rate(applied, peak=self.config.optim.lr, **self.config.schedule.model_dump())
         self.lr = rate * self.config.guard.rollback_lr ** len(self.ledger.rollbacks)
-        return self.lr
+        self.guard.judge(norm, rollbacks=len(self.ledger.rollbacks), loss=loss)
+        return self.lr if self.guard.last.verdict in ("apply", "clip") else None
 
     def _after(self, sums: torch.Tensor | None) -> None:
         """What is due after a consumed step: metrics, validation, checkpoint."""
@@ -218,8 +261,12 @@ class Trainer:
         if self.cursor % config.tracking.validate_every == 0 or self.cursor == config.schedule.steps:
             self._validate()
         if self.cursor % config.checkpoint.every == 0 or self.cursor == config.schedule.steps or self.stopping:
-            kept = config.checkpoint
-            checkpoint.save(self.checkpoints, self.engine, self._progress(), kept.keep, kept.quiet)
+            c = config.checkpoint
+            # A row of bad steps may have begun before this one, and asks for a checkpoint that was quiet before it.
+            retention = Retention(c.keep, c.quiet + config.guard.rollback_after, c.best, c.hours)
+            folder = checkpoint.save(self.checkpoints, self.engine, self._progress(), retention, self.ledger)
+            if self.mirror:
+                self.mirror.copy(folder)
             if self.log:
                 self.log.event(self.cursor, "checkpoint")
             self.meter.restart()
@@ -242,7 +289,9 @@ class Trainer:
             )
 
     def _validate(self) -> None:
-        self.metrics = {f"val/{name}": v for name, v in self.validation.run(self.engine.module).items()}
+        with self.engine.averaged():
+            found = self.validation.run(self.engine.module)
+        self.metrics, self.validated = {f"val/{name}": v for name, v in found.items()}, self.cursor
         if self.log:
             self.log.metrics(self.cursor, self.metrics)
             self.log.say(f"step {self.cursor}  " + "  ".join(f"{n} {v:.4f}" for n, v in self.metrics.items()))
@@ -257,12 +306,26 @@ class Trainer:
     def _tell(self, step: Step) -> None:
         """An event for each verdict that is not plainly to apply; a stop ends the run."""
         last = self.guard.last
+        losses = self._losses_of_packs()
         if self.log:
             packs = [[int(self.plan.table.block[e.index]) for e in pack] for pack in self.plan.step(step.number)]
-            about = {"norm": self.guard.norm, "z": last.z, "reason": last.reason, "packs": packs}
-            self.log.event(step.number, last.verdict, **about)
+            worst = max(range(len(packs)), key=lambda p: losses[p] if math.isfinite(losses[p]) else math.inf)
+            about = {"norm": self.guard.norm, "z": last.z, "reason": last.reason, "packs": packs, "losses": losses}
+            graphs: list[str] = []
+            for block in packs[worst]:
+                with contextlib.suppress(BadBlockError):  # left out of the step too
+                    graphs += decode(self.data.read(block)).keys
+            self.log.event(step.number, last.verdict, **about, pack=worst, graphs=graphs)
         if last.verdict == "stop":
             raise GuardStop(f"step {step.number}: {last.reason}")
+
+    def _losses_of_packs(self) -> list[float]:
+        """Each pack's part of the loss of the step: the largest names the pack that is looked at; a collective."""
+        lanes = list(self.plan.lanes(self.rank, self.world_size))
+        losses = torch.zeros(self.plan.packs_per_step, device=self.device)
+        losses[lanes] = torch.stack(self.pack_losses[: len(lanes)])
+        dist.all_reduce(losses)
+        return [float(v) for v in losses]
 
     def _roll_back(self) -> None:
         """Weights back to the newest checkpoint from before the trouble; data goes on. The ledger first."""
@@ -280,7 +343,7 @@ class Trainer:
     # -- state --------------------------------------------------------------------------------------------------------
 
     def _load(self, found: Checkpoint) -> None:
-        checkpoint.check_fits(found, self._progress())
+        self.changes = checkpoint.check_fits(found, self.config, self._progress())
         checkpoint.load(found, self.engine)
         self.guard.state = found.progress.guard
         self.cursor = self.ledger.resume_point(found.progress.cursor) or found.progress.cursor
@@ -294,7 +357,14 @@ class Trainer:
             config_digest=config.digest(),
             config=config.model_dump(mode="json"),
             world_size=self.world_size,
+            data={"name": self.data.name, **self.data.manifest.splits},
+            loss=self.metrics["val/loss"] if self.validated == self.cursor else None,
+            saved=time.time(),
         )
+
+    def _tell_mirror(self, kind: str, what: str) -> None:
+        if self.log:
+            self.log.event(self.cursor, kind, what=what)
 
     def _loader(self) -> Loader:
         return Loader(

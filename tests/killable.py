@@ -27,7 +27,7 @@ class Killable:
 
     def __init__(self, log: Path, function: Callable[..., Any], *arguments: Any) -> None:
         self.log = log
-        _warm()
+        warm()
         self._process = CONTEXT.Process(target=_enter, args=(log, function, arguments))
         self._process.start()
 
@@ -82,7 +82,7 @@ class Killable:
 
 
 @functools.cache
-def _warm() -> None:
+def warm() -> None:
     """Start the process to fork from, with a path on which it finds what it loads."""
     CONTEXT.set_forkserver_preload(["killable_warm"])
     with pytest.MonkeyPatch.context() as patch:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  imported with the first engine: torch's compiler, 5 s
 import numpy as np
 import webdataset.writer  # noqa: F401  imports torch
 from test_sharding_runs import SETTINGS
 
+from cdssl_dist import train_loop  # noqa: F401  imports DeepSpeed
 from sharding import __main__  # noqa: F401
 from sharding.convert import converted
 from sharding.crystal import Crystal

@@ -1,13 +1,17 @@
-"""A bare launcher: a function on several ranks, each a process of its own, without Ray."""
+"""A bare launcher: a function on several ranks, each a process of its own, without Ray.
+
+Ranks are forked from a process that has imported torch and DeepSpeed, which would take each of them seconds.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+from killable import CONTEXT, warm
 
 
 def free_port() -> int:
@@ -16,9 +20,22 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def _enter(rank: int, world_size: int, port: int, results: Any, function: Callable[..., Any], args: tuple) -> None:
+def _enter(
+    rank: int,
+    world_size: int,
+    port: int,
+    environment: dict[str, str],
+    results: Any,
+    function: Callable[..., Any],
+    args: tuple,
+) -> None:
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        environment,
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
     )
     try:
         results.put((rank, True, function(*args)))
@@ -28,11 +45,12 @@ def _enter(rank: int, world_size: int, port: int, results: Any, function: Callab
 
 def launch(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
     """What the function, which must be importable, returns on each rank."""
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
+    warm()
+    results = CONTEXT.Queue()
     port = free_port()
     ranks = [
-        context.Process(target=_enter, args=(r, world_size, port, results, function, args)) for r in range(world_size)
+        CONTEXT.Process(target=_enter, args=(r, world_size, port, dict(os.environ), results, function, args))
+        for r in range(world_size)
     ]
     for process in ranks:
         process.start()

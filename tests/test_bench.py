@@ -122,6 +122,36 @@ def test_the_concatenating_model_is_the_same_function() -> None:
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
+WITHOUT = """
+import sys
+
+class Absent:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] in ("ray", "deepspeed", "pymatgen", "pydantic", "mlflow"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+from cdssl_dist.bench.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_plain_step_needs_torch_and_a_data_set_only(data_folder: Path) -> None:
+    arguments = ["overhead", "--engine", "plain", "--data", str(data_folder), "--steps", "1", "--repeat", "1", "--json"]
+    done = subprocess.run([sys.executable, "-c", WITHOUT, *arguments], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["ms per step"]["plain torch"] > 0
+
+
+def test_a_step_with_everything(data_folder: Path) -> None:
+    arguments = ["overhead", "--data", str(data_folder), "--steps", "2", "--repeat", "1", "--json", "--dtype", "bf16"]
+    command = [sys.executable, "-m", "cdssl_dist.bench", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    figures = json.loads(done.stdout[done.stdout.index("{\n") :])
+    assert set(figures["ms per step"]) == {"plain torch", "engine", "engine, guard, metrics"}
+    assert 0 < figures["checkpoint"]["share"] < 1
+    assert figures["kill to new step, s"] > 0
+
+
 def test_wrong_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["graph", "--repeat", "0"])

@@ -21,12 +21,16 @@ NOT_FINITE = [math.nan, math.inf, -math.inf]
 
 
 def run(
-    norms: Iterable[float], rules: GuardRules = RULES, state: GuardState | None = None, rollbacks: int = 0
+    norms: Iterable[float],
+    rules: GuardRules = RULES,
+    state: GuardState | None = None,
+    rollbacks: int = 0,
+    loss: float | None = None,
 ) -> tuple[list[Judgement], GuardState]:
     """The judgements of a run, up to the first roll-back or stop, and the state after the last."""
     state, judgements = state or GuardState(), []
     for norm in norms:
-        judgement, state = judge(norm, state, rules, rollbacks)
+        judgement, state = judge(norm, state, rules, rollbacks, loss)
         judgements.append(judgement)
         if judgement.verdict in ("rollback", "stop"):
             break
@@ -148,13 +152,48 @@ def test_low_norms_are_no_spikes(settled: GuardState) -> None:
 
 @pytest.mark.parametrize("factor", [5.0, 20.0, 1_000.0])
 @pytest.mark.parametrize("policy", ["skip", "clip"])
-def test_a_lasting_rise_is_accepted_after_a_while(settled: GuardState, factor: float, policy: str) -> None:
-    rules = replace(PATIENT, on_spike=policy)
-    higher = [factor * norm for norm in quiet(200, seed=2)]
-    found = verdicts(run(higher, rules, settled)[0])
+def test_a_lasting_rise_is_a_new_level_where_the_loss_is_as_before(
+    settled: GuardState, factor: float, policy: str
+) -> None:
+    """With the rules as they are: no roll-back, no stop; and afterwards a spike is one again."""
+    rules = replace(RULES, on_spike=policy)
+    higher = [factor * norm for norm in quiet(300, seed=2)]
+    judgements, state = run(higher, rules, replace(settled, loss=1.0), loss=1.2)
+    found = verdicts(judgements)
+    assert len(found) == 300
+    last = max(i for i, verdict in enumerate(found) if verdict != "apply")
+    assert last < 3 * RULES.level_after
     assert found[0] == policy
-    assert 2 <= found.count(policy) <= 20
-    assert set(found[60:]) == {"apply"}
+    if factor == 1_000.0:
+        assert found[: RULES.level_after] == [policy] * (RULES.level_after - 1) + ["clip"]
+        assert "new level" in judgements[RULES.level_after - 1].reason
+    assert judge(1_000 * factor, state, rules, 0, 1.2)[0].verdict == policy
+
+
+@pytest.mark.parametrize("loss", [None, 2.0, math.nan, math.inf])
+def test_a_lasting_rise_is_rolled_back_where_the_loss_rose_too(settled: GuardState, loss: float | None) -> None:
+    higher = [20 * norm for norm in quiet(300, seed=2)]
+    found = verdicts(run(higher, RULES, replace(settled, loss=1.0), loss=loss)[0])
+    assert found == ["skip"] * (RULES.rollback_after - 1) + ["rollback"]
+
+
+def test_spikes_that_do_not_agree_are_no_level(settled: GuardState) -> None:
+    found = verdicts(run([1e2, 1e3, 1e4, 1e5, 1e6, 1e7], RULES, replace(settled, loss=1.0), loss=1.0)[0])
+    assert found == ["skip"] * (RULES.rollback_after - 1) + ["rollback"]
+
+
+def test_the_loss_is_the_running_mean_of_applied_steps(settled: GuardState) -> None:
+    _, state = run([2.0] * 3, RULES, settled, loss=3.0)
+    assert state.loss == pytest.approx(3.0)
+    _, skipped = judge(1e9, state, RULES, 0, 1e9)
+    assert skipped.loss == state.loss
+    _, state = run([2.0] * 2_000, RULES, state, loss=1.0)
+    assert state.loss == pytest.approx(1.0, abs=1e-6)
+
+
+def test_where_spikes_are_applied_only_what_is_not_finite_is_held_back(settled: GuardState) -> None:
+    rules = replace(RULES, on_spike="apply")
+    assert verdicts(run([1e9, math.nan, 1e9, 1e30], rules, settled)[0]) == ["apply", "skip", "apply", "apply"]
 
 
 @pytest.mark.parametrize("policy", ["skip", "clip"])

@@ -9,13 +9,25 @@ import pytest
 
 LAYERS = [
     {"config", "plan", "schedule", "guard", "waiting"},
-    {"batch", "noise", "edges", "megnet", "compiled", "heads", "loss", "pretext"},
+    {"batch", "noise", "edges", "megnet", "compiled", "heads", "loss", "pretext", "precision"},
     {"remote", "cache", "storage", "dataset", "loader", "subset", "tables", "labeled", "stream"}
-    | {"runlog", "system", "perf", "engine", "checkpoint", "evaluate", "export", "structures", "embedding"}
+    | {
+        "runlog",
+        "system",
+        "perf",
+        "engine",
+        "checkpoint",
+        "evaluate",
+        "export",
+        "watch",
+        "mirror",
+        "structures",
+        "embedding",
+    }
     | {"targets", "splits", "baselines", "tuning", "predictor", "experiment", "models", "model_card", "parity"},
     {"train_loop"},
     {"mlflow_server", "tracking", "registry", "registry_store", "pyfunc", "model_folder"} | {"live", "rank", "cluster"},
-    {"commands", "pretrain", "status", "registry_cli", "demo", "bench", "doctor", "cli"}
+    {"commands", "pretrain", "replay", "status", "registry_cli", "demo", "bench", "doctor", "cli"}
     | {"encoder", "estimator", "finetune", "predict", "embed", "probe", "map", "map_page"},
 ]
 # foreign package → the modules that may import it

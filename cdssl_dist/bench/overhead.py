@@ -1,0 +1,275 @@
+"""``cdssl bench overhead``: what the engine, the guard, metrics and checkpoints add to a plain torch loop.
+
+The same packs, the same initial weights, in turns. On CPU the time is that of the process, which other processes hardly
+change; on a GPU it is that of the clock. ``--engine plain`` needs torch and a data set: neither DeepSpeed nor Ray,
+pydantic or pymatgen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from cdssl_dist.batch import RawPack, widen
+from cdssl_dist.bench.common import BenchError, Figures
+from cdssl_dist.dataset import DataSet
+from cdssl_dist.edges import GaussianExpansion
+from cdssl_dist.guard import Guard, GuardRules
+from cdssl_dist.loss import Baseline, fit_baseline
+from cdssl_dist.megnet import PretextModel
+from cdssl_dist.plan import EpochPlan
+from cdssl_dist.precision import bf16_twin, round_into
+from cdssl_dist.pretext import Denoising
+
+SIZES: Final = {"small": {"width": 32, "hidden": 64, "blocks": 3}, "wide": {"width": 256, "hidden": 256, "blocks": 6}}
+METRICS_EVERY: Final = 20  # steps, the defaults of the config
+CHECKPOINT_EVERY: Final = 500
+CLIP: Final = 1.0
+RATE: Final = 1e-3
+
+Run = Callable[[int], None]  # some steps
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of the command line."""
+    parser.add_argument("--data", help="a data set; one is made of aflow: where left out")
+    parser.add_argument("--engine", choices=("plain", "deepspeed", "both"), default="both", help="what is measured")
+    parser.add_argument("--size", choices=tuple(SIZES), default="small", help="64/32 units × 3 blocks, or 256 × 6")
+    parser.add_argument("--dtype", choices=("f32", "bf16"), default="f32", help="of weights and activations")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=1, help="ZeRO")
+    parser.add_argument("--steps", type=int, default=20, help="of each turn")
+    parser.add_argument("--packs", type=int, default=4, help="different packs, which steps take in turn")
+
+
+def measure(args: argparse.Namespace) -> Figures:
+    """See the module."""
+    with tempfile.TemporaryDirectory(prefix="cdssl-bench-") as made:
+        folder = Path(args.data) if args.data else _made(Path(made) / "data")
+        device = torch.device(args.device)
+        if device.type == "cpu":
+            torch.set_num_threads(1)
+        with DataSet(folder) as data:
+            table = data.table("train")
+            plan, shape = EpochPlan(table, 0, 1, 1), data.shape("train", 1)
+            packs = [data.pack(plan.pack(i, 0), table, shape).to(device) for i in range(min(args.packs, len(table)))]
+            cutoff = data.manifest.cutoff
+        expansion = GaussianExpansion(100, cutoff + 1.0, 0.5)
+        task = Denoising(expansion, (0.3, 0.3), 0)
+        turns: dict[str, Run] = {}
+        if args.engine != "deepspeed":
+            turns["plain torch"] = _plain(task, packs, args, device)
+        engine = None
+        if args.engine != "plain":
+            engine, more = _engine(task, packs, args, device)
+            turns |= more
+        seconds = _in_turns(turns, args, device)
+        figures: Figures = {
+            "directed edges of a pack": 2 * shape.half_edges,
+            "size": args.size, "dtype": args.dtype, "device": args.device, "stage": args.stage,
+            "ms per step": {name: 1e3 * statistics.median(each) for name, each in seconds.items()},
+            "µs per edge": {n: 1e6 * statistics.median(each) / (2 * shape.half_edges) for n, each in seconds.items()},
+        }  # fmt: skip
+        if engine is not None:
+            if args.engine == "both":
+                figures["engine over plain"] = _over(seconds, "engine", "plain torch")
+            figures["guard and metrics over engine"] = _over(seconds, "engine, guard, metrics", "engine")
+            step = statistics.median(seconds["engine, guard, metrics"])
+            figures["checkpoint"] = _checkpoint(engine, Path(made) / "checkpoints", args.repeat, step)
+            if device.type == "cpu":
+                figures["kill to new step, s"] = _restart(folder, Path(made) / "run", args)
+        return figures
+
+
+def _made(folder: Path) -> Path:
+    from sharding.pipeline import shard
+    from sharding.settings import ShardSettings
+    from sharding.sources import open_source
+
+    shard([open_source("aflow:3000")], folder, ShardSettings(val=0.2))
+    return folder
+
+
+def _model(args: argparse.Namespace) -> nn.Module:
+    torch.manual_seed(0)
+    return PretextModel(edge_features=100, **SIZES[args.size])
+
+
+def _plain(task: Denoising, packs: list[RawPack], args: argparse.Namespace, device: torch.device) -> Run:
+    """What one would write without this project."""
+    model = _model(args).to(device)
+    twin = bf16_twin(model) if args.dtype == "bf16" else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=device.type == "cuda")
+
+    def run(steps: int) -> None:
+        for i in range(steps):
+            batch = widen(packs[i % len(packs)])
+            squared, _ = task.loss(model, batch)
+            (squared / batch.scored.sum()).backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+            if twin is not None:
+                round_into(twin, model)
+
+    return run
+
+
+def _engine(
+    task: Denoising, packs: list[RawPack], args: argparse.Namespace, device: torch.device
+) -> tuple[Any, dict[str, Run]]:
+    """One engine, with a gate that is always open, and with guard and metrics as in the training loop."""
+    import torch.distributed as dist
+
+    from cdssl_dist.engine import Engine, EngineSettings, init_distributed
+
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    init_distributed(device)
+    guard = Guard(GuardRules(on_spike="clip", rollback_after=10**9, max_bad_share=1.0))
+    state: dict[str, Any] = {"guarded": False, "loss": torch.zeros((), device=device)}
+
+    def decide(norm: float) -> float | None:
+        if state["guarded"]:
+            shared = torch.stack([state["loss"], torch.zeros((), device=device)])
+            dist.all_reduce(shared)
+            guard.judge(norm, 0, shared.tolist()[0])
+        return RATE
+
+    precision: Any = {"f32": "fp32", "bf16": "bf16"}[args.dtype]
+    settings = EngineSettings(stage=args.stage, precision=precision, micro_steps=1, clip=CLIP)
+    engine = Engine(_model(args), settings, device, decide)
+    sums = torch.stack([task.baseline_sums(widen(pack), task.expansion.end) for pack in packs]).sum(dim=0)
+    reference: Baseline = fit_baseline(sums, task.expansion.end)
+
+    def run(guarded: bool, steps: int) -> None:
+        state["guarded"] = guarded
+        for i in range(steps):
+            batch = widen(packs[i % len(packs)])
+            due = guarded and i % METRICS_EVERY == METRICS_EVERY - 1
+            squared, figures = task.loss(engine.module, batch, reference if due else None)
+            loss = squared / batch.scored.sum()
+            state["loss"] = loss.detach()
+            engine.backward(loss)
+            if figures is not None:
+                dist.all_reduce(figures)
+                figures.tolist()
+
+    plain, guarded = functools.partial(run, False), functools.partial(run, True)
+    return engine, {"engine": plain, "engine, guard, metrics": guarded}
+
+
+def _in_turns(turns: dict[str, Run], args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+    """Seconds per step of each, once in every round."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    for turn in range(args.repeat + 1):
+        for name, run in turns.items():
+            begin = clock()
+            run(args.steps)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn:  # the first loads and allocates
+                seconds[name].append((clock() - begin) / args.steps)
+    return seconds
+
+
+def _over(seconds: dict[str, list[float]], one: str, other: str) -> float:
+    """How much longer one takes than the other: the median of the rounds."""
+    return statistics.median(a / b for a, b in zip(seconds[one], seconds[other], strict=True)) - 1.0
+
+
+def _checkpoint(engine: Any, root: Path, repeat: int, step: float) -> Figures:
+    """How long training stands still for a checkpoint, and what share of the time that is at the default cadence."""
+    from cdssl_dist.checkpoint import Progress, Retention, save
+    from cdssl_dist.guard import GuardState
+    from cdssl_dist.runlog import Ledger
+
+    root.mkdir()
+    stalls = []
+    for i in range(repeat):
+        progress = Progress(i, GuardState(), "", "", {}, 1, {})
+        begin = time.perf_counter()
+        save(root, engine, progress, Retention(keep=1, quiet=0), Ledger())
+        stalls.append(time.perf_counter() - begin)
+    stall = statistics.median(stalls)
+    return {"stall, ms": 1e3 * stall, "share": stall / (stall + CHECKPOINT_EVERY * step)}
+
+
+def _restart(data: Path, run: Path, args: argparse.Namespace) -> float:
+    """Seconds from SIGKILL of one rank under a bare launcher to the first step of the next life."""
+    from cdssl_dist.config import parse
+
+    content = {
+        "run": str(run),
+        "data": {"path": str(data), "packs_per_step": 1},
+        "model": SIZES[args.size],
+        "checkpoint": {"every": 3},
+        "tracking": {"every": 1, "baseline_packs": 1, "validate_every": 10**6},
+        "engine": {"device": args.device, "stage": args.stage},
+    }
+    parse(content)
+    code = (
+        "import json, sys; from cdssl_dist.config import parse; from cdssl_dist.train_loop import train; "
+        "train(parse(json.loads(sys.argv[1])), echo=False)"
+    )
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+
+    def life(until: Callable[[], bool]) -> None:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, json.dumps(content)],
+            env=environment | {"MASTER_PORT": str(_free_port())},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            while not until():
+                if process.poll() is not None:
+                    raise BenchError("the run that was to be killed ended by itself")
+                time.sleep(0.01)
+        finally:
+            process.kill()
+            process.wait()
+
+    def steps() -> int:
+        return (run / "train.log").read_text().count("edges/s")
+
+    life(lambda: any(run.glob("checkpoints/*/COMMITTED")))
+    begin, before = time.perf_counter(), steps()
+    life(lambda: steps() > before)
+    return time.perf_counter() - begin
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def table(figures: Figures) -> str:
+    """The figures for people."""
+    lines = [f"{figures['directed edges of a pack']:,} directed edges a pack, {figures['size']}, {figures['dtype']}"]
+    for name, ms in figures["ms per step"].items():
+        lines.append(f"{name:24} {ms:8.1f} ms per step, {figures['µs per edge'][name]:.3f} µs per edge")
+    for name in ("engine over plain", "guard and metrics over engine"):
+        if name in figures:
+            lines.append(f"{name:30} {figures[name]:+.1%}")
+    if "checkpoint" in figures:
+        stall = figures["checkpoint"]
+        lines.append(f"checkpoint: {stall['stall, ms']:.0f} ms, {stall['share']:.2%} of the time at every 500 steps")
+    if "kill to new step, s" in figures:
+        lines.append(f"kill to new step: {figures['kill to new step, s']:.1f} s")
+    return "\n".join(lines)
