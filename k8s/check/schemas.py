@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -47,13 +48,20 @@ def as_pod(name: str, labels: dict[str, str], spec: dict[str, Any]) -> dict[str,
     return {"apiVersion": "v1", "kind": "Pod", "metadata": about, "spec": spec}
 
 
-def _core(document: dict[str, Any]) -> Iterator[str]:
+def _core(document: dict[str, Any]) -> tuple[str, ...]:
+    return _validated(json.dumps(document))
+
+
+@functools.cache  # the validator reads its schemas anew each time
+def _validated(text: str) -> tuple[str, ...]:
+    document = json.loads(text)
     try:
         kubernetes_validate.validate(document, KUBERNETES, strict=True)
     except kubernetes_validate.ValidationError as why:
-        yield f"{'.'.join(map(str, why.path))}: {why.message}"
+        return (f"{'.'.join(map(str, why.path))}: {why.message}",)
     except kubernetes_validate.SchemaNotFoundError:
-        yield f"no kind {document['kind']} in {document['apiVersion']}"
+        return (f"no kind {document['kind']} in {document['apiVersion']}",)
+    return ()
 
 
 def _custom(document: dict[str, Any]) -> Iterator[str]:
