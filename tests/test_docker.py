@@ -92,6 +92,20 @@ class Builder:
         return done.stdout
 
 
+@pytest.mark.parametrize("name", ["build", "cpu", "train"])
+def test_the_locks_are_those_of_the_constraints(name: str) -> None:
+    def names(text: str) -> dict[str, str]:
+        found = re.findall(r"^([\w.-]+)(?:\[[^]]*\])?==([^ ;\\\s]+)", text, re.MULTILINE)
+        return {re.sub(r"[-_.]+", "-", package).lower(): version for package, version in found}
+
+    lock = (REPO / "docker" / f"{name}.lock").read_text()
+    locked, pinned = names(lock), names((REPO / "constraints.txt").read_text())
+    assert locked
+    assert {n: v for n, v in locked.items() if pinned.get(n) != v} == {}, "run docker/lock.sh"
+    entries = re.split(r"\n(?=[a-z])", lock[lock.index("\n", lock.index("docker/lock.sh")) + 1 :])
+    assert all("--hash=sha256:" in entry for entry in entries)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_steps_of_the_cpu_image(tmp_path: Path) -> None:
