@@ -218,10 +218,18 @@ class Platform:
         """The output of a job that has ended."""
         process.wait(timeout)
         text = (self.work / f"{job}-{first}.job.log").read_text()
-        for line in text.splitlines():
+        for line in dict.fromkeys(text.splitlines()):  # Ray repeats the end of a log that failed
             if any(
                 word in line
-                for word in ("crystals, cutoff", "validation", "encoder", "stopped with", "resum", "error", "JobStatus")
+                for word in (
+                    "crystals, cutoff",
+                    "validation",
+                    "encoder",
+                    "stopped with",
+                    "resum",
+                    "error: ",
+                    "JobStatus",
+                )
             ):
                 self.say(f"  {line.strip()[:170]}")
         return text
