@@ -149,7 +149,7 @@ class ClusterConfig(Section):
     gpus_per_worker: float = Field(0.0, ge=0)
     cpus_per_worker: float = Field(1.0, gt=0)
     max_failures: int = Field(3, ge=-1)  # restarts of the worker group; −1 means any number
-    hang_after: float = Field(1800.0, gt=0)  # s without a step: longer than start, a validation or a checkpoint takes
+    hang_after: float = Field(1800.0, gt=0)  # s without a step: more than a validation or a checkpoint takes
     stop_within: float = Field(120.0, gt=0)  # s from a request to stop until the driver goes, saved or not
 
     @model_validator(mode="after")

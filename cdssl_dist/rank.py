@@ -19,6 +19,7 @@ from cdssl_dist.config import Config
 STOP_FILE: Final = "stop-requested"  # in the run folder: whoever makes it has the run saved and stopped
 STACKS: Final = "stacks"  # folder in the run folder
 POLL: Final = 1.0  # s
+STARTING: Final = 600.0  # s that a start may take at least
 OTHERS: Final = 5.0  # s that ranks leave each other to write their stacks
 HUNG: Final = 70  # the exit code of a rank that ended itself
 
@@ -43,7 +44,7 @@ def run(content: dict[str, Any]) -> Outcome:
         os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
     requests = Requests(folder / STOP_FILE if rank == 0 else None)
     stacks = folder / STACKS / f"{int(time.time())}-rank-{rank:05d}.txt"
-    with watched(stacks, config.cluster.hang_after) as progress:
+    with watched(stacks, config.cluster.hang_after, first=max(config.cluster.hang_after, STARTING)) as progress:
 
         def stop_requested() -> bool:
             progress()
@@ -127,7 +128,7 @@ class Gauges:
 
 
 @contextlib.contextmanager
-def watched(path: Path, seconds: float) -> Iterator[Any]:
+def watched(path: Path, seconds: float, first: float) -> Iterator[Any]:
     """End this process when it makes no progress for so long; the stacks of its threads are written first.
 
     Ray then restarts the group. All ranks hang when one does, and each writes its stacks: who waits in a collective
@@ -135,20 +136,21 @@ def watched(path: Path, seconds: float) -> Iterator[Any]:
 
     Args:
         path: of the stacks; gone after the block where nothing was written.
-        seconds: after the last progress, and after the beginning of the block.
+        seconds: after the last progress.
+        first: s from the beginning of the block to the first progress, which is preceded by imports and compilation.
 
     Yields:
         A function to call when progress is made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    last, over = [time.monotonic()], threading.Event()
+    deadline, over = [time.monotonic() + first], threading.Event()
     with open(path, "w") as file:
 
         def watch() -> None:
             while not over.wait(POLL):
                 # The interpreter's own alarm, for a call that holds its lock, when this thread cannot run either.
-                faulthandler.dump_traceback_later(seconds + OTHERS, exit=True, file=file)
-                if time.monotonic() - last[0] > seconds:
+                faulthandler.dump_traceback_later(max(seconds, first) + OTHERS, exit=True, file=file)
+                if time.monotonic() > deadline[0]:
                     faulthandler.dump_traceback(file=file, all_threads=True)
                     os.fsync(file.fileno())
                     over.wait(OTHERS)
@@ -158,7 +160,7 @@ def watched(path: Path, seconds: float) -> Iterator[Any]:
         thread.start()
 
         def progress() -> None:
-            last[0] = time.monotonic()
+            deadline[0] = time.monotonic() + seconds
 
         try:
             yield progress
