@@ -149,6 +149,8 @@ def _told(failures: Mapping[int, Exception], folder: Path) -> str:
 def _last_line(error: Exception) -> str:
     """What is said at the end of a trace; of a worker that died, how."""
     text = str(error).strip()
+    if "connection error code 2" in text:  # Ray's words for a process that ended without its own
+        return "was killed, by hand or because its machine ran out of memory"
     if "exit detail:" in text:
         text = text.partition("exit detail:")[2]
         return "died: " + " ".join(text.split())[:200]

@@ -178,11 +178,17 @@ def hung(folder: Path, since: float) -> list[str]:
     stuck = {path: _top(path.read_text()) for path in found}
     # A rank that waits in a collective waits for another.
     guilty = [path for path, frames in stuck.items() if not any("torch/distributed" in f for f in frames)]
-    told = {path: f"rank {int(path.stem.rpartition('-')[2])} made no progress" for path in found}
+    if found and not guilty:
+        waiting = ", ".join(str(_rank(path)) for path in found)
+        return [f"rank {waiting} waited for another that made no progress and left no stack: stopped, cut off or gone"]
     return [
-        f"{told[path]}, stuck in {stuck[path][0] if stuck[path] else '?'}; all stacks are in {path.parent}"
-        for path in guilty or found
+        f"rank {_rank(path)} made no progress, stuck in {(stuck[path] or ['?'])[0]}; all stacks are in {path.parent}"
+        for path in guilty
     ]
+
+
+def _rank(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])
 
 
 def _top(text: str) -> list[str]:

@@ -9,10 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,7 @@ def test_where_mlflow_is(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def serving(folder: Path, port: int) -> Iterator[None]:
+def serving(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
     """An MLflow server; ends with the block."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += [
@@ -238,9 +239,10 @@ def serving(folder: Path, port: int) -> Iterator[None]:
                 return False
 
         wait_for(healthy, 120)
-        yield
+        yield server
     finally:
-        os.killpg(server.pid, signal.SIGKILL)  # its workers too
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)  # its workers too
         server.wait()
 
 
@@ -289,3 +291,62 @@ def test_a_server_that_is_down_at_first(home: Path, capsys: pytest.CaptureFixtur
     assert registry.pull("models:/encoder@latest", uri, home / "cache") == pulled
     assert "using what it was" in capsys.readouterr().err
     assert "MLFLOW_TRACKING_URI" not in os.environ and "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_a_server_that_is_down_slow_killed_and_back_gets_everything_once(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow import MlflowClient
+
+    tried: list[tuple[int, int]] = []  # first and last step of each batch, accepted or not
+    log_batch = MlflowClient.log_batch
+
+    def recorded(self: MlflowClient, run_id: str, metrics: Any = (), **others: Any) -> None:
+        if metrics:
+            tried.append((metrics[0].step, metrics[-1].step))
+        log_batch(self, run_id, metrics=metrics, **others)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", recorded)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config, run = parse({"tracking": {"uri": f"http://127.0.0.1:{port}"}}), home / "run"
+    stop, log = threading.Event(), RunLog(run, 0, echo=False)
+
+    def train() -> None:
+        for step in range(1, 10**6):
+            log.metrics(step, {"train/loss": 1 / step, "train/skill": -step, "guard/norm": float("inf")})
+            if step % 50 == 0:
+                log.event(step, "skip")
+            if stop.wait(0.05):
+                return
+
+    training = threading.Thread(target=train)
+    with tracked(run, config, patience=120.0) as follower:
+        training.start()
+        wait_for(lambda: "metrics wait in" in capsys.readouterr().err)  # down
+        with serving(home, port) as server:
+            wait_for(lambda: follower.spool.offset > 0, 120)
+            os.killpg(server.pid, signal.SIGSTOP)  # slow: requests are heard, and answered when we no longer listen
+            wait_for(lambda: "metrics wait in" in capsys.readouterr().err, 120)
+            os.killpg(server.pid, signal.SIGCONT)
+            offset = follower.spool.offset
+            wait_for(lambda: follower.spool.offset > offset, 120)
+            os.killpg(server.pid, signal.SIGKILL)  # in the middle of whatever it does
+        wait_for(lambda: "metrics wait in" in capsys.readouterr().err, 60)
+        with serving(home, port):
+            offset = follower.spool.offset
+            wait_for(lambda: follower.spool.offset > offset, 120)
+            stop.set()
+            training.join()
+            log.close()
+            wait_for(lambda: follower.spooled() == 0, 120)
+            for key in ("train/loss", "train/skill", "event/skip"):
+                wanted = [(x["step"], x["time"], x[key]) for x in read_lines(run / "metrics.jsonl") if key in x]
+                assert history(follower.uri, follower.run_id, key) == sorted(wanted)  # a list: twice would be seen
+    reached = 0
+    for begin, end in tried:  # in order: none is sent before those in front of it
+        assert begin <= reached + 1
+        reached = max(reached, end)

@@ -17,6 +17,10 @@ BENCHMARKS: Final = {
     "loader": ("cdssl_dist.bench.loader", "shards → tensors: crystals and edges per second, padding, balance, memory"),
     "step": ("cdssl_dist.bench.step", "one training step, eager and compiled, beside matgl: edges per second"),
     "overhead": ("cdssl_dist.bench.overhead", "what engine, guard, metrics and checkpoints add to a plain torch loop"),
+    "scaling": (
+        "cdssl_dist.bench.scaling",
+        "training on 1 and 2 ranks of this machine, and a model of up to 4,096 GPUs",
+    ),
 }
 
 

@@ -1,0 +1,210 @@
+"""``cdssl bench scaling``: the training loop on one rank and on more of this machine, and a model of many GPUs.
+
+What is measured here are the terms of the model that a machine without a network can tell: bytes that are reduced and
+saved, work that ranks do beside their packs. What a GPU and a network do is told it (``--rate``, ``--bandwidth``, …).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
+from typing import Any, Final
+
+from cdssl_dist.bench.common import BenchError, Figures, data_folder
+from cdssl_dist.bench.step import CENTERS, SIZES, fresh
+from cdssl_dist.config import Config, parse
+from cdssl_dist.dataset import DataSet
+from cdssl_dist.plan import EpochPlan
+
+GPUS: Final = (1, 8, 64, 512, 4096)
+PER_NODE: Final = 8
+WARM: Final = 5  # steps that are not counted
+SAVED: Final = 12  # bytes a parameter in a checkpoint: weight and two moments, f32
+RANK: Final = "import sys; from cdssl_dist.bench.scaling import rank; rank(sys.argv[1])"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the model is told. Rates are of one GPU, bandwidths bytes per second."""
+
+    rate: float  # directed edges per second in the training step
+    inside: float  # of the all-reduce among the GPUs of a node
+    between: float  # of each GPU's share of the network between nodes
+    latency: float  # s of one hop
+    storage: float  # of the shared storage that checkpoints go to, all writers together
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained: per GPU and step ``packs`` packs of ``edges`` directed edges."""
+
+    edges: int
+    packs: int
+    parameters: int
+    gradient: int  # bytes of a parameter's gradient, on the wire
+    checkpoint_every: int  # steps
+
+
+def step_seconds(gpus: int, machine: Machine, job: Job) -> dict[str, float]:
+    """The terms of one step, s; nothing overlaps, which is what the engine does today but for reading.
+
+    A ring in two levels: each GPU sends and receives 2 (n − 1)/n of the gradient in its node, and of its 1/n-th between
+    nodes (Thakur, Rabenseifner and Gropp 2005), with a hop of latency for each partner.
+    """
+    inside, nodes = min(gpus, PER_NODE), math.ceil(gpus / PER_NODE)
+    size = float(job.parameters * job.gradient)
+
+    def ring(n: int, size: float, bandwidth: float) -> float:
+        return 2.0 * (n - 1) / n * size / bandwidth
+
+    hops = 2.0 * (inside - 1) + 2.0 * math.ceil(math.log2(nodes) if nodes > 1 else 0)
+    return {
+        "compute": job.packs * job.edges / machine.rate,
+        "all-reduce": ring(inside, size, machine.inside) + ring(nodes, size / inside, machine.between),
+        "latency": 2.0 * hops * machine.latency,  # the gradient's, and the question of the guard
+        "checkpoint": job.parameters * SAVED / machine.storage / job.checkpoint_every,
+    }
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """See ``cdssl_dist.bench``."""
+    parser.add_argument("--data", help="a data set; what is shared, or aflow:, is sharded else")
+    parser.add_argument("--size", choices=SIZES, default="small", help="of the model: 64/32 × 3 blocks, 256 × 6")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks on this machine")
+    parser.add_argument("--steps", type=int, default=40, help="that are counted")
+    parser.add_argument("--packs", type=int, default=4, help="of a step, and of a GPU's step in the model")
+    parser.add_argument("--rate", type=float, default=1e8, help="model: directed edges/s of a GPU")
+    parser.add_argument("--inside", type=float, default=2e11, help="model: B/s among the GPUs of a node")
+    parser.add_argument("--between", type=float, default=2.5e10, help="model: B/s of a GPU's share between nodes")
+    parser.add_argument("--latency", type=float, default=1e-5, help="model: s of a hop")
+    parser.add_argument("--storage", type=float, default=2e9, help="model: B/s of shared storage")
+
+
+def measure(args: Namespace) -> Figures:
+    """All figures."""
+    if max(args.ranks) > args.packs:
+        raise BenchError(f"{max(args.ranks)} ranks share {args.packs} packs a step: give --packs at least as many")
+    with data_folder(args.data) as folder:
+        with DataSet(folder) as data:
+            table = data.table("train")
+            shape, plan = data.shape("train", 1), EpochPlan(table, 0, 1, args.packs)
+            steps = range(min(plan.steps_before(1), 200))
+            filled = [[sum(int(table.edges[e.index]) for e in pack) for pack in plan.step(s)] for s in steps]
+        measured = {str(ranks): _measured(folder, ranks, args) for ranks in args.ranks}
+    room = 2 * shape.half_edges
+    parameters = sum(p.numel() for p in fresh(args.size).parameters())
+    machine = Machine(args.rate, args.inside, args.between, args.latency, args.storage)
+    fill = statistics.mean(sum(packs) for packs in filled) / (room * args.packs)
+    job = Job(room, args.packs, parameters, gradient=4, checkpoint_every=500)
+    return {
+        "model": args.size,
+        "parameters": parameters,
+        "gradient, bytes": parameters * job.gradient,
+        "checkpoint, bytes": parameters * SAVED,
+        "edges of a pack": room,
+        "fill": fill,
+        # Packs are of one shape, so ranks compute alike; this is what they would differ by if only real edges counted.
+        "fullest pack over mean": statistics.mean(max(packs) / statistics.mean(packs) for packs in filled),
+        "measured": measured,
+        "modelled": {str(n): step_seconds(n, machine, job) for n in GPUS},
+        "told": vars(machine),
+    }
+
+
+def _measured(folder: str, ranks: int, args: Namespace) -> Figures:
+    with tempfile.TemporaryDirectory(prefix="cdssl-bench-") as run:
+        content = _config(run, folder, args).model_dump(mode="json")
+        environment = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        environment |= {"MASTER_PORT": str(_free_port())}
+        command = [sys.executable, "-c", RANK, json.dumps(content)]
+        found = [
+            subprocess.Popen(
+                command,
+                env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for r in range(ranks)
+        ]
+        answers = [process.communicate() for process in found]
+    for process, (_, said) in zip(found, answers, strict=True):
+        if process.returncode:
+            raise BenchError(f"a rank of {ranks} failed: {said.strip().splitlines()[-1]}")
+    each = [json.loads(out.splitlines()[-1]) for out, _ in answers]
+    return {name: statistics.mean(rank[name] for rank in each) for name in each[0]}
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _config(run: str, folder: str, args: Namespace) -> Config:
+    steps = WARM + args.steps
+    return parse(
+        {
+            "run": run,
+            "data": {"path": folder, "packs_per_step": args.packs, "val_packs": 1},
+            "model": SIZES[args.size],
+            "graph": {"centers": CENTERS},
+            "schedule": {"steps": steps, "warmup": 0},
+            "checkpoint": {"every": steps},
+            "tracking": {"every": steps, "validate_every": steps, "baseline_packs": 1},
+            "engine": {"device": "cpu"},
+        }
+    )
+
+
+def rank(content: str) -> None:
+    """One rank: train, and print its medians of a step, by the clock and in CPU time."""
+    from cdssl_dist.train_loop import train
+
+    at: list[tuple[float, float]] = []
+
+    def asked() -> bool:  # once a step, after its backward pass
+        at.append((time.perf_counter(), time.process_time()))
+        return False
+
+    train(Config.model_validate_json(content), stop_requested=asked, echo=False)
+    gaps = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(at[WARM:], at[WARM + 1 :], strict=False)]
+    clock, cpu = (statistics.median(values) for values in zip(*gaps, strict=True))
+    print(json.dumps({"seconds": clock, "cpu seconds of a rank": cpu}))
+
+
+def table(figures: Figures) -> str:
+    """The figures for people."""
+    lines = [
+        f"{figures['model']}: {figures['parameters']:,} parameters, {figures['gradient, bytes'] / 1e6:.2f} MB reduced "
+        f"a step, {figures['checkpoint, bytes'] / 1e6:.2f} MB a checkpoint; packs of "
+        f"{figures['edges of a pack']:,} directed edges, {figures['fill']:.1%} filled",
+        "",
+        "ranks   s/step  CPU s/step of a rank   efficiency by clock, by CPU time",
+    ]
+    first: dict[str, Any] = next(iter(figures["measured"].values()))
+    begin = int(next(iter(figures["measured"])))
+    for ranks, m in figures["measured"].items():
+        share = begin / int(ranks)
+        clock = share * first["seconds"] / m["seconds"]
+        cpu = share * first["cpu seconds of a rank"] / m["cpu seconds of a rank"]
+        lines.append(f"{ranks:>5} {m['seconds']:8.3f} {m['cpu seconds of a rank']:21.3f}   {clock:19.0%} {cpu:13.0%}")
+    lines += ["", f"modelled, not measured, from what was told ({figures['told']}): ms of a step"]
+    lines.append(" GPUs  " + "  ".join(f"{name:>10}" for name in _terms(figures)) + "  efficiency")
+    for gpus, terms in figures["modelled"].items():
+        values = "  ".join(f"{1e3 * v:10.3f}" for v in terms.values())
+        lines.append(f"{gpus:>5}  {values}  {terms['compute'] / sum(terms.values()):10.1%}")
+    return "\n".join(lines)
+
+
+def _terms(figures: Figures) -> list[str]:
+    return list(next(iter(figures["modelled"].values())))
