@@ -88,7 +88,7 @@ class Story:
     def say(self, text: str) -> None:
         print(f"{time.monotonic() - self.begin:5.0f} s  {text}", flush=True)
 
-    def until(self, what: str, true: Callable[[], Any], limit: float = 300.0) -> None:
+    def until(self, what: str, true: Callable[[], Any], limit: float = 420.0) -> None:
         end = time.monotonic() + limit
         while not true():
             assert time.monotonic() < end, f"not seen in {limit:.0f} s: {what}\n{self.job('logs')[-3000:]}"

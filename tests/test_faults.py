@@ -167,3 +167,13 @@ def test_memory_that_runs_out_is_reported_with_the_pack(data_folder: Path, tmp_p
         ((entry,),) = [EpochPlan(table, 0, 1, 2).step(3)[rank]]
         assert f"step 3 on rank {rank} of 2, pack of blocks [{table.block[entry.index]}]" in text
         assert "data.blocks_per_pack" in text
+
+
+def test_a_range_of_workers() -> None:
+    from cdssl_dist.config import ConfigError, load
+
+    cluster = load(None, ["cluster.workers=[2, 8]"]).cluster
+    assert (cluster.min_workers, cluster.max_workers) == (2, 8)
+    for wrong, said in (("[2, 9]", "packs_per_step"), ("[3, 2]", "ascending"), ("0", "workers"), ("[0, 2]", "workers")):
+        with pytest.raises(ConfigError, match=said):
+            load(None, [f"cluster.workers={wrong}"])
