@@ -121,4 +121,5 @@ def test_a_run_on_ray_is_stopped_resumed_registered_and_finetuned(data_folder: P
         **registry,
     )
     assert tuned.returncode == 0, tuned.stderr
-    assert {p.name for p in (tmp_path / "tuned").iterdir()} == {"parity.png", "predictions.parquet", "results.json"}
+    made = {"history.jsonl", "model", "parity.png", "predictions.parquet", "results.json"}
+    assert {p.name for p in (tmp_path / "tuned").iterdir()} == made

@@ -21,6 +21,7 @@ BENCHMARKS: Final = {
         "cdssl_dist.bench.scaling",
         "training on 1 and 2 ranks of this machine, and a model of up to 4,096 GPUs",
     ),
+    "encode": ("cdssl_dist.bench.encode", "embedding, latency and fine-tuning on one core"),
 }
 
 

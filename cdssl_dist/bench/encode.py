@@ -1,0 +1,122 @@
+"""``cdssl bench encode``: what people do with an encoder, on one core: embedding, one answer, fine-tuning.
+
+The encoder has the paper's size and random weights, which take as long as any. Rates are of CPU time; latency is by the
+clock. Beside stands matgl's MEGNet with ``predict_structure`` on the same CIFs, where ``make bench`` has installed it.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import resource
+import statistics
+import subprocess
+import tempfile
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+
+from cdssl_dist.bench import data
+from cdssl_dist.bench.common import ENVIRONMENT, BenchError, Figures, median
+from cdssl_dist.edges import GaussianExpansion
+from cdssl_dist.embedding import embed_graphs, embed_structures
+from cdssl_dist.labeled import density
+from cdssl_dist.megnet import MEGNet
+from cdssl_dist.splits import Split
+from cdssl_dist.stream import stream
+from cdssl_dist.targets import Target, Task
+from cdssl_dist.tuning import FineTuning, fit
+from sharding.graph import Multigraphs, concatenate
+from sharding.pipeline import shard
+from sharding.settings import ShardSettings
+from sharding.sources import open_source
+
+CUTOFF: Final = 5.0  # Å
+EXPANSION: Final = GaussianExpansion(100, CUTOFF + 1.0, 0.5)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """See ``cdssl_dist.bench``."""
+    parser.add_argument("--crystals", type=int, default=1000, help="to embed; 100 at least")
+    parser.add_argument("--epochs", type=int, default=100, help="of fine-tuning on 500 crystals")
+
+
+def measure(args: Namespace) -> Figures:
+    """All figures, on one thread."""
+    if args.crystals < 100 or args.epochs < 1:
+        raise BenchError("--crystals must be 100 at least, and --epochs 1")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    encoder = MEGNet(edge_features=100).eval().requires_grad_(False)
+    with tempfile.TemporaryDirectory(prefix="cdssl-bench-") as folder:
+        path = Path(folder) / "some.csv"
+        data.write_csv(path, args.crystals)
+        with open(path, newline="") as file:
+            texts = [row["cif"] for row in csv.DictReader(file)]
+        shard([open_source(str(path))], Path(folder) / "shards", ShardSettings(duplicates="keep"))
+        shards = str(Path(folder) / "shards")
+        graphs = concatenate([part for part, _ in stream(shards, CUTOFF)])
+        return {
+            "crystals": len(texts),
+            "directed edges a crystal": float(2 * graphs.n_edges.mean()),
+            "from CIF text, structures/s": median(args.repeat, functools.partial(_texts, encoder, texts)),
+            "from shards, structures/s": median(args.repeat, functools.partial(_shards, encoder, shards)),
+            "latency of one CIF, ms": median(args.repeat, functools.partial(_latency, encoder, texts[:20])),
+            f"fine-tuning on 500 for {args.epochs} epochs, CPU s": _fine_tuning(encoder, graphs, args.epochs),
+            "largest memory, MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "matgl MEGNet from CIF text, structures/s": _matgl(path, min(args.crystals, 200), args.repeat),
+        }
+
+
+def table(figures: Figures) -> str:
+    """For people."""
+    return "\n".join(f"{name:44} {'–' if v is None else format(v, ',.1f'):>12}" for name, v in figures.items())
+
+
+def _cpu(work: Callable[[], int]) -> float:
+    begin = time.process_time()
+    return work() / (time.process_time() - begin)
+
+
+def _texts(encoder: MEGNet, texts: list[str]) -> float:
+    return _cpu(lambda: len(embed_structures(encoder, EXPANSION, CUTOFF, texts)[0]))
+
+
+def _shards(encoder: MEGNet, path: str) -> float:
+    return _cpu(lambda: sum(len(embed_graphs(encoder, EXPANSION, part)) for part, _ in stream(path, CUTOFF)))
+
+
+def _latency(encoder: MEGNet, texts: list[str]) -> float:
+    times = []
+    for text in texts:
+        begin = time.perf_counter()
+        embed_structures(encoder, EXPANSION, CUTOFF, [text])
+        times.append(1000 * (time.perf_counter() - begin))
+    return statistics.median(times)
+
+
+def _fine_tuning(encoder: MEGNet, graphs: Multigraphs, epochs: int) -> float:
+    some = graphs.take(np.arange(500) % len(graphs))
+    split = Split(np.arange(450), np.arange(450, 500), np.arange(0))
+    task, how = Task((Target("density", "g/cm³"),)), FineTuning(epochs=epochs, patience=epochs)
+    begin = time.process_time()
+    fit(encoder, EXPANSION, some, density(some)[:, None], split, task, how)
+    return time.process_time() - begin
+
+
+def _matgl(path: Path, limit: int, repeat: int) -> float | None:
+    """None where it is not installed."""
+    python, script = ENVIRONMENT / "bin" / "python", Path(__file__).with_name("matgl_encode.py")
+    if not python.exists():
+        return None
+    command = [str(python), str(script), str(path), str(limit), str(repeat)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BenchError(f"matgl in {ENVIRONMENT} fails: {done.stderr.strip()[-300:]}")
+    return float(statistics.median(json.loads(done.stdout.strip().splitlines()[-1])))
