@@ -21,6 +21,7 @@ COMMANDS: Final = {
     "embed": ("cdssl_dist.embed", "embed crystals: a Parquet file of vectors"),
     "probe": ("cdssl_dist.probe", "linear probes of an encoder, beside what was not learned"),
     "map": ("cdssl_dist.map", "draw embedded crystals in two dimensions: a picture, and a page to explore"),
+    "report": ("cdssl_dist.report", "write one page about a run"),
     "registry": (
         "cdssl_dist.registry_cli",
         "list, show, diff, pull, promote, roll back, delete registered models",

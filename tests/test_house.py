@@ -28,7 +28,7 @@ LAYERS = [
     {"train_loop"},
     {"mlflow_server", "tracking", "registry", "registry_store", "pyfunc", "model_folder"} | {"live", "rank", "cluster"},
     {"commands", "pretrain", "replay", "status", "registry_cli", "demo", "bench", "doctor", "cli"}
-    | {"encoder", "estimator", "finetune", "predict", "embed", "probe", "map", "map_page"},
+    | {"encoder", "estimator", "finetune", "predict", "embed", "probe", "map", "map_page", "report", "report_page"},
 ]
 # foreign package → the modules that may import it
 KNOWN_BY = {

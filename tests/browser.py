@@ -1,0 +1,39 @@
+"""A page in a real headless browser: what it becomes when a script acts on it, and whether anything went wrong."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WATCH = """
+<script>const failed = text => document.documentElement.setAttribute("data-" + "error", text);
+window.onerror = failed; window.alert = () => failed("markup was executed");</script>"""
+SAY = """
+const pre = document.createElement("pre"); pre.id = "said"; pre.textContent = JSON.stringify(said);
+document.body.append(pre);"""
+
+
+def act(page: Path, script: str, scratch: Path) -> dict[str, Any]:
+    """Run a script in the page, on a screen as narrow as a phone; returns what it put into ``said``."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs chromium")
+    text = page.read_text()
+    assert "http" not in re.sub("http-equiv", "", text), "the page refers to the network"
+    probed = scratch / "probed.html"
+    acting = f"<script>const said = {{}};{script}{SAY}</script></body>"
+    probed.write_text(text.replace("<head>", "<head>" + WATCH, 1).replace("</body>", acting, 1))
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900", "--dump-dom"]
+    command += [f"--user-data-dir={scratch}/profile", probed.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert "data-error" not in shown, shown[:300]
+    match = re.search(r'<pre id="said">(.*?)</pre>', shown, re.S)
+    assert match, shown[-2000:]
+    return dict(json.loads(html.unescape(match[1])))
