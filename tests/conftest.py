@@ -10,6 +10,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 from sharding.block import Budget
 from sharding.crystal import Crystal
@@ -21,6 +22,9 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, database=No
 hypothesis.settings.load_profile("repeatable")
 
 REPO = Path(__file__).resolve().parent.parent
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, wherever that is
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 LAYERS = [
     {"config", "plan", "schedule", "guard", "waiting"},
-    {"batch", "noise", "edges", "megnet", "compiled", "heads", "loss", "pretext", "precision"},
+    {"batch", "noise", "edges", "megnet", "compiled", "kernels", "heads", "loss", "pretext", "precision"},
     {"remote", "cache", "storage", "dataset", "loader", "subset", "tables", "labeled", "stream"}
     | {
         "runlog",
