@@ -41,6 +41,10 @@ class Denoising:
             return squared, None
         return squared, figures(predicted.detach(), target, noisy, displaced, batch.scored, baseline)
 
+    def fused_loss(self, model: nn.Module, batch: GraphBatch) -> Tensor:
+        """``loss`` of a ``kernels.model.FusedPretextModel``, which makes both embeddings of the distances itself."""
+        return model(distances(batch, self.displaced(batch)), batch, distances(batch, batch.positions))
+
     def baseline_sums(self, batch: GraphBatch, end: float) -> Tensor:
         """See ``loss.baseline_sums``."""
         displaced, target = self.inputs(batch)

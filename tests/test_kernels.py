@@ -6,6 +6,8 @@ with torch for CUDA; without it there is nothing to test.
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 from torch import Tensor
@@ -38,6 +40,10 @@ def inputs(batch: GraphBatch) -> tuple[Tensor, Tensor]:
     return distances(batch, TASK.displaced(batch)), distances(batch, batch.positions)
 
 
+def on_device(batch: GraphBatch) -> GraphBatch:
+    return GraphBatch(*(getattr(batch, field.name).to(DEVICE) for field in fields(batch)))
+
+
 def reference(dtype: torch.dtype = torch.float64, gain: float = 1.6) -> PretextModel:
     return scaled(PretextModel(edge_features=FEATURES, **SIZE), gain=gain).to(dtype)
 
@@ -60,10 +66,11 @@ def expected(batch: GraphBatch) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def found(model: FusedPretextModel, batch: GraphBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    displaced, clean = inputs(batch)
-    loss = model(displaced, batch, clean)
+    displaced, clean = (d.to(DEVICE) for d in inputs(batch))
+    loss = model(displaced, on_device(batch), clean)
     (loss / batch.scored.sum().clamp(min=1)).backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    grads = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach().cpu(), grads
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-2)])
@@ -96,7 +103,7 @@ def test_zero_distances_and_huge_values_are_finite(batch: GraphBatch) -> None:
     displaced, clean = inputs(batch)
     displaced = displaced.clone()
     displaced[::3], displaced[1::3] = 0.0, 1e4
-    loss = model(displaced, batch, clean)
+    loss = model(displaced.to(DEVICE), on_device(batch), clean.to(DEVICE))
     loss.backward()
     assert torch.isfinite(loss)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

@@ -128,6 +128,13 @@ def measure(args: Namespace) -> Figures:
                 continue
             model = change(fresh(args.size))
             steps[f"{name}, {dtype}"] = Step(ENGINES[args.engine](model, DTYPES[dtype], device), task, packs, device)
+        if device.type == "cuda" and args.size == "small":
+            from cdssl_dist.kernels.model import FusedPretextModel  # triton is where torch for CUDA is
+
+            torch.manual_seed(0)
+            fused = FusedPretextModel(expansion=task.expansion, **SIZES[args.size])
+            engine = ENGINES[args.engine](fused, DTYPES[dtype], device)
+            steps[f"ours, kernels, {dtype}"] = Step(engine, task, packs, device, fused=True)
     with contextlib.ExitStack() as stack:
         measures: dict[str, Callable[[], float]] = {name: step.per_edge for name, step in steps.items()}
         if beside:
@@ -205,8 +212,10 @@ def _filled(blocks: Iterator[Multigraphs], edges: int) -> Iterator[Multigraphs]:
 class Step:
     """One contestant: its model, and where in the packs it is."""
 
-    def __init__(self, engine: Engine, task: Denoising, packs: Packs, device: torch.device) -> None:
-        self.engine, self.task, self.packs, self.device = engine, task, packs, device
+    def __init__(
+        self, engine: Engine, task: Denoising, packs: Packs, device: torch.device, fused: bool = False
+    ) -> None:
+        self.engine, self.task, self.packs, self.device, self.fused = engine, task, packs, device, fused
         self.ready = [packs.raw(i).pin() for i in range(len(packs.edges))] if device.type == "cuda" else []
         self.next = 0
         self.first = 0.0  # seconds by the clock of the first step, compilation included
@@ -234,7 +243,10 @@ class Step:
         self.next += 1
         raw = self.ready[i] if self.ready else self.packs.raw(i)
         batch = widen(raw.to(self.device))
-        squared, _ = self.task.loss(self.engine.module, batch)
+        if self.fused:
+            squared = self.task.fused_loss(self.engine.module, batch)
+        else:
+            squared, _ = self.task.loss(self.engine.module, batch)
         self.engine.backward(squared / self.packs.edges[i])
         return self.packs.edges[i]
 
