@@ -105,7 +105,7 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     recompute: bool = False  # the inside of each block in the backward pass: less memory, a third more work
-    compile: bool = False  # a third faster on CPU, for a start of minutes the first time; see docs/performance.md
+    compile: bool = False  # faster in f32 on CPU, after a start of minutes: docs/performance.md
     threads: int = Field(1, ge=1)  # of each worker, on CPU
     deepspeed: dict[str, Any] = Field(default_factory=dict)  # passed through; contradictions are errors
 

@@ -10,15 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from cdssl_dist.batch import collate, widen
 from cdssl_dist.bench import data
 from cdssl_dist.bench.__main__ import main
 from cdssl_dist.bench.concatenating import concatenating
+from cdssl_dist.bench.plan import flops_per_edge, saved_per_edge
 from cdssl_dist.dataset import DataSet
 from cdssl_dist.edges import GaussianExpansion, distances
 from cdssl_dist.megnet import PretextModel
 from cdssl_dist.plan import EpochPlan
+from cdssl_dist.pretext import Denoising
 from sharding.block import decode_arrays, encode
 from sharding.crystal import Crystal
 from sharding.graph import build
@@ -103,6 +106,31 @@ def test_a_step_is_measured_where_little_is_installed(data_folder: Path, tmp_pat
     assert {"ours, eager, f32", "ours, eager, bf16", "concatenating, eager, f32"} <= figures["us per edge"].keys()
     assert all(value > 0 for value in figures["us per edge"].values())
     assert 1000 < figures["data"]["edges of a pack"] <= 2000
+
+
+@pytest.mark.parametrize("size", [(32, 64, 3), (192, 192, 6)])
+def test_a_plan_is_what_a_step_takes(size: tuple[int, int, int]) -> None:
+    """Saved bytes as autograd has them, and FLOPs as they are counted; what is for atoms and graphs is the rest."""
+    width, hidden, blocks = size
+    graphs, _ = build(data.made(60), 5.0)
+    batch = widen(collate([decode_arrays(encode(graphs, np.uint16))], [(0, 0)]))
+    model = PretextModel(edge_features=100, width=width, hidden=hidden, blocks=blocks)
+    task = Denoising(GaussianExpansion(100, 6.0, 0.5), (0.3, 0.3), 0)
+    weights = {p.data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        if t.is_floating_point() and t.untyped_storage().data_ptr() not in weights:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), FlopCounterMode(display=False) as counter:
+        loss, _ = task.loss(model, batch)
+        loss.backward()
+    edges = len(batch.receiver)
+    sizes = {"width": width, "hidden": hidden, "blocks": blocks}
+    assert sum(kept.values()) / edges == pytest.approx(saved_per_edge(100, False, **sizes), rel=0.1)
+    assert counter.get_total_flops() / edges == pytest.approx(flops_per_edge(100, **sizes), rel=0.1)
 
 
 def test_the_concatenating_model_is_the_same_function() -> None:

@@ -22,6 +22,7 @@ BENCHMARKS: Final = {
         "training on 1 and 2 ranks of this machine, and a model of up to 4,096 GPUs",
     ),
     "encode": ("cdssl_dist.bench.encode", "embedding, latency and fine-tuning on one core"),
+    "plan": ("cdssl_dist.bench.plan", "what a configuration costs: parameters, memory, arithmetic"),
 }
 
 
