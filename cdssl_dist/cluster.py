@@ -49,6 +49,7 @@ def launch(config: Config) -> bool:
     """
     folder = Path(config.run)
     (folder / rank.STOP_FILE).unlink(missing_ok=True)
+    rank.forget_empty_stacks(folder)
     write_status(folder, **{**read_status(folder), "state": "starting", "reason": ""})
     _start_ray(config)
     try:

@@ -172,6 +172,13 @@ def watched(path: Path, seconds: float, first: float) -> Iterator[Any]:
         path.unlink()
 
 
+def forget_empty_stacks(folder: Path) -> None:
+    """Remove what ranks that were killed left open."""
+    for path in (folder / STACKS).glob("*.txt"):
+        if not path.stat().st_size:
+            path.unlink()
+
+
 def hung(folder: Path, since: float) -> list[str]:
     """What the stacks of a run folder say, of ranks that ended themselves after a time (s since the epoch)."""
     found = [p for p in sorted((folder / STACKS).glob("*.txt")) if p.stat().st_size and p.stat().st_mtime >= since]

@@ -24,7 +24,7 @@ from cdssl_dist.rank import HUNG, hung
 from cdssl_dist.runlog import read_lines
 
 
-def until(true: Callable[[], Any], driver: subprocess.Popen[Any], limit: float = 240.0) -> None:
+def until(true: Callable[[], Any], driver: subprocess.Popen[Any], limit: float = 600.0) -> None:
     end = time.monotonic() + limit
     while not true():
         assert driver.poll() is None and time.monotonic() < end, "the driver ended, or nothing happened"
@@ -43,9 +43,9 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 
 @pytest.mark.netns
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3600)
 def test_a_run_that_everything_befalls_equals_an_undisturbed_one(data_folder: Path, tmp_path: Path) -> None:
-    steps = {"schedule": {"steps": 400}, "checkpoint": {"every": 10}, "tracking": {"every": 1, "validate_every": 200}}
+    steps = {"schedule": {"steps": 200}, "checkpoint": {"every": 10}, "tracking": {"every": 1, "validate_every": 100}}
     launch(2, run_training, config(tmp_path / "undisturbed", data_folder, **steps))
     run = tmp_path / "run"
     content = config(run, data_folder, **steps, cluster={"workers": 2, "hang_after": 25}, registry={"name": None})
@@ -78,11 +78,11 @@ def test_a_run_that_everything_befalls_equals_an_undisturbed_one(data_folder: Pa
     driver = start()
     until(lambda: step() >= 85 and len(ranks(driver)) == 2, driver)
     ranks(driver)[1].send_signal(signal.SIGTERM)
-    assert driver.wait(120) == 75
+    assert driver.wait(300) == 75
     saved = json.loads((run / "status.json").read_text())
     assert saved["state"] == "stopped" and events(run, "checkpoint")[-1]["step"] == saved["step"]
     driver = start()
-    assert driver.wait(400) == 0, (tmp_path / "said").read_text()[-3000:]
+    assert driver.wait(900) == 0, (tmp_path / "said").read_text()[-3000:]
 
     for name in ("train/loss", "val/loss", "guard/norm", "lr"):
         assert metrics(run, name) == metrics(tmp_path / "undisturbed", name)

@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.netns
 @pytest.mark.slow
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("ip"), reason="network namespaces with names need root and ip"
 )
