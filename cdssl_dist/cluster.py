@@ -173,6 +173,7 @@ def _start_ray(config: Config) -> None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         return
     ray.init(
+        address="local",  # not whatever cluster of another user's runs on this machine
         num_cpus=max(os.cpu_count() or 1, int(config.cluster.max_workers * config.cluster.cpus_per_worker) + 1),
         include_dashboard=False,
         log_to_driver=False,

@@ -26,7 +26,8 @@ ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TMPDIR": "/tmp",
     "GLOO_SOCKET_IFNAME": "eth0",  # all hosts have one name here, which says nothing of their addresses
-    # A host that is silent for some seconds is dead: else the story would take minutes longer.
+    # A silent host is dead, and a drain is seen, within seconds: else the story would take minutes longer.
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "4",
@@ -66,6 +67,11 @@ class Host:
         """Unplug the cable: nobody is told."""
         shell(f"ip link set {self.link} down")
 
+    def repair(self) -> None:
+        """Plug it in again; what ran there is ended."""
+        self.kill()
+        shell(f"ip link set {self.link} up")
+
     def kill(self) -> None:
         """End all that runs there, at once."""
         found = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True, check=True)
@@ -80,6 +86,8 @@ class Story:
         self.config, self.begin = config, time.monotonic()
         self.run = Path(json.loads(config.read_text())["run"])
         shell("mount -t tmpfs none /run")  # ip netns keeps names there
+        Path("/tmp/ray").mkdir(exist_ok=True)
+        shell("mount -t tmpfs none /tmp/ray")  # where other programs would find this cluster
         shell("ip link add br0 type bridge")
         shell("ip link set br0 up")
         shell("ip link set lo up")
@@ -102,6 +110,22 @@ class Story:
     def trains(self, ranks: int, after: int = 0) -> bool:
         seen = self.status()
         return (seen.get("state"), seen.get("world_size")) == ("training", ranks) and seen["step"] > after
+
+    def drain(self, host: Host) -> None:
+        """As a cluster does whose spot machine will be taken away."""
+        find = (
+            "import ray; ray.init(address='auto', log_to_driver=False); print(*[n['NodeID'] for n in ray.nodes() "
+            f"if n['Alive'] and n['NodeManagerAddress'] == '{host.address}'])"
+        )
+        node = self.hosts[0].run(sys.executable, "-c", find, RAY_ADDRESS=f"{HEAD}:6379").stdout.split()[-1]
+        reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        where = ["--address", f"{HEAD}:6379", "--node-id", node, "--deadline-remaining-seconds", "600"]
+        answer = self.hosts[0].run(*RAY, "drain-node", *where, *reason)
+        assert answer.returncode == 0, answer.stderr
+
+    def failures(self) -> list[str]:
+        lines = [json.loads(line) for line in (self.run / "events.jsonl").read_text().splitlines()]
+        return [line["what"] for line in lines if line["event"] == "workers failed"]
 
     def job(self, what: str, *more: str, name: str | None = None) -> str:
         """``ray job WHAT`` from a host that has no part in the cluster but its token."""
@@ -144,9 +168,13 @@ def main(work: Path, config: Path) -> None:
     first.kill()
     before = story.status()["step"]
     story.until("a host was killed: trains on the third alone", lambda: story.trains(1, after=before - 10))
-    results["failures"] = [
-        json.loads(x)["what"] for x in (story.run / "events.jsonl").read_text().splitlines() if "workers failed" in x
-    ]
+    second.repair()
+    second.join(cpus=1)
+    story.until("the first to be cut off is back: trains on two", lambda: story.trains(2))
+    failures = len(story.failures())
+    story.drain(second)
+    story.until("its host will be taken away: trains on the other alone", lambda: story.trains(1))
+    results["failures"], results["failures of the drain"] = story.failures(), len(story.failures()) - failures
     story.job("stop")
     results["stopped"] = story.status()
     results["said"] = story.job("logs")
