@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shlex
 import signal
@@ -181,7 +182,7 @@ def main(work: Path, config: Path) -> None:
     story.say(f"stopped: {results['stopped'].get('state')} at step {results['stopped'].get('step')}")
 
     story.submit("two")
-    story.until("the job has ended", lambda: story.job("status").strip().endswith(("succeeded", "failed")), 600)
+    story.until("the job has ended", lambda: re.search("succeeded|failed", story.job("status"), re.I), 600)
     results["status"], results["logs"] = story.job("status"), story.job("logs")
     (work / "results.json").write_text(json.dumps(results))
 
