@@ -22,7 +22,7 @@ class RunLog:
 
     Args:
         folder: of the run.
-        cursor: lines of steps at or after it are from a life that did not reach a checkpoint, and are cut.
+        cursor: consumed steps; lines of later ones are from a life that did not reach a checkpoint, and are cut.
         echo: also print what is said to people.
         report: called with each line of metrics, beside writing it.
     """
@@ -47,11 +47,19 @@ class RunLog:
         self._metrics.write(json.dumps({"step": step, "time": _now(), **finite}) + "\n")
         self.report(step, values)
 
-    def event(self, step: int, kind: str, **about: Any) -> None:
-        """Something that happened once: a verdict, a checkpoint, a roll-back."""
-        append_event(self.folder, step, kind, **about)
+    def event(self, step: int, kind: str, *, within: bool = False, **about: Any) -> None:
+        """Something that happened once: a verdict, a checkpoint, a roll-back.
+
+        Args:
+            step: the number of consumed steps; ``within`` a step, the number of that step, which begins at 0.
+            kind: what happened.
+            within: whether it belongs to the step, and comes again when that is done again.
+            about: what else is told.
+        """
+        consumed = step + within
+        append_event(self.folder, step, kind, **({"consumed": consumed} if within else {}), **about)
         if kind in COUNTED:
-            self.metrics(step, {f"event/{kind.replace(' ', '_')}": 1.0})
+            self.metrics(consumed, {f"event/{kind.replace(' ', '_')}": 1.0})
         if kind != "checkpoint":
             shown = {k: v for k, v in about.items() if k not in ("packs", "losses", "graphs")}
             self.say(f"step {step}: {kind}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
@@ -105,7 +113,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _cut(path: Path, cursor: int) -> None:
-    kept = [line for line in read_lines(path) if line["step"] is None or line["step"] <= cursor]
+    kept = [line for line in read_lines(path) if line["step"] is None or line.get("consumed", line["step"]) <= cursor]
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 

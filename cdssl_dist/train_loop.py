@@ -231,10 +231,9 @@ class Trainer:
         found = self.engine.watched()
         messages, dead, saturated = (float(v) for v in edges)
         if self.log:
-            shares = (
-                {"watch/dead_edges": dead / messages, "watch/saturated_edges": saturated / messages} if messages else {}
-            )
-            self.log.metrics(self.cursor + 1, found | {name: n / messages for name, n in shares.items()})
+            if messages:
+                found |= {"watch/dead_edges": dead / messages, "watch/saturated_edges": saturated / messages}
+            self.log.metrics(self.cursor + 1, found)
 
     def _decide(self, norm: float) -> float | None:
         """The engine's question, once a step on all ranks: the learning rate to apply it with, or None."""
@@ -301,7 +300,7 @@ class Trainer:
     def _tell_skipped(self, step: int, split: str, blocks: list[int]) -> None:
         """An event for the bad blocks that a step or a validation went without, on whatever rank."""
         if self.log and blocks:
-            self.log.event(step, "bad blocks", split=split, blocks=blocks)
+            self.log.event(step, "bad blocks", within=split == "train", split=split, blocks=blocks)
 
     def _tell(self, step: Step) -> None:
         """An event for each verdict that is not plainly to apply; a stop ends the run."""
@@ -315,7 +314,7 @@ class Trainer:
             for block in packs[worst]:
                 with contextlib.suppress(BadBlockError):  # left out of the step too
                     graphs += decode(self.data.read(block)).keys
-            self.log.event(step.number, last.verdict, **about, pack=worst, graphs=graphs)
+            self.log.event(step.number, last.verdict, within=True, **about, pack=worst, graphs=graphs)
         if last.verdict == "stop":
             raise GuardStop(f"step {step.number}: {last.reason}")
 

@@ -116,3 +116,17 @@ def test_an_event_is_a_metric_too_and_one_of_the_cluster_is_never_cut(tmp_path: 
     RunLog(tmp_path, 2, echo=False).close()
     assert [line["event"] for line in read_lines(tmp_path / "events.jsonl")] == ["workers failed"]
     assert read_lines(tmp_path / "metrics.jsonl") == []
+
+
+def test_what_belongs_to_a_step_is_cut_with_it(tmp_path: Path) -> None:
+    """Step 5 is the first after a checkpoint at 5: a life that resumes there does it again, and tells of it again."""
+    log = RunLog(tmp_path, 0, echo=False)
+    log.event(4, "skip", within=True)
+    log.event(5, "checkpoint")
+    log.event(5, "skip", within=True)
+    log.close()
+    RunLog(tmp_path, 5, echo=False).close()
+    assert [(line["step"], line["event"]) for line in read_lines(tmp_path / "events.jsonl")] == [
+        (4, "skip"),
+        (5, "checkpoint"),
+    ]
