@@ -70,27 +70,30 @@ def parsed(
     parse: Parse, name: str, options: ReadOptions, pieces: Iterable[Piece | Refusal]
 ) -> Iterator[Crystal | Refusal]:
     """The crystals of some pieces, and a refusal for each piece that has none."""
-    for piece in pieces:
-        if isinstance(piece, Refusal):
-            yield piece
-            continue
-        found: list[Crystal | Fault] = []
-        try:
-            with np.errstate(all="ignore"):  # what comes of infinite numbers is refused by ``crystal.check``
-                for item in parse(piece, options):
-                    found.append(item)
-        except RefusedError as why:
-            code = "truncated" if piece.last and why.code == "unparsable" else why.code
-            found.append(Fault("", code, why.text, piece.key))
-        except Exception as why:  # whatever hostile bytes provoke in a parser costs this piece and no other
-            code = "truncated" if piece.last else "unparsable"
-            found.append(Fault("", code, f"{type(why).__name__}: {why}", piece.key))
-        for item in found:
-            if isinstance(item, Fault):
-                position = f"{piece.position}, {item.position}" if item.position else piece.position
-                yield refusal(item.key, name, position, item.code, item.text)
-            else:
-                yield item.at(piece.position)
+    found: list[Crystal | Refusal] = []
+    with np.errstate(all="ignore"):  # what comes of infinite numbers is refused by ``crystal.check``
+        for piece in pieces:
+            found += [piece] if isinstance(piece, Refusal) else _parsed(parse, name, options, piece)
+    yield from found  # not inside: what goes on between would ignore errors, too
+
+
+def _parsed(parse: Parse, name: str, options: ReadOptions, piece: Piece) -> Iterator[Crystal | Refusal]:
+    found: list[Crystal | Fault] = []
+    try:
+        for item in parse(piece, options):
+            found.append(item)
+    except RefusedError as why:
+        code = "truncated" if piece.last and why.code == "unparsable" else why.code
+        found.append(Fault("", code, why.text, piece.key))
+    except Exception as why:  # whatever hostile bytes provoke in a parser costs this piece and no other
+        code = "truncated" if piece.last else "unparsable"
+        found.append(Fault("", code, f"{type(why).__name__}: {why}", piece.key))
+    for item in found:
+        if isinstance(item, Fault):
+            position = f"{piece.position}, {item.position}" if item.position else piece.position
+            yield refusal(item.key, name, position, item.code, item.text)
+        else:
+            yield item.at(piece.position)
 
 
 def refusal(key: str, source: str, position: str, code: str, text: str) -> Refusal:
