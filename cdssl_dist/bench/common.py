@@ -4,21 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import platform
 import statistics
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-ENVIRONMENT: Final = Path(".bench-venv")  # of `make bench`, in the folder where it was run: what only benchmarks need
+# What only benchmarks need, of `make bench`, in the folder where it was run.
+PYTHON: Final = Path(".bench-venv/bin/python")
 
 Figures = dict[str, Any]
 
 
 class BenchError(ValueError):
     """What is asked for cannot be measured."""
+
+
+def elsewhere(script: str, *arguments: object) -> Any:
+    """Run a script of this package in the environment of ``make bench``, in one thread.
+
+    Returns:
+        What its last line says, which is JSON; None where there is no such environment.
+
+    Raises:
+        BenchError: where the script fails.
+    """
+    if not PYTHON.exists():
+        return None
+    command = [str(PYTHON), str(Path(__file__).with_name(script)), *map(str, arguments)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    if done.returncode:
+        raise BenchError(f"{PYTHON} {script} fails:\n{done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def median(repeat: int, measure: Callable[[], float]) -> float:

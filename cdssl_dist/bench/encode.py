@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import csv
 import functools
-import json
 import resource
 import statistics
-import subprocess
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
@@ -23,7 +21,7 @@ import numpy as np
 import torch
 
 from cdssl_dist.bench import data
-from cdssl_dist.bench.common import ENVIRONMENT, BenchError, Figures, median
+from cdssl_dist.bench.common import BenchError, Figures, elsewhere, median
 from cdssl_dist.edges import GaussianExpansion
 from cdssl_dist.embedding import embed_graphs, embed_structures
 from cdssl_dist.labeled import density
@@ -112,11 +110,5 @@ def _fine_tuning(encoder: MEGNet, graphs: Multigraphs, epochs: int) -> float:
 
 def _matgl(path: Path, limit: int, repeat: int) -> float | None:
     """None where it is not installed."""
-    python, script = ENVIRONMENT / "bin" / "python", Path(__file__).with_name("matgl_encode.py")
-    if not python.exists():
-        return None
-    command = [str(python), str(script), str(path), str(limit), str(repeat)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BenchError(f"matgl in {ENVIRONMENT} fails: {done.stderr.strip()[-300:]}")
-    return float(statistics.median(json.loads(done.stdout.strip().splitlines()[-1])))
+    rates = elsewhere("matgl_encode.py", path, limit, repeat)
+    return float(statistics.median(rates)) if rates else None

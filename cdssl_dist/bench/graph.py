@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import json
-import os
 import statistics
 import subprocess
 import sys
@@ -23,7 +21,7 @@ from typing import Final
 import numpy as np
 
 from cdssl_dist.bench import data
-from cdssl_dist.bench.common import ENVIRONMENT, BenchError, Figures, median
+from cdssl_dist.bench.common import BenchError, Figures, elsewhere, median
 from sharding.crystal import Crystal
 from sharding.graph import build
 from sharding.pipeline import shard
@@ -60,8 +58,9 @@ def _figures(folder: Path, crystals: int, repeat: int) -> Figures:
             for title, fingerprints in (("without fingerprints", False), ("with fingerprints", True))
         }
         figures["neighbour search"][name] = _searches(source, repeat)
-        if (ENVIRONMENT / "bin" / "python").exists() and path.suffix in (".json", ".csv"):
-            figures["matgl"][name] = _matgl(path, 1_000, repeat)
+        rates = elsewhere("matgl_graph.py", path, 1_000, repeat) if path.suffix in (".json", ".csv") else None
+        if rates:
+            figures["matgl"][name] = statistics.median(rates)
     data.write_json(folder / "growth.json", 4 * crystals)
     arguments = [str(folder / "growth.json"), "--workers", "1", "--duplicates", "keep", "--limit"]
     counts = [4 * crystals * factor // GROWTH[-1] for factor in GROWTH]
@@ -115,20 +114,6 @@ def _searches(source: Source, repeat: int) -> Figures:
 
     rates = {"ours, with checks and graph arrays": median(repeat, ours), "pymatgen": median(repeat, pymatgen)}
     return rates | {"directed edges": 2 * len(graphs.edge_src), "pymatgen's directed edges": counted}
-
-
-def _matgl(path: Path, limit: int, repeat: int) -> float:
-    script = Path(__file__).with_name("matgl_graph.py")
-    answer = subprocess.run(
-        [str(ENVIRONMENT / "bin" / "python"), str(script), str(path), str(limit), str(repeat)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    if answer.returncode:
-        raise RuntimeError(f"matgl's path failed:\n{answer.stderr[-2000:]}")
-    return statistics.median(json.loads(answer.stdout.splitlines()[-1]))
 
 
 def _run(arguments: list[str]) -> Figures:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
-import os
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from cdssl_dist.batch import collate, to_pyg, widen
-from cdssl_dist.bench.common import ENVIRONMENT, Figures
+from cdssl_dist.bench.common import PYTHON, Figures, elsewhere
 from cdssl_dist.dataset import DataSet
 from sharding.block import decode, decode_arrays
 from sharding.graph import Multigraphs
@@ -95,24 +92,13 @@ def _pyg(data: DataSet, blocks: list[int], count: int) -> Callable[[], float]:
 
 def matgl(data: DataSet, blocks: list[int], count: int, repeat: int) -> Figures:
     """The collate of matgl, graphs in memory, in its environment; empty where there is none."""
-    python = ENVIRONMENT / "bin" / "python"
-    if not python.exists():
+    if not PYTHON.exists():
         return {}
     graphs = list(_graphs(data, blocks))
     arrays: dict[str, Any] = {name: np.concatenate([getattr(g, name) for g in graphs]) for name in ARRAYS[:3]}
     with tempfile.TemporaryDirectory(prefix="cdssl-bench-") as folder:
         path = Path(folder) / "crystals.npz"
         np.savez(path, n_atoms=np.concatenate([g.n_atoms for g in graphs]), **arrays)
-        script = Path(__file__).with_name("matgl_collate.py")
-        answer = subprocess.run(
-            [str(python), str(script), str(path), str(count), str(repeat)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-    if answer.returncode:
-        raise RuntimeError(f"matgl's collate failed:\n{answer.stderr[-2000:]}")
-    edges, seconds = json.loads(answer.stdout.splitlines()[-1])
+        edges, seconds = elsewhere("matgl_collate.py", path, count, repeat)
     median = statistics.median(seconds)
     return {"matgl's collate, graphs in memory": {"crystals": len(graphs) / median, "directed edges": edges / median}}

@@ -12,10 +12,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from cdssl_dist.bench.common import ENVIRONMENT
+from cdssl_dist.bench.common import PYTHON
 from sharding.graph import Multigraphs
 
-PYTHON: Final = ENVIRONMENT / "bin" / "python"
 ARRAYS: Final = ("lattice", "atomic_numbers", "positions", "n_atoms")
 
 
