@@ -27,7 +27,10 @@ COMMANDS: Final = {
         "list, show, diff, pull, promote, roll back, delete registered models",
     ),
     "demo": ("cdssl_dist.demo", "the whole path on crystals that ship with pymatgen"),
-    "bench": ("cdssl_dist.bench.__main__", "measure this machine: sharding and loading, beside what others use"),
+    "bench": (
+        "cdssl_dist.bench.__main__",
+        "measure this machine: sharding, loading, training and encoders, beside what others use",
+    ),
     "doctor": ("cdssl_dist.doctor", "check this machine and this installation"),
 }
 

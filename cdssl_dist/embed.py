@@ -16,7 +16,7 @@ from cdssl_dist.commands import Parser, command
 from cdssl_dist.encoder import CHAMPION, CrystalEncoder
 from cdssl_dist.labeled import density, volume_per_atom
 from cdssl_dist.predictor import unseen_elements
-from cdssl_dist.stream import Rows, stream, write_rows
+from cdssl_dist.stream import Rows, add_arguments, stream, write_rows
 from sharding.crystal import SYMBOLS, reduced_formula
 from sharding.graph import Multigraphs, offsets
 
@@ -26,12 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Pull an encoder, embed, write a Parquet file."""
     p = Parser("cdssl embed", "Embed crystals with a pretrained encoder, in bounded memory.")
     p.add_argument("--encoder", default=CHAMPION, help="models:/NAME@ALIAS, or a folder")
-    p.add_argument("--registry", help="MLflow URI; MLFLOW_TRACKING_URI, else runs/mlflow.db, where left out")
-    p.add_argument("--data", required=True, help="a data set of shards, or a file or source that cdssl shard reads")
-    p.add_argument("--split", choices=("train", "val", "test"), help="use this split of a data set of shards only")
-    p.add_argument("--where", metavar="CONDITION", help="of a data set of shards, as in 'n_atoms <= 20'")
-    p.add_argument("--out", required=True, help="Parquet file: a row for each crystal")
-    p.add_argument("--threads", type=int, default=1, help="of torch, on CPU")
+    add_arguments(p)
     args = p.parse_args(argv)
 
     torch.set_num_threads(args.threads)

@@ -18,7 +18,7 @@ from cdssl_dist.commands import RUNS, Parser, command
 from cdssl_dist.mlflow_server import tracking_uri
 from cdssl_dist.models import PROPERTY, kind_of
 from cdssl_dist.predictor import Predictor, read_property
-from cdssl_dist.stream import Rows, stream, write_rows
+from cdssl_dist.stream import Rows, add_arguments, stream, write_rows
 from sharding.crystal import SYMBOLS
 from sharding.graph import Multigraphs
 
@@ -28,12 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Pull a model, predict, write a Parquet file."""
     p = Parser("cdssl predict", "Predict properties of crystals with a fine-tuned model, in bounded memory.")
     p.add_argument("--model", required=True, help="models:/NAME@ALIAS, or a folder that cdssl finetune made")
-    p.add_argument("--registry", help="MLflow URI; MLFLOW_TRACKING_URI, else runs/mlflow.db, where left out")
-    p.add_argument("--data", required=True, help="a data set of shards, or a file or source that cdssl shard reads")
-    p.add_argument("--split", choices=("train", "val", "test"), help="use this split of a data set of shards only")
-    p.add_argument("--where", metavar="CONDITION", help="of a data set of shards, as in 'n_atoms <= 20'")
-    p.add_argument("--out", required=True, help="Parquet file: a row for each crystal")
-    p.add_argument("--threads", type=int, default=1, help="of torch, on CPU")
+    add_arguments(p)
     args = p.parse_args(argv)
 
     pulled = registry.pull_version(args.model, tracking_uri(args.registry, RUNS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,16 @@ AT_ONCE: Final = 512  # crystals in memory
 ROWS_PER_GROUP: Final = 16_384
 
 Chunk = tuple[Multigraphs, list[Refusal]]
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """What all commands take that stream crystals through a model into a file."""
+    p.add_argument("--registry", help="MLflow URI; MLFLOW_TRACKING_URI, else runs/mlflow.db, where left out")
+    p.add_argument("--data", required=True, help="a data set of shards, or a file or source that cdssl shard reads")
+    p.add_argument("--split", choices=("train", "val", "test"), help="use this split of a data set of shards only")
+    p.add_argument("--where", metavar="CONDITION", help="of a data set of shards, as in 'n_atoms <= 20'")
+    p.add_argument("--out", required=True, help="Parquet file: a row for each crystal")
+    p.add_argument("--threads", type=int, default=1, help="of torch, on CPU")
 
 
 def stream(path: str, cutoff: float, split: str | None = None, where: str | None = None) -> Iterator[Chunk]:
