@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -114,18 +115,17 @@ def ranges(starts: NDArray[Any], counts: NDArray[Any]) -> NDArray[np.int64]:
 def _segments(values: NDArray[Any], starts: NDArray[Any], counts: NDArray[Any]) -> NDArray[Any]:
     """The values of some segments, one segment after the other."""
     out = np.empty((int(counts.sum()), *values.shape[1:]), values.dtype)
-    _copy_segments(_as_bytes(values), starts, counts, _as_bytes(out))
+    size = values.itemsize * math.prod(values.shape[1:])  # bytes; runs of bytes are one compiled copy for every type
+    _copy_runs(_as_bytes(values), starts * size, counts * size, _as_bytes(out))
     return out
 
 
 def _as_bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """The same memory as a row of bytes for each value."""
-    values = np.ascontiguousarray(values)
-    return values.view(np.uint8).reshape(len(values), values.itemsize * int(np.prod(values.shape[1:])))
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
 @compiled
-def _copy_segments(values: Array, starts: Array, counts: Array, out: Array) -> None:
+def _copy_runs(values: Array, starts: Array, counts: Array, out: Array) -> None:
     at = 0
     for g in range(len(starts)):
         out[at : at + counts[g]] = values[starts[g] : starts[g] + counts[g]]

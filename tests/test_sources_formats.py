@@ -373,7 +373,7 @@ def test_sources_travel_and_repeat(texts: dict[str, Any], tmp_path: Path) -> Non
 def test_records_are_batches(structures: list[Structure], tmp_path: Path) -> None:
     (tmp_path / "some.jsonl").write_text("\n".join([json.dumps({"structure": structures[9].as_dict()})] * 700))
     source = open_source(str(tmp_path / "some.jsonl"))
-    assert [len(record.payload) for record in source.records()] == [256, 256, 188]
+    assert [len(record.payload) for record in source.records()] == [512, 188]
 
 
 def test_unknown(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 import gemmi
@@ -110,7 +110,7 @@ def _block(block: gemmi.cif.Block, key: str, options: ReadOptions, labels: Mappi
 
 
 def _crystal(block: gemmi.cif.Block, key: str, options: ReadOptions, labels: Mapping[str, float] | None) -> Crystal:
-    cell = [_number(block.find_value(tag)) for tag in CELL]
+    cell = _numbers([block.find_value(tag) for tag in CELL])
     if not math.isfinite(sum(cell)):
         raise DoubtError("the cell is incomplete")
     loop = block.find_loop(FRACTIONAL[0]).get_loop()
@@ -172,10 +172,10 @@ def _number(value: str | None) -> float:
     return math.nan if value is None else gemmi.cif.as_number(gemmi.cif.as_string(value))
 
 
-def _numbers(values: list[str]) -> list[float]:
+def _numbers(values: Sequence[str | None]) -> list[float]:
     try:
-        return list(map(float, values))
-    except ValueError:
+        return list(map(float, values))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
         return [_number(value) for value in values]
 
 

@@ -16,7 +16,7 @@ from sharding.crystal import Crystal, Refusal, RefusedError
 from sharding.sources import ReadOptions, Record
 from sharding.sources.streams import CHUNK, DamagedError, Stream
 
-PIECES_PER_RECORD: Final = 256
+PIECES_PER_RECORD: Final = 512
 BYTES_PER_RECORD: Final = 2**20  # a record travels to another process
 IDS: Final = ("id", "material_id", "mat_id", "jid", "entry_id", "structure_id", "mp_id", "index")
 
