@@ -65,10 +65,14 @@ class GraphBatch:
     graph_of_atom: Tensor  # (N,) i64
     receiver: Tensor  # (E,) i64 | v
     sender: Tensor  # (E,) i64 | v'
-    shift: Tensor  # (E, 3) f32 | image of the sender, in cells
     graph_of_edge: Tensor  # (E,) i64
     row_ptr: Tensor  # (N + 1,) i64 | edges of atom i are row_ptr[i] : row_ptr[i + 1]
     mirror: Tensor  # (E,) i64 | the reverse of each edge
+    half: Tensor  # (E,) i64 | the half edge that an edge and its reverse are; they have one length
+    src: Tensor  # (H,) i64 | ends of the half edges
+    dst: Tensor  # (H,) i64
+    shift: Tensor  # (H, 3) f32 | image of dst, in cells
+    graph_of_half: Tensor  # (H,) i64
     scored: Tensor  # (E,) bool | between different atoms: not self images, not padding
     atoms_of_graph: Tensor  # (G,) i64
     edges_of_graph: Tensor  # (G,) i64 | directed
@@ -178,10 +182,14 @@ def widen(raw: RawPack) -> GraphBatch:
         graph_of_atom=graph_of_atom,
         receiver=receiver,
         sender=sender,
-        shift=placed(raw.edge_shift.float(), (-raw.edge_shift).float()),
         graph_of_edge=graph_of_atom.index_select(0, receiver),
         row_ptr=row_ptr,
         mirror=placed(backward, forward),
+        half=placed(halves, halves),
+        src=src,
+        dst=dst,
+        shift=raw.edge_shift.float(),
+        graph_of_half=graph_of_half,
         scored=receiver != sender,
         atoms_of_graph=atoms_of_graph,
         edges_of_graph=2 * edges_of_graph,
@@ -207,6 +215,10 @@ def to_pyg(batch: GraphBatch) -> Any:
 
     real = [g for g in range(batch.n_graphs - 1) if batch.atoms_of_graph[g]]
     first = torch.cumsum(batch.atoms_of_graph, 0) - batch.atoms_of_graph
+    # Of the two directions of a self image, either may be the one that is stored.
+    edge = torch.arange(len(batch.mirror), device=batch.mirror.device)
+    stored = (batch.receiver == batch.src[batch.half]) & (batch.scored | (edge < batch.mirror))
+    shift = torch.where(stored[:, None], batch.shift[batch.half], -batch.shift[batch.half])
     data = []
     for g in real:
         atoms, edges = batch.graph_of_atom == g, batch.graph_of_edge == g
@@ -216,7 +228,7 @@ def to_pyg(batch: GraphBatch) -> Any:
                 pos=batch.positions[atoms],
                 cell=batch.lattice[g][None],
                 edge_index=torch.stack([batch.sender[edges], batch.receiver[edges]]) - first[g],
-                shift=batch.shift[edges],
+                shift=shift[edges],
             )
         )
     return Batch.from_data_list(data)

@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
+from cdssl_dist.batch import GraphBatch
+from cdssl_dist.edges import GaussianExpansion
+from cdssl_dist.loss import squared_error
 from cdssl_dist.megnet import PretextModel
+from cdssl_dist.pretext import Denoising
 
 LIMIT: Final = 64  # shapes and parts that are compiled before torch gives up; 8 where nothing is said
 
@@ -40,6 +45,36 @@ def compile_model(model: PretextModel, backend: str = "inductor") -> PretextMode
     for part in [model.encoder.input_u, *model.encoder.blocks, model.head]:
         _compile(part, backend)
     return model
+
+
+class CompiledDenoising(Denoising):
+    """The same task, its passes over (E, M) fused: embeddings are made where they are needed, and never stored twice.
+
+    As with the model, passes without gradients stay eager.
+    """
+
+    def embed(self, distance: Tensor) -> Tensor:
+        """See ``Denoising``."""
+        return _embed(self.expansion, distance) if torch.is_grad_enabled() else super().embed(distance)
+
+    def squared_error(self, predicted: Tensor, clean: Tensor, batch: GraphBatch) -> Tensor:
+        """See ``Denoising``."""
+        if not torch.is_grad_enabled():
+            return super().squared_error(predicted, clean, batch)
+        return _squared_error(self.expansion, predicted, clean.index_select(0, batch.half), batch.scored)
+
+
+def _expansion(expansion: GaussianExpansion, distance: Tensor) -> Tensor:
+    return expansion(distance)
+
+
+def _error(expansion: GaussianExpansion, predicted: Tensor, clean: Tensor, scored: Tensor) -> Tensor:
+    return squared_error(predicted, expansion(clean), scored)
+
+
+# Made once and compiled at the first call.
+_embed: Callable[..., Tensor] = torch.compile(_expansion, dynamic=False)
+_squared_error: Callable[..., Tensor] = torch.compile(_error, dynamic=False)
 
 
 def _compile(part: Any, backend: str) -> None:

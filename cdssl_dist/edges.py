@@ -11,18 +11,20 @@ from cdssl_dist.batch import GraphBatch
 
 
 def distances(batch: GraphBatch, positions: Tensor) -> Tensor:
-    """Distances d = ‖x_sender + n·L − x_receiver‖ for every directed edge.
+    """Distances d = ‖x_dst + n·L − x_src‖ of every half edge: an edge and its reverse have one length, computed once.
+
+    ``distances(…).index_select(0, batch.half)`` are those of the directed edges.
 
     Args:
-        batch: edges, shifts and lattices.
+        batch: half edges, shifts and lattices.
         positions: (N, 3) f32, Å; clean or displaced.
 
     Returns:
-        (E,) f32, Å.
+        (H,) f32, Å.
     """
-    lattice = batch.lattice.index_select(0, batch.graph_of_edge)
-    image = torch.einsum("ei,eij->ej", batch.shift, lattice)
-    vector = positions.index_select(0, batch.sender) + image - positions.index_select(0, batch.receiver)
+    lattice = batch.lattice.index_select(0, batch.graph_of_half)
+    image = torch.einsum("hi,hij->hj", batch.shift, lattice)
+    vector = positions.index_select(0, batch.dst) + image - positions.index_select(0, batch.src)
     return torch.sqrt((vector * vector).sum(dim=1))
 
 
@@ -38,7 +40,7 @@ class GaussianExpansion:
     gamma: float  # Å
 
     def __call__(self, distance: Tensor) -> Tensor:
-        """(E,) f32, Å → (E, M) f32."""
+        """(n,) f32, Å → (n, M) f32. Distances carry no gradient, so it is computed in place."""
         mu = torch.linspace(0.0, self.end, self.centers, device=distance.device)
-        scaled = (distance[:, None] - mu) / self.gamma
-        return torch.exp(-scaled * scaled)
+        scaled = (distance / self.gamma)[:, None] - mu / self.gamma
+        return scaled.square_().neg_().exp_()

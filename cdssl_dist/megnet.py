@@ -1,6 +1,7 @@
 """MEGNet (Chen et al., Chem. Mater. 2019), the encoder, and the pretext head of CDSSL (New et al. 2024).
 
-Shapes: G graphs, N atoms, E directed edges, W width. Weights may be bf16; every mean is summed in f32.
+Shapes: G graphs, N atoms, H half edges, E = 2H directed edges, W width. Weights may be bf16; every mean is
+summed in f32.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ELEMENT_WIDTH = 16
 
 def shifted_softplus(x: Tensor) -> Tensor:
     """softplus(x) − ln 2: zero at zero."""
-    return F.softplus(x) - LOG_2
+    return F.softplus(x).sub_(LOG_2)  # in place: the gradient of softplus needs x alone
 
 
 class Dense(nn.Module):
@@ -78,7 +79,7 @@ class EdgeUpdate(nn.Module):
         receiving, sending, edge, state = self.first(x, x, u, s)
         # The state of a graph is added to its atoms first: one gather fewer over the edges.
         receiving = receiving + state.index_select(0, batch.graph_of_atom)
-        h = edge + receiving.index_select(0, batch.receiver) + sending.index_select(0, batch.sender)
+        h = edge.add_(receiving.index_select(0, batch.receiver)).add_(sending.index_select(0, batch.sender))
         return self.rest(shifted_softplus(h))
 
 
@@ -142,7 +143,8 @@ class MEGNet(nn.Module):
         """Encode.
 
         Args:
-            edge_features: (E, M) f32, the Gaussian expansion of the distances.
+            edge_features: (H, M) f32, the Gaussian expansion of the distances of half edges. What is made of them alone
+                is the same in both directions of an edge.
             batch: the graphs.
 
         Returns:
@@ -150,7 +152,7 @@ class MEGNet(nn.Module):
         """
         dtype = self.element.weight.dtype
         x = self.input_x(self.element(batch.atomic_numbers))
-        u = self.input_u(edge_features.to(dtype))
+        u = self.input_u(edge_features.to(dtype)).index_select(0, batch.half)
         s = self.input_s(self.initial_state.expand(batch.n_graphs, -1))
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
@@ -173,7 +175,7 @@ class PretextModel(nn.Module):
         self.out = nn.Linear(width, edge_features)
 
     def forward(self, edge_features: Tensor, batch: GraphBatch) -> Tensor:
-        """(E, M) of the displaced crystal → ê, (E, M) f32, of the true one."""
+        """(H, M) of the displaced crystal → ê, (E, M) f32, of the true one."""
         x, u, s = self.encoder(edge_features, batch)
         return self.out(self.head(x, u, s, batch)).to(torch.float32)
 

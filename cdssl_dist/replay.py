@@ -122,8 +122,9 @@ def replay(run: Path, step: int) -> Replay:
 
 def _squared_by_graph(task: Denoising, model: nn.Module, batch: GraphBatch) -> Tensor:
     """Squared errors of the scored edges of each graph: (G,)."""
-    displaced, target = task.inputs(batch)
-    error = (model(task.expansion(displaced), batch) - target) * batch.scored[:, None]
+    displaced, clean = task.lengths(batch)
+    target = task.embed(clean).index_select(0, batch.half)
+    error = (model(task.embed(displaced), batch) - target) * batch.scored[:, None]
     return segment_sum(error.square().sum(dim=1, keepdim=True), batch.graph_of_edge, batch.n_graphs)[:, 0]
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from cdssl_dist import __version__, checkpoint
 from cdssl_dist.batch import widen
 from cdssl_dist.checkpoint import Checkpoint, Progress, Retention
-from cdssl_dist.compiled import compile_model
+from cdssl_dist.compiled import CompiledDenoising, compile_model
 from cdssl_dist.config import Config
 from cdssl_dist.dataset import BadBlockError
 from cdssl_dist.edges import GaussianExpansion
@@ -101,7 +101,8 @@ class Trainer:
         self.plan = EpochPlan(self.data.table("train"), config.noise.seed, k, per_step)
         end = self.data.manifest.cutoff + config.graph.margin
         expansion = GaussianExpansion(config.graph.centers, end, config.graph.gamma)
-        self.task = Denoising(expansion, config.noise.range, config.noise.seed)
+        task = CompiledDenoising if config.engine.compile else Denoising
+        self.task = task(expansion, config.noise.range, config.noise.seed)
         packs, bad_blocks = config.tracking.baseline_packs, config.data.bad_blocks
         fitted = replace(self.plan, last="pad")
         self.reference = fit_reference(self.data, fitted, self.task, packs, device, bad_blocks)

@@ -60,7 +60,7 @@ def expected(batch: GraphBatch) -> tuple[Tensor, dict[str, Tensor]]:
     model = reference()
     u = model.encoder(EXPANSION(displaced).double(), batch)
     guess = model.out(model.head(*u, batch))
-    loss = squared_error(guess, EXPANSION(clean).double(), batch.scored)
+    loss = squared_error(guess, EXPANSION(clean).double()[batch.half], batch.scored)
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

@@ -54,10 +54,13 @@ def parameters(centers: int, width: int, hidden: int, blocks: int) -> int:
 
 
 def flops_per_edge(centers: int, width: int, hidden: int, blocks: int) -> float:
-    """Of matrix products, forward and backward (twice the forward), with an edge's share of its atom."""
+    """Of matrix products, forward and backward (twice the forward), with an edge's share of its atom.
+
+    The input layers see each half edge once.
+    """
     m, w, h = centers, width, hidden
     update = w * h + h * h + h * w
-    edge = (m * h + h * w) + (blocks - 1) * 2 * w * h + (blocks + 1) * update + w * m
+    edge = (m * h + h * w) / 2 + (blocks - 1) * 2 * w * h + (blocks + 1) * update + w * m
     node = (blocks - 1) * 2 * w * h + (blocks + 1) * 2 * w * h + blocks * (3 * w * h + h * h + h * w)
     return 3 * 2 * (edge + node / DEGREE)
 
@@ -65,11 +68,12 @@ def flops_per_edge(centers: int, width: int, hidden: int, blocks: int) -> float:
 def saved_per_edge(centers: int, bf16: bool, width: int, hidden: int, blocks: int) -> float:
     """Bytes that the eager model keeps for its backward pass: of each layer what comes in and what φ is taken of.
 
-    With an edge's share of its atom; up to a tenth too low.
+    With an edge's share of its atom.
     """
     m, w, h = centers, width, hidden
     dense = 2 * h + 2 * w
-    numbers = m + dense + (blocks - 1) * dense + (blocks + 1) * (4 * h + w) + (blocks + 1) * w
+    numbers = (m + 2 * h + w) / 2 + (blocks - 1) * dense + (blocks + 1) * (4 * h + w) + (blocks + 2) * w
+    numbers += blocks * w  # index_add keeps what it sums
     numbers_of_atom = blocks * (4 * h + 5 * w) + (blocks - 1) * dense
     return (numbers + numbers_of_atom / DEGREE) * (2 if bf16 else 4) + 4 * m  # and ê − e, always f32
 

@@ -22,7 +22,7 @@ from cdssl_dist.batch import PackShape, RawPack, collate, widen
 from cdssl_dist.bench.common import Figures, data_folder, in_turns
 from cdssl_dist.bench.concatenating import concatenating
 from cdssl_dist.bench.matgl_process import Matgl
-from cdssl_dist.compiled import compile_model
+from cdssl_dist.compiled import CompiledDenoising, compile_model
 from cdssl_dist.dataset import DataSet
 from cdssl_dist.edges import GaussianExpansion
 from cdssl_dist.megnet import PretextModel
@@ -120,20 +120,23 @@ def measure(args: Namespace) -> Figures:
         packs = packs_of(data, args.edges or (2**20 if device.type == "cuda" else 2**15))
         end = data.manifest.cutoff + 1.0
     beside = device.type == "cpu" and Matgl.available()
-    task = Denoising(GaussianExpansion(CENTERS, end, 0.5), (0.3, 0.3), 0)
+    expansion = GaussianExpansion(CENTERS, end, 0.5)
     steps: dict[str, Step] = {}
     for dtype in args.dtype:
         for name, change in CONTESTANTS.items():
             if (beside and name.startswith("concatenating")) or (args.eager and name.endswith("compiled")):
                 continue
             model = change(fresh(args.size))
-            steps[f"{name}, {dtype}"] = Step(ENGINES[args.engine](model, DTYPES[dtype], device), task, packs, device)
+            engine = ENGINES[args.engine](model, DTYPES[dtype], device)
+            kind = CompiledDenoising if name.endswith("compiled") else Denoising
+            steps[f"{name}, {dtype}"] = Step(engine, kind(expansion, (0.3, 0.3), 0), packs, device)
         if device.type == "cuda" and args.size == "small":
             from cdssl_dist.kernels.model import FusedPretextModel  # triton is where torch for CUDA is
 
             torch.manual_seed(0)
-            fused = FusedPretextModel(expansion=task.expansion, **SIZES[args.size])
+            fused = FusedPretextModel(expansion=expansion, **SIZES[args.size])
             engine = ENGINES[args.engine](fused, DTYPES[dtype], device)
+            task = Denoising(expansion, (0.3, 0.3), 0)
             steps[f"ours, kernels, {dtype}"] = Step(engine, task, packs, device, fused=True)
     with contextlib.ExitStack() as stack:
         measures: dict[str, Callable[[], float]] = {name: step.per_edge for name, step in steps.items()}

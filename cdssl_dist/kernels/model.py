@@ -34,7 +34,7 @@ class FusedPretextModel(PretextModel):
         self.expansion = expansion
 
     def forward(self, displaced: Tensor, batch: GraphBatch, clean: Tensor | None = None) -> Tensor:
-        """Σ (ê − e)² over scored edges, f32, from distances (E,) f32, Å, of the displaced and of the true crystal.
+        """Σ (ê − e)² over scored edges, f32, from distances (H,) f32, Å, of the displaced and of the true crystal.
 
         Without the latter ê, (E, M) f32, by the reference: what metrics and validation want.
         """
@@ -42,12 +42,14 @@ class FusedPretextModel(PretextModel):
             return super().forward(self.expansion(displaced), batch)
         encoder, rows = self.encoder, Rows.of(batch)
         x = encoder.input_x(encoder.element(batch.atomic_numbers))
-        u = Expand.apply(displaced, self.expansion, *_weights(encoder.input_u))
+        u = Expand.apply(displaced.index_select(0, batch.half), self.expansion, *_weights(encoder.input_u))
         s = encoder.input_s(encoder.initial_state.expand(batch.n_graphs, -1))
         for block in encoder.blocks:
             x, u, s = _block(block, x, u, s, batch, rows)
         u, _ = _edge_step(self.head, None, x, u, s, batch, rows)
-        return Loss.apply(u, clean, batch.scored, self.expansion, self.out.weight, self.out.bias)
+        return Loss.apply(
+            u, clean.index_select(0, batch.half), batch.scored, self.expansion, self.out.weight, self.out.bias
+        )
 
 
 def _weights(dense: Any) -> list[Tensor]:
