@@ -17,6 +17,7 @@ COMMANDS: Final = {
     "pretrain": ("cdssl_dist.pretrain", "pretrain an encoder on a data set (also: python -m cdssl_dist.pretrain)"),
     "status": ("cdssl_dist.status", "tell what a run is doing, from its folder: once, as JSON, or until it ends"),
     "finetune": ("cdssl_dist.finetune", "fine-tune a registered encoder on labeled crystals"),
+    "study": ("cdssl_dist.study", "what an encoder is worth: train sizes, seeds, controls; tables and the chart"),
     "predict": ("cdssl_dist.predict", "predict properties of crystals with a fine-tuned model"),
     "embed": ("cdssl_dist.embed", "embed crystals: a Parquet file of vectors"),
     "probe": ("cdssl_dist.probe", "linear probes of an encoder, beside what was not learned"),

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -27,6 +27,9 @@ class Section(BaseModel):
     """A part of the configuration: immutable, and strict about names."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+M = TypeVar("M", bound=Section)
 
 
 class DataConfig(Section):
@@ -259,16 +262,21 @@ def packaged(name: str) -> Path:
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration.
+    """Read the configuration of a run; the packaged ``pretrain/base.yaml`` where no path is given. See ``read``."""
+    return read(Config, Path(path) if path else packaged("pretrain/base.yaml"), overrides)
+
+
+def read(model: type[M], path: Path, overrides: Sequence[str] = ()) -> M:
+    """Read a configuration of any kind.
 
     Args:
-        path: a YAML file; the packaged ``pretrain/base.yaml`` where left out.
+        model: what the file describes.
+        path: a YAML file.
         overrides: ``section.key=value``, the value in YAML.
 
     Raises:
         ConfigError: where the file cannot be read, or a key or a value is wrong.
     """
-    path = Path(path) if path else packaged("pretrain/base.yaml")
     try:
         content = yaml.safe_load(path.read_text()) or {}
     except OSError as why:
@@ -279,15 +287,20 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
         raise ConfigError(f"{path}: must hold sections such as data: and model:")
     for override in overrides:
         _override(content, override)
-    return parse(content, str(path))
+    return validate(model, content, str(path))
 
 
 def parse(content: dict[str, Any], where: str = "config") -> Config:
-    """Validate; see ``load``."""
+    """Validate the configuration of a run; see ``read``."""
+    return validate(Config, content, where)
+
+
+def validate(model: type[M], content: dict[str, Any], where: str) -> M:
+    """Validate a configuration of any kind; see ``read``."""
     try:
-        return Config.model_validate(content)
+        return model.model_validate(content)
     except ValidationError as error:
-        raise ConfigError("; ".join(f"{where}: {_explain(e)}" for e in error.errors())) from None
+        raise ConfigError("; ".join(f"{where}: {_explain(model, e)}" for e in error.errors())) from None
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -309,16 +322,27 @@ def _override(content: dict[str, Any], override: str) -> None:
     content[last] = value
 
 
-def _explain(error: Any) -> str:
+def _explain(model: Any, error: Any) -> str:
     """One line for one of pydantic's errors; for an unknown key, the nearest known one."""
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] != "extra_forbidden":
         return (
             f"{where}: {error['msg']} (got {error['input']!r})" if where else error["msg"].removeprefix("Value error, ")
         )
-    model: Any = Config
     for part in error["loc"][:-1]:
-        model = model.model_fields[part].annotation
-    near = difflib.get_close_matches(str(error["loc"][-1]), list(model.model_fields), n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(model.model_fields)}"
+        model = _inside(model, part)
+    known = list(getattr(model, "model_fields", {}))
+    near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
     return f"{where}: unknown key{hint}"
+
+
+def _inside(annotation: Any, part: str | int) -> Any:
+    """The type of a part of a section, of a mapping of sections, or of a section that may be left out."""
+    inner = getattr(annotation, "model_fields", {}).get(part)
+    if inner is not None:
+        annotation = inner.annotation
+    elif get_args(annotation):  # dict[str, Section]
+        annotation = get_args(annotation)[-1]
+    options = [a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, Section)]
+    return options[0] if options and type(None) in get_args(annotation) else annotation

@@ -14,11 +14,11 @@ import torch
 
 from cdssl_dist.commands import Parser, command
 from cdssl_dist.encoder import CHAMPION, CrystalEncoder
-from cdssl_dist.labeled import density, volume_per_atom
+from cdssl_dist.labeled import density, formulas_of, volume_per_atom
 from cdssl_dist.predictor import unseen_elements
 from cdssl_dist.stream import Rows, add_arguments, stream, write_rows
-from sharding.crystal import SYMBOLS, reduced_formula
-from sharding.graph import Multigraphs, offsets
+from sharding.crystal import SYMBOLS
+from sharding.graph import Multigraphs
 
 
 @command
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def use(graphs: Multigraphs) -> dict[str, object]:
         strange = unseen_elements(encoder.card.elements, graphs)
         return {
-            "formula": formulas(graphs),
+            "formula": formulas_of(graphs),
             "n_atoms": graphs.n_atoms.astype(np.int32),
             "density": density(graphs),
             "volume_per_atom": volume_per_atom(graphs),
@@ -57,12 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     more = f"; {refused:,} could not be used, the column `refused` says why" if refused else ""
     print(f"{args.out}: {rows.rows - refused:,} vectors of {encoder.dim} numbers{more}")
     return 0
-
-
-def formulas(graphs: Multigraphs) -> list[str]:
-    """Reduced formula of each crystal."""
-    start = offsets(graphs.n_atoms)
-    return [reduced_formula(graphs.atomic_numbers[a:b]) for a, b in zip(start[:-1], start[1:], strict=True)]
 
 
 if __name__ == "__main__":

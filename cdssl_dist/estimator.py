@@ -19,14 +19,14 @@ from sklearn.utils.validation import check_is_fitted
 
 from cdssl_dist import __version__
 from cdssl_dist.encoder import CHAMPION, CrystalEncoder
+from cdssl_dist.labeled import formulas_of
 from cdssl_dist.model_card import write_model_card
 from cdssl_dist.predictor import Prediction, Predictor, PropertyCard, network_of, scalers_of, write_property
 from cdssl_dist.splits import Split, hold_out
 from cdssl_dist.structures import RefusedStructuresError, as_list, graphs_of
 from cdssl_dist.targets import Array, Target, Task
 from cdssl_dist.tuning import FineTuning, Member, fit
-from sharding.crystal import reduced_formula
-from sharding.graph import Multigraphs, concatenate, offsets
+from sharding.graph import Multigraphs, concatenate
 
 
 class _Estimator(BaseEstimator):  # type: ignore[misc]
@@ -88,8 +88,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         if len(items) != len(targets):
             raise ValueError(f"{len(items)} structures and {len(targets)} targets: one target a structure is needed")
         graphs = _graphs(items, found.cutoff)
-        start = offsets(graphs.n_atoms)
-        formulas = [reduced_formula(graphs.atomic_numbers[a:b]) for a, b in zip(start[:-1], start[1:], strict=True)]
+        formulas = formulas_of(graphs)
         members: list[Member] = []
         for i in range(self.members):
             seed = self.random_state + i

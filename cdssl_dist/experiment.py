@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -97,6 +98,16 @@ def new_encoder(card: EncoderCard, seed: int) -> MEGNet:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return MEGNet(edge_features=card.centers, **card.model)
+
+
+def permuted(encoder: MEGNet, seed: int) -> MEGNet:
+    """A network with the weights of another, shuffled inside each tensor: their scale without what they learned."""
+    shuffled = copy.deepcopy(encoder)
+    source = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in shuffled.parameters():
+            weight.copy_(weight.flatten()[torch.randperm(weight.numel(), generator=source)].view_as(weight))
+    return shuffled
 
 
 def predict(member: Member, card: EncoderCard, graphs: Multigraphs, task: Task) -> Array:

@@ -18,7 +18,7 @@ from cdssl_dist.dataset import DataSet, is_data_set
 from cdssl_dist.subset import read, select
 from cdssl_dist.tables import read_columns
 from sharding.crystal import SYMBOLS, Crystal, Refusal, reduced_formula
-from sharding.graph import Multigraphs, build, concatenate
+from sharding.graph import Multigraphs, build, concatenate, offsets
 from sharding.manifest import DataSetError
 from sharding.progress import Progress
 from sharding.sources import ReadOptions, open_source, parse_records
@@ -67,6 +67,12 @@ def volume_per_atom(graphs: Multigraphs) -> NDArray[np.float64]:
     return volume(graphs) / graphs.n_atoms
 
 
+def formulas_of(graphs: Multigraphs) -> list[str]:
+    """Reduced formula of each crystal."""
+    start = offsets(graphs.n_atoms)
+    return [reduced_formula(graphs.atomic_numbers[a:b]) for a, b in zip(start[:-1], start[1:], strict=True)]
+
+
 # Targets that need no label: name → how it is computed, and its unit.
 COMPUTED: Final[dict[str, tuple[Callable[[Multigraphs], NDArray[np.float64]], str]]] = {
     "computed:density": (density, "g/cm³"),
@@ -85,6 +91,7 @@ def load_labeled(
     columns: Sequence[str] = (),
     table: str | None = None,
     classes: bool = False,
+    unlabeled: bool = False,
 ) -> Labeled:
     """Crystals that have a target.
 
@@ -98,6 +105,7 @@ def load_labeled(
         columns: further columns to read, numbers or text: of the CSV or Parquet file itself, or of ``table``.
         table: a CSV or Parquet file that holds labels and columns, by the ids of the crystals.
         classes: the one target names a class, so it may be text; it is read like ``columns``, not as a number.
+        unlabeled: take crystals without any target, too.
 
     Raises:
         DataSetError: where a target, a column or a key does not exist, no crystal has a target, or the cutoff is
@@ -109,7 +117,8 @@ def load_labeled(
     looked_up = [n for n in names if n not in COMPUTED] if table or classes else []
     stored = [n for n in names if n not in COMPUTED and n not in looked_up]
     if Path(path).is_dir() or is_data_set(path):
-        graphs, groups, units, sources = _from_shards(path, stored, cutoff, split, keys, where)
+        having = [f"y.{stored[0]}"] if len(stored) == 1 and not unlabeled else []  # other blocks are not read
+        graphs, groups, units, sources = _from_shards(path, stored, having, cutoff, split, keys, where)
     elif split or where:
         raise DataSetError(f"{path}: not a data set of shards, so there is no split and no condition to choose by")
     else:
@@ -134,6 +143,8 @@ def load_labeled(
         raise DataSetError(
             f"{path}: no crystal has a finite value of {' or '.join(map(repr, names))}; a column of text is for classes"
         )
+    if unlabeled:
+        known = np.arange(len(graphs))
     return Labeled(
         graphs.take(known),
         values[known],
@@ -162,7 +173,13 @@ Loaded = tuple[Multigraphs, list[str], dict[str, str], list[dict[str, str]]]
 
 
 def _from_shards(
-    path: str, targets: list[str], cutoff: float, split: str | None, keys: Sequence[str] | None, where: str | None
+    path: str,
+    targets: list[str],
+    having: list[str],
+    cutoff: float,
+    split: str | None,
+    keys: Sequence[str] | None,
+    where: str | None,
 ) -> Loaded:
     with DataSet(path) as data:
         manifest = data.manifest
@@ -174,7 +191,6 @@ def _from_shards(
         for target in targets:
             if target not in manifest.labels:
                 raise DataSetError(f"{path}: no label {target!r}; {_known(manifest.labels)}")
-        having = [f"y.{targets[0]}"] if len(targets) == 1 else []  # blocks without a labeled crystal are not read
         rows = select(data, split=split, keys=keys, where=where, having=having, columns=["group"])
         graphs = read(data, rows)
     units = {t: manifest.labels[t].get("unit", "") for t in targets}

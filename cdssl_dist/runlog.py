@@ -88,6 +88,13 @@ def append_event(folder: Path, step: int | None, kind: str, **about: Any) -> Non
         file.write(json.dumps({"step": step, "time": _now(), "event": kind, **about}, default=str) + "\n")
 
 
+def append_metrics(folder: Path, step: int, values: dict[str, float]) -> None:
+    """A line of ``metrics.jsonl``, of a run that has no ``RunLog``: nothing is ever cut from it."""
+    finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, "time": _now(), **finite}) + "\n")
+
+
 def write_status(folder: Path, **about: Any) -> None:
     """``status.json``, anew."""
     write_atomically(folder / "status.json", json.dumps({**about, "time": _now()}, indent=1).encode())

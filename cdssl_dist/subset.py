@@ -108,15 +108,20 @@ def read(data: DataSet, rows: pa.Table) -> Multigraphs:
     return found.take(place)
 
 
-def elements(data: DataSet, split: str) -> list[int]:
-    """Atomic numbers that occur in a split, by the formulas of the graph table."""
+def formulas(data: DataSet, split: str) -> set[str]:
+    """The reduced formulas of the crystals of a split."""
     found: set[str] = set()
     for name in sorted(name for name in data.manifest.tables if name.startswith(GRAPHS)):
         with data.open(name) as file:
             rows = pq.read_table(file, columns=["formula"], filters=[("split", "==", split)])
-        for formula in pc.unique(rows["formula"]).to_pylist():
-            found |= set(re.findall("[A-Z][a-z]?", formula))
-    return sorted(ATOMIC_NUMBER[symbol] for symbol in found)
+        found |= set(pc.unique(rows["formula"]).to_pylist())
+    return found
+
+
+def elements(data: DataSet, split: str) -> list[int]:
+    """Atomic numbers that occur in a split, by the formulas of the graph table."""
+    symbols = {symbol for formula in formulas(data, split) for symbol in re.findall("[A-Z][a-z]?", formula)}
+    return sorted(ATOMIC_NUMBER[symbol] for symbol in symbols)
 
 
 def condition(text: str, names: Sequence[str]) -> pc.Expression:

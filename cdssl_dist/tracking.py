@@ -18,7 +18,7 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
@@ -81,8 +81,17 @@ class Spool:
 class Follower:
     """Uploads what a run folder gains. Every method may fail and be called again."""
 
-    def __init__(self, folder: Path, uri: str, experiment: str, params: dict[str, str], tags: dict[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        uri: str,
+        experiment: str,
+        params: dict[str, str],
+        tags: dict[str, str],
+        artifacts: Sequence[str] = ARTIFACTS,
+    ) -> None:
         self.folder, self.uri, self.experiment, self.params, self.tags = folder, uri, experiment, params, tags
+        self.artifacts = artifacts
         self.spool = Spool.read(folder / "mlflow-run.json", redact(uri))
         self.batch, self.refused, self.opened = BATCH, -1, False
         self.client: Any = None
@@ -174,7 +183,7 @@ class Follower:
 
     def close(self, status: str) -> None:
         """Artifacts and the end of the run."""
-        for name in ARTIFACTS:
+        for name in self.artifacts:
             path = self.folder / name
             try:
                 if path.exists() and path.suffix in (".yaml", ".jsonl"):
@@ -240,10 +249,7 @@ def follow(
     period: float = 3.0,
     patience: float = 30.0,
 ) -> Iterator[Follower]:
-    """Track a run while the body of the ``with`` trains it.
-
-    Never raises because of MLflow, and never makes the body wait for it. What a server did not take stays in the run
-    folder, and goes up the next time the run is followed.
+    """Track a pretraining run while the body of the ``with`` trains it; see ``followed``.
 
     Args:
         folder: of the run, on a disk that this process shares with rank 0.
@@ -251,13 +257,43 @@ def follow(
         params: more parameters, e.g. of the data set.
         tags: at least the digest of the data.
         home: folder of the SQLite file where no server is given; the one that holds the run folder where left out.
+        period, patience: see ``followed``.
+    """
+    uri = tracking_uri(config.tracking.uri, home or folder.parent)
+    about = config.model_dump(mode="json") | dict(params)
+    named = {"config_digest": config.digest()} | dict(tags)
+    with followed(folder, uri, config.tracking.experiment, about, named, period=period, patience=patience) as follower:
+        yield follower
+
+
+@contextlib.contextmanager
+def followed(
+    folder: Path,
+    uri: str,
+    experiment: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    artifacts: Sequence[str] = ARTIFACTS,
+    *,
+    period: float = 3.0,
+    patience: float = 30.0,
+) -> Iterator[Follower]:
+    """Track whatever writes ``metrics.jsonl`` in a folder, while the body of the ``with`` runs.
+
+    Never raises because of MLflow, and never makes the body wait for it. What a server did not take stays in the run
+    folder, and goes up the next time the run is followed.
+
+    Args:
+        folder: of the run.
+        uri: of MLflow.
+        experiment: its name there.
+        params, tags: of the run; versions are added to the tags.
+        artifacts: files of the folder that are uploaded at the end, those that are there.
         period: s between two looks at the files.
         patience: s that the end may take.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    uri = tracking_uri(config.tracking.uri, home or folder.parent)
-    flat = _flat(config.model_dump(mode="json")) | {k: _text(v) for k, v in params.items()}
-    follower = Follower(folder, uri, config.tracking.experiment, flat, _tags(config) | dict(tags))
+    follower = Follower(folder, uri, experiment, _flat(params), _versions() | dict(tags), artifacts)
     worker = _Worker(follower, period)
     with http_limits(timeout=10):
         worker.start()
@@ -308,9 +344,9 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _tags(config: Config) -> dict[str, str]:
-    """Where a run comes from; never anything out of the environment."""
-    tags = {"config_digest": config.digest(), "code_version": __version__, "version.python": platform.python_version()}
+def _versions() -> dict[str, str]:
+    """Which code runs; never anything out of the environment."""
+    tags = {"code_version": __version__, "version.python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             tags[f"version.{package}"] = importlib.metadata.version(package)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import multiprocessing
 import os
+import secrets
 import signal
 import threading
 from collections import deque
@@ -30,14 +32,18 @@ class Executor:
 
     Args:
         workers: processes on this machine; 1 runs everything in this one.
-        address: of a Ray cluster instead; ``workers`` then is the number of tasks at a time. Plain Ray tasks and not
-            Ray Data: a stage is a list of independent files to make, in an order that the result must not depend on,
-            and which of them exist already is all the state that a rerun needs.
+        address: of a Ray cluster instead, "local" for one of its own that ends with the ``with`` block; ``workers``
+            then is the number of tasks at a time. Plain Ray tasks and not Ray Data: a stage is a list of independent
+            files to make, in an order that the result must not depend on, and which of them exist already is all the
+            state that a rerun needs.
+        resources: what a Ray task takes, as in ``{"num_cpus": 2}``; one CPU where nothing is said.
     """
 
     workers: int = 1
     address: str | None = None
+    resources: dict[str, float] = field(default_factory=dict)
     _pool: ProcessPoolExecutor | None = field(default=None, init=False, repr=False)
+    _started: bool = field(default=False, init=False, repr=False)
 
     def map(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
         """Results in the order of the tasks; only a few tasks are taken ahead, so that memory stays bounded.
@@ -55,6 +61,17 @@ class Executor:
         except MemoryError:
             raise WorkerError("out of memory; run the same command again to go on, with fewer --workers") from None
 
+    def attempt(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R | Failed]:
+        """Like ``map``, but an error stands in the place of its result, and the other tasks go on.
+
+        On Ray the death of a process is such an error, too, once Ray's own repetitions are used up.
+        """
+        caught = functools.partial(_caught, function)
+        if self.address:
+            yield from self._on_ray(caught, tasks, _settled)
+        else:
+            yield from self.map(caught, tasks)
+
     def __enter__(self) -> Executor:
         return self
 
@@ -62,6 +79,11 @@ class Executor:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+        if self._started:
+            import ray
+
+            ray.shutdown()
+            self._started = False
 
     def _in_processes(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
         if self._pool is None:
@@ -79,15 +101,18 @@ class Executor:
                 "with fewer --workers"
             ) from None
 
-    def _on_ray(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
+    def _on_ray(
+        self, function: Callable[[T], R], tasks: Iterable[T], settle: Callable[[Future[R]], Any] = Future.result
+    ) -> Iterator[Any]:
         import ray
         from ray.exceptions import RayError, RayTaskError
 
         self._join_cluster()
-        remote = ray.remote(function)
+        remote = ray.remote(_call).options(**self.resources)
+        shared = ray.put(function)  # once, with all that is bound to it
         try:
-            started = (remote.remote(task).future() for task in tasks)
-            yield from _in_order(started, self.workers, EARLY * self.workers)
+            started = (remote.remote(shared, task).future() for task in tasks)
+            yield from _in_order(started, self.workers, EARLY * self.workers, settle)
         except RayTaskError as why:  # its text is a traceback; what our function raised is inside
             raise why.cause if isinstance(why.cause, Exception) else WorkerError(_line(why)) from None
         except RayError as why:
@@ -95,25 +120,57 @@ class Executor:
             raise WorkerError(text) from None
 
     def _join_cluster(self) -> None:
-        """Connect, once; the cluster's token is taken from RAY_AUTH_TOKEN or the file that Ray looks for."""
+        """Connect, once; the token of another's cluster is taken from RAY_AUTH_TOKEN or the file that Ray looks for."""
         import ray
 
         if ray.is_initialized():
             return
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # a cluster that asks for none lets anyone run code
+        more: dict[str, Any] = {}
+        if self.address == "local":
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would be sent over the network
+            more["include_dashboard"] = False
         try:
-            ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR, **more)
         except Exception as why:  # one kind for each part of Ray that fails
             raise WorkerError(f"no Ray cluster at {self.address} can be joined: {_line(why)}") from None
+        self._started = self.address == "local"
 
 
-def _in_order(started: Iterator[Future[R]], running: int, early: int) -> Iterator[R]:
+def _call(function: Callable[[T], R], task: T) -> R:
+    return function(task)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What a task ended with."""
+
+    why: str  # one line
+
+
+def _caught(function: Callable[[T], R], task: T) -> R | Failed:
+    try:
+        return function(task)
+    except Exception as why:
+        return Failed(f"{type(why).__name__}: {_line(why)}")
+
+
+def _settled(future: Future[Any]) -> Any:
+    why = future.exception()
+    return future.result() if why is None else Failed(f"its process died ({_line(why)})")
+
+
+def _in_order(
+    started: Iterator[Future[R]], running: int, early: int, settle: Callable[[Future[R]], Any] = Future.result
+) -> Iterator[Any]:
     """The results of tasks that are started as they are drawn from an iterator.
 
     Args:
         started: draws one more task and starts it.
         running: tasks started and not finished, at most.
         early: finished tasks that wait for one before them, at most.
+        settle: makes of a finished task what is yielded.
     """
     waiting: deque[Future[R]] = deque()
     for future in started:
@@ -121,13 +178,13 @@ def _in_order(started: Iterator[Future[R]], running: int, early: int) -> Iterato
         while waiting:
             unfinished = [f for f in waiting if not f.done()]
             if waiting[0].done() or len(waiting) >= running + early:
-                yield waiting.popleft().result()
+                yield settle(waiting.popleft())
             elif len(unfinished) >= running:
                 wait(unfinished, return_when=FIRST_COMPLETED)
             else:
                 break
     while waiting:
-        yield waiting.popleft().result()
+        yield settle(waiting.popleft())
 
 
 def _begin() -> None:

@@ -24,11 +24,24 @@ LAYERS = [
         "structures",
         "embedding",
     }
-    | {"targets", "splits", "baselines", "tuning", "predictor", "experiment", "models", "model_card", "parity"},
+    | {"targets", "splits", "baselines", "tuning", "predictor", "experiment", "models", "model_card", "parity"}
+    | {"study_config", "study_data", "study_cells", "study_run", "study_statistics", "study_tables"},
     {"train_loop"},
     {"mlflow_server", "tracking", "registry", "registry_store", "pyfunc", "model_folder"} | {"live", "rank", "cluster"},
     {"commands", "pretrain", "replay", "status", "registry_cli", "demo", "bench", "doctor", "cli"}
-    | {"encoder", "estimator", "finetune", "predict", "embed", "probe", "map", "map_page", "report", "report_page"},
+    | {
+        "encoder",
+        "estimator",
+        "finetune",
+        "predict",
+        "embed",
+        "probe",
+        "map",
+        "map_page",
+        "report",
+        "report_page",
+        "study",
+    },
 ]
 # foreign package → the modules that may import it
 KNOWN_BY = {

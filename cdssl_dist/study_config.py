@@ -1,0 +1,153 @@
+"""What a study is: data sets and targets, train sizes and seeds, arms and their sweeps. Typed, like ``config``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from cdssl_dist.config import Section
+
+
+class SplitColumn(Section):
+    """Who trains and who is evaluated, by a column; "{target}" in its name stands for the target."""
+
+    column: str
+    train: str = "train"
+    evaluate: str = "val"
+    predict: str = "test"  # only for ``predict``: labels of these crystals are never read
+
+
+class Folds(Section):
+    """Folds over the rows of the file as scikit-learn's ``KFold(k, shuffle=True, random_state=seed)`` makes them.
+
+    With seed 18012019 these are the official folds of Matbench v0.1. Seed i of the study is evaluated on fold i mod k.
+    """
+
+    rows: PositiveInt  # of the file; a crystal that was refused counts
+    k: int = Field(5, ge=2)
+    seed: int = 18012019
+
+
+class StudyData(Section):
+    """A data set. Where it lies is said on the command line, or by CDSSL_DATA_<NAME>."""
+
+    column: str = "{target}"  # that holds the labels
+    split: SplitColumn | Folds
+
+
+class StudyTarget(Section):
+    """A property to learn."""
+
+    data: str  # name of the data set
+    unit: str = ""
+    column: str | None = None  # where the data set's pattern does not tell it
+    extensive: bool = False  # grows with the cell: learned and reported per atom; predictions hold the label itself
+    sizes: tuple[PositiveInt, ...] | None = None  # labels to learn from; the study's where left out
+
+
+class Arm(Section):
+    """One way to begin."""
+
+    start: Literal["pretrained", "random", "permuted"]  # permuted: pretrained weights shuffled inside each tensor
+    encoder: str | None = None  # models:/NAME@ALIAS or a folder; the study's where left out
+    frozen: bool = False  # the readout alone learns
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)  # learning rates to choose from
+
+
+class Training(Section):
+    """The budget of one training, the same for all arms."""
+
+    passes: PositiveInt = 24_000  # crystals seen in all epochs, where the bounds on epochs allow
+    epochs: tuple[PositiveInt, PositiveInt] = (10, 100)  # fewest and most
+    batch_size: PositiveInt = 16
+    hold: float = Field(0.1, ge=0, lt=1)  # share of the labels that are held out for early stopping
+    patience: PositiveInt = 30  # epochs
+    weight_decay: float = Field(1e-5, ge=0)
+
+    def epochs_of(self, crystals: int) -> int:
+        """Epochs of a training on so many crystals."""
+        return int(min(max(-(-self.passes // crystals), self.epochs[0]), self.epochs[1]))
+
+
+class Sweep(Section):
+    """How each arm chooses its learning rate, once for each target and each of some sizes."""
+
+    seeds: tuple[int, ...] = (1000,)  # none of those reported
+    sizes: tuple[PositiveInt, ...] = (100, 500, 2000)  # a case takes the rate of the nearest size, by its logarithm
+    evaluate: PositiveInt = 500  # crystals, of those that may train and are not in the sample
+
+
+class Predict(Section):
+    """Training on all crystals that may train, and predictions for those whose labels are secret."""
+
+    targets: tuple[str, ...]
+    arms: tuple[str, ...] = ("pretrained",)
+    seeds: tuple[int, ...] = (0,)
+    training: Training = Training(passes=600_000, batch_size=32, hold=0.02)
+
+
+class StudyTracking(Section):
+    """MLflow."""
+
+    uri: str | None = None  # MLFLOW_TRACKING_URI, else a SQLite file beside the study
+    experiment: str = "cdssl-study"
+
+
+class StudyConfig(Section):
+    """One study."""
+
+    out: str = "runs/study"
+    encoder: str = "models:/cdssl-encoder@champion"
+    data: dict[str, StudyData]
+    targets: dict[str, StudyTarget]
+    sizes: tuple[PositiveInt, ...] = (50, 100, 200, 350, 500, 1000, 2000)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    arms: dict[str, Arm]
+    reference: str = "scratch"  # the arm that others are compared with
+    baselines: bool = True  # median, and ridge on element fractions
+    evaluate_at_most: PositiveInt = 1000  # crystals of a target, the same in every case
+    unseen_only: bool = False  # leave out, everywhere, crystals whose formula was seen in pretraining
+    training: Training = Training()
+    sweep: Sweep = Sweep()
+    predict: Predict | None = None
+    tracking: StudyTracking = StudyTracking()
+
+    def sizes_of(self, target: str) -> tuple[int, ...]:
+        """The train sizes of a target, ascending."""
+        own = self.targets[target].sizes
+        return tuple(sorted(set(self.sizes if own is None else own)))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StudyConfig:
+        for name, target in self.targets.items():
+            if target.data not in self.data:
+                raise ValueError(f"targets.{name}.data: no data set {target.data!r}; there are {', '.join(self.data)}")
+        if self.reference not in self.arms:
+            raise ValueError(f"reference: no arm {self.reference!r}; there are {', '.join(self.arms)}")
+        for name, arm in self.arms.items():
+            if not arm.rates or min(arm.rates) <= 0:
+                raise ValueError(f"arms.{name}.rates: give one or more positive rates")
+            if len(set(arm.rates)) != len(self.arms[self.reference].rates):
+                raise ValueError(
+                    f"arms.{name}.rates: {len(set(arm.rates))} rates where {self.reference} has "
+                    f"{len(self.arms[self.reference].rates)}; an arm that may choose among more is favoured"
+                )
+            if name in BASELINES:
+                raise ValueError(f"arms.{name}: the name of a baseline")
+        reported = {*self.seeds, *(self.predict.seeds if self.predict else ())}
+        if both := reported & set(self.sweep.seeds):
+            raise ValueError(f"sweep.seeds: {sorted(both)} are reported, too; rates must be chosen on other seeds")
+        if self.training.epochs[0] > self.training.epochs[1]:
+            raise ValueError("training.epochs: fewest comes first")
+        if self.predict:
+            for what, there in ((self.predict.targets, self.targets), (self.predict.arms, self.arms)):
+                if strange := set(what) - set(there):
+                    raise ValueError(f"predict: {', '.join(sorted(strange))} not in the study")
+            for name in self.predict.targets:
+                if isinstance(self.data[self.targets[name].data].split, Folds):
+                    raise ValueError(f"predict: {name} has folds; predictions want a column of splits")
+        return self
+
+
+BASELINES = {"median": "median", "ridge": "ridge on composition"}  # arm → its name in ``baselines``
