@@ -6,6 +6,7 @@ Nothing here trains; it is arithmetic on keys, so that who learns and who is eva
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -99,11 +100,34 @@ class Samples:
         split = config.data[config.targets[target].data].split
         return split if isinstance(split, Folds) else None
 
+    def check(self, used: bool = False) -> None:
+        """Whether there are crystals enough.
+
+        Raises:
+            StudyError: where a size is larger than the pool, or leaves nothing to choose a rate on.
+        """
+        sizes = self.config.sizes_of(self.target)
+        least = min(len(self.pool(seed)) for seed in (*self.config.seeds, *self.config.sweep.seeds))
+        if sizes and sizes[-1] > least:
+            raise StudyError(
+                f"targets.{self.target}: {sizes[-1]} labels to learn from are asked for, and {least} crystals may "
+                f"train; give it sizes of its own: targets.{self.target}.sizes=[…]"
+            )
+        if (sizes or used) and not self.sweep_sizes():
+            raise StudyError(
+                f"targets.{self.target}: no rate can be chosen with {least} crystals that may train; sweep.sizes "
+                f"must leave {LEAST} of them"
+            )
+        if (sizes or used) and min(len(self.evaluated(seed)) for seed in self.config.seeds) == 0:
+            raise StudyError(f"targets.{self.target}: no crystal to evaluate has a label")
+
+    @functools.cache  # noqa: B019  few, and as long-lived as the study
     def pool(self, seed: int) -> Indices:
         """Crystals that may train: of the training part, or of all folds but the seed's, with a label."""
         part = self.crystals.parts[self.target]
         return self._labeled(part == TRAIN if self.folds is None else part != seed % self.folds.k)
 
+    @functools.cache  # noqa: B019
     def evaluated(self, seed: int) -> Indices:
         """Those that every case is evaluated on: the same for all arms, sizes and, without folds, seeds."""
         part = self.crystals.parts[self.target]
@@ -114,17 +138,8 @@ class Samples:
         """Who takes part in a cell.
 
         A rate is chosen on crystals of the pool that are not in the sample, and never on those evaluated.
-
-        Raises:
-            StudyError: where the sample is larger than the pool.
         """
-        pool = self.pool(cell.seed)
-        if cell.size > len(pool):
-            raise StudyError(
-                f"targets.{self.target}: {cell.size} labels to learn from are asked for, and {len(pool)} crystals may "
-                f"train; give it sizes of its own: targets.{self.target}.sizes=[…]"
-            )
-        order = _shuffled(pool, cell.seed)
+        order = _shuffled(self.pool(cell.seed), cell.seed)
         budget = self.budget(cell)
         train, val = hold_out(order[: cell.size], self.crystals.groups, budget.hold, cell.seed)
         if cell.kind == "sweep":
@@ -143,13 +158,7 @@ class Samples:
     def sweep_sizes(self) -> list[int]:
         """The sizes that rates are chosen at: those of the study that leave enough crystals to choose on."""
         most = min(len(self.pool(seed)) for seed in self.config.sweep.seeds) - LEAST
-        possible = sorted(s for s in set(self.config.sweep.sizes) if s <= most)
-        if not possible:
-            raise StudyError(
-                f"targets.{self.target}: no rate can be chosen with {most + LEAST} crystals that may train; "
-                f"sweep.sizes must leave {LEAST} of them"
-            )
-        return possible
+        return sorted(s for s in set(self.config.sweep.sizes) if s <= most)
 
     def sweep_size(self, size: int) -> int:
         """Whose rate a case takes."""
@@ -189,6 +198,9 @@ class Plan:
             name: Samples(open_crystals(crystals[target.data]), name, config, seen)
             for name, target in config.targets.items()
         }
+
+        for name, samples in self.samples.items():
+            samples.check(name in config.predict.targets if config.predict else False)
 
     def sweeps(self) -> list[Cell]:
         """The trainings that rates are chosen by."""

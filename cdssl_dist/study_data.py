@@ -84,7 +84,6 @@ def prepare(config: StudyConfig, name: str, path: str, cutoff: float, folder: Pa
     }
     for t, column in columns.items():
         values = found.targets[:, found.names.index(column)]
-        table[f"y.{t}"] = values / per_atom if t in extensive else values
         if isinstance(split, Folds):
             table[f"part.{t}"] = _folds(path, found.graphs.keys, split)
         else:
@@ -94,6 +93,8 @@ def prepare(config: StudyConfig, name: str, path: str, cutoff: float, folder: Pa
                 raise DataSetError(
                     f"{path}: of {split.train!r} and {split.evaluate!r} one is never in column {texts[t]!r}"
                 )
+            values = np.where(np.isin(table[f"part.{t}"], (TRAIN, EVALUATE)), values, np.nan)  # others stay secret
+        table[f"y.{t}"] = values / per_atom if t in extensive else values
     temporary = folder / f".{place.name}.{os.getpid()}.tmp"
     temporary.mkdir(parents=True)
     for array, content in found.graphs.arrays().items():

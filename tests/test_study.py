@@ -1,0 +1,403 @@
+"""Studies: who learns and who is evaluated, what is computed again, what the figures are, and what a failure costs."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from encoders import write_encoder_to
+from killable import Killable
+from scipy import stats
+from sklearn.model_selection import KFold
+from test_format import optimade
+
+from cdssl_dist import study, study_run
+from cdssl_dist.config import packaged, read
+from cdssl_dist.experiment import permuted
+from cdssl_dist.export import read_encoder
+from cdssl_dist.mlflow_server import connect
+from cdssl_dist.study_cells import Cell, Plan, Pulled, choose_rates
+from cdssl_dist.study_config import StudyConfig
+from cdssl_dist.study_data import open_crystals, prepare, pretraining_formulas
+from cdssl_dist.study_run import Result
+from cdssl_dist.study_statistics import compare, wins_of
+from cdssl_dist.tuning import TuningError
+from sharding.crystal import Crystal
+from sharding.manifest import DataSetError
+
+CONFIG: dict[str, Any] = {
+    "data": {"toy": {"column": "_y_{target}", "split": {"column": "_split_{target}"}}},
+    "targets": {"volume": {"data": "toy", "unit": "Å³"}, "mass": {"data": "toy", "unit": "u", "extensive": True}},
+    "sizes": [20, 40],
+    "seeds": [0, 1],
+    "arms": {
+        "pretrained": {"start": "pretrained", "rates": [1e-3, 1e-2]},
+        "scratch": {"start": "random", "rates": [1e-3, 1e-2]},
+        "frozen": {"start": "random", "frozen": True, "rates": [1e-3, 1e-2]},
+        "permuted": {"start": "permuted", "rates": [1e-3, 1e-2]},
+    },
+    "evaluate_at_most": 25,
+    "training": {"passes": 60, "epochs": [1, 3]},
+    "sweep": {"sizes": [20], "evaluate": 25},
+    "predict": {"targets": ["mass"], "seeds": [0, 1], "training": {"passes": 60, "epochs": [1, 1]}},
+}
+SMALL = {
+    "targets": {"volume": CONFIG["targets"]["volume"]},
+    "arms": {name: CONFIG["arms"][name] for name in ("pretrained", "scratch")},
+    "predict": None,
+}
+
+
+@pytest.fixture(scope="module")
+def toy(aflow: list[Crystal], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """160 small crystals, of which 100 train, 40 are evaluated and 20 are secret, otherwise for each target."""
+    chosen = [c for c in aflow if len(c.atomic_numbers) <= 10][:160]
+    order = np.random.default_rng(0).permutation(160)
+    rows = {}
+    for i, crystal in enumerate(chosen):
+        parts = ["train" if k < 100 else "val" if k < 140 else "test" for k in (order[i], order[-i - 1])]
+        volume = abs(np.linalg.det(crystal.lattice)) / len(crystal.atomic_numbers)
+        labels = (volume, float(crystal.atomic_numbers.sum()))
+        rows[i] = {f"_y_{name}": value for name, value in zip(("volume", "mass"), labels, strict=True)}
+        rows[i] |= {f"_split_{name}": part for name, part in zip(("volume", "mass"), parts, strict=True)}
+        if i % 17 == 0:
+            rows[i]["_y_volume"] = None
+    return optimade(tmp_path_factory.mktemp("toy") / "toy.parquet", chosen, rows)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_encoder_to(tmp_path_factory.mktemp("encoder"))
+
+
+def arguments(toy: Path, encoder: Path, out: Path, *more: str, **changes: Any) -> list[str]:
+    """A command line that computes in this process."""
+    config = out.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump({**CONFIG, **changes}))
+    said = ["--config", str(config), "--data", f"toy={toy}", "--encoder", str(encoder), "--out", str(out)]
+    return [*said, "--workers", "0", *more]
+
+
+def table(out: Path) -> list[dict[str, Any]]:
+    """The rows of the results, less the time they took."""
+    return [
+        {k: v for k, v in row.items() if k != "seconds"} for row in pq.read_table(out / "results.parquet").to_pylist()
+    ]
+
+
+def plan_of(toy: Path, encoder: Path, folder: Path, seen: set[str] | None = None, **changes: Any) -> Plan:
+    config = StudyConfig.model_validate({**CONFIG, **changes})
+    pulled = Pulled(encoder, read_encoder(encoder)[1])
+    place = prepare(config, "toy", str(toy), pulled.card.cutoff, folder)
+    return Plan(config, dict.fromkeys(config.arms, pulled), {"toy": place}, folder, seen or set())
+
+
+def test_who_learns_and_who_is_evaluated(toy: Path, encoder: Path, tmp_path: Path) -> None:
+    rows = {row["id"]: row for row in pq.read_table(toy).to_pylist()}
+    plan = plan_of(toy, encoder, tmp_path)
+    keys = np.array(plan.samples["mass"].crystals.graphs.keys)
+    evaluated: dict[str, set[str]] = {}
+    sampled: dict[tuple[str, str, int, int], set[str]] = {}
+    jobs = [plan.job(cell) for cell in [*plan.sweeps(), *(replace(c, lr=1e-3) for c in plan.cells())]]
+    assert len({job.digest for job in jobs}) == len({job.out for job in jobs}) == len(jobs)
+    for job in jobs:
+        cell, (train, val, test) = job.cell, (set(keys[p]) for p in (job.split.train, job.split.val, job.split.test))
+        parts = {
+            name: {rows[key][f"_split_{cell.target}"] for key in p}
+            for name, p in (("learn", train | val), ("test", test))
+        }
+        assert parts["learn"] == {"train"}
+        assert parts["test"] == {"sweep": {"train"}, "study": {"val"}, "predict": {"val", "test"}}[cell.kind]
+        assert len(train | val) == cell.size and not (train | val) & test
+        sample = sampled.setdefault((cell.kind, cell.target, cell.seed, cell.size), train | val)
+        assert sample == train | val  # all arms get the same
+        if cell.kind == "study":
+            assert evaluated.setdefault(cell.target, test) == test and len(test) == 25
+    for (kind, target, seed, _), sample in sampled.items():
+        assert kind != "study" or sampled[kind, target, seed, 20] <= sample
+    assert sampled["study", "mass", 0, 20] != sampled["study", "mass", 1, 20]
+    secret = {key for key, row in rows.items() if row["_split_mass"] == "test"}
+    predicted = next(job for job in jobs if job.cell.kind == "predict")
+    assert set(keys[predicted.split.test]) == evaluated["mass"] | secret
+
+    # Neither the order of the rows nor the labels that are secret change anything.
+    changed = pq.read_table(toy).to_pylist()
+    for row in changed:
+        row["_y_mass"] = 1e9 if row["_split_mass"] == "test" else row["_y_mass"]
+    pq.write_table(pa.Table.from_pylist(changed[::-1]), tmp_path / "other.parquet")
+    other = plan_of(tmp_path / "other.parquet", encoder, tmp_path)
+    theirs = np.array(other.samples["mass"].crystals.graphs.keys)
+    for cell in (jobs[0].cell, jobs[-1].cell):
+        for mine, its in zip(vars(plan.job(cell).split).values(), vars(other.job(cell).split).values(), strict=True):
+            assert sorted(keys[mine]) == sorted(theirs[its])
+    crystals = other.samples["mass"].crystals
+    assert np.isnan(crystals.labels["mass"][crystals.parts["mass"] == 2]).all()
+
+    unseen = plan_of(toy, encoder, tmp_path, seen := set(plan.samples["mass"].crystals.formulas[::3]), sizes=[20])
+    for cell in unseen.cells():
+        for part in vars(unseen.job(replace(cell, lr=1e-3)).split).values():
+            assert not {plan.samples["mass"].crystals.formulas[i] for i in part} & seen
+
+
+def test_a_study_from_end_to_end(toy: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "study"
+    assert study.main(arguments(toy, encoder, out, "--dry-run")) == 0
+    assert "16 cells of sweeps and 50 that are reported; 66 are missing" in capsys.readouterr().out
+    assert study.main(arguments(toy, encoder, out)) == 0
+    rows = table(out)
+    assert len(rows) == 2 * 2 * 2 * 6 + 2
+    frames = {path: pq.read_table(path).to_pandas() for path in (out / "cells").glob("study-*")}
+    cells = {path.name.rpartition("-")[0]: frame for path, frame in frames.items()}
+    for row in rows[:8]:
+        frame = cells[f"study-{row['target']}-{row['size']}-{row['seed']}-{row['arm']}"]
+        off = (frame.predicted - frame.true).abs()
+        assert row["mae"] == pytest.approx(off.mean()) and row["n"] == len(frame) == 25
+    # An extensive target is reported per atom; the median is that of the sample.
+    source = pq.read_table(toy).to_pandas().set_index("id")
+    frame = cells["study-mass-40-1-median"].set_index("key")
+    per_atom = source["_y_mass"] / source["species_at_sites"].map(len)
+    np.testing.assert_allclose(frame.true, per_atom[frame.index], rtol=1e-6)
+    plan = plan_of(toy, encoder, out / "graphs")
+    split = plan.job(Cell("study", "mass", 40, 1, "median")).split
+    sample = np.array(plan.samples["mass"].crystals.graphs.keys)[np.concatenate([split.train, split.val])]
+    np.testing.assert_allclose(frame.predicted, np.median(per_atom[sample]), rtol=1e-6)
+    # Predictions hold the label itself, mean over seeds.
+    each = [pq.read_table(path).to_pandas().set_index("key") for path in (out / "cells").glob("predict-*")]
+    written = list(csv.DictReader((out / "preds-mass.csv").open()))
+    assert {row["id"] for row in written} == set(source.index[source["_split_mass"] == "test"])
+    for row in written[:5]:
+        mean = np.mean([e.loc[row["id"], "predicted"] for e in each])
+        assert float(row["prediction"]) == pytest.approx(
+            mean * len(source.loc[row["id"], "species_at_sites"]), rel=1e-5
+        )
+    assert (out / "changes.png").stat().st_size > 10_000
+    text = (out / "table.md").read_text()
+    assert "Not complete" not in text and "| 40 |" in text and "## All data" in text
+
+    run = connect(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["1"])[0]
+    mean = np.mean(
+        [r["mae"] for r in rows if (r["kind"], r["target"], r["size"], r["arm"]) == ("study", "mass", 40, "pretrained")]
+    )
+    base = np.mean(
+        [r["mae"] for r in rows if (r["kind"], r["target"], r["size"], r["arm"]) == ("study", "mass", 40, "scratch")]
+    )
+    assert run.data.metrics["mass/40/pretrained/change_all"] == pytest.approx(mean / base - 1)
+    artifacts = {a.path for a in connect(f"sqlite:///{tmp_path}/mlflow.db").list_artifacts(run.info.run_id)}
+    assert artifacts >= {"table.md", "changes.png", "results.parquet", "study.yaml"}
+
+    # Again: nothing is computed. With another encoder: what does not depend on it is kept.
+    before = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
+    assert study.main(arguments(toy, encoder, out)) == 0
+    assert {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()} == before
+    assert table(out) == rows
+    other = write_encoder_to(tmp_path / "other", seed=1)
+    assert study.main(arguments(toy, other, out)) == 0
+    new = {path.name.split("-")[4] for path in (out / "cells").iterdir() if path not in before}
+    assert new == {"pretrained", "permuted"}
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items())
+    kept = [row for row in rows if row["arm"] in ("scratch", "frozen", "median", "ridge")]
+    assert [row for row in table(out) if row["arm"] in ("scratch", "frozen", "median", "ridge")] == kept
+
+
+def studied(argv: list[str]) -> int:
+    """In a process that can be killed."""
+    return study.main(argv)
+
+
+def test_a_killed_study_goes_on(toy: Path, encoder: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    assert study.main(arguments(toy, encoder, whole, **SMALL)) == 0
+    out = tmp_path / "killed"
+    with Killable(tmp_path / "log", studied, arguments(toy, encoder, out, **SMALL)) as run:
+        while run.running() and len(list((out / "cells").glob("*.parquet"))) < 7:
+            pass
+        run.kill()
+    done = {path: path.stat().st_mtime_ns for path in (out / "cells").glob("*.parquet")}
+    assert 7 <= len(done) < len(list((whole / "cells").iterdir()))
+    next(iter(done)).write_bytes(b"PAR1 torn")  # as after the machine's own death
+    done.pop(next(iter(done)))
+    assert study.main(arguments(toy, encoder, out, **SMALL)) == 0
+    assert all(path.stat().st_mtime_ns == at for path, at in done.items())
+    assert table(out) == table(whole)
+
+
+def test_a_failing_cell_stops_no_other(
+    toy: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit = study_run.fit
+
+    def sometimes(*args: Any, **more: Any) -> Any:
+        if args[6].seed == 1:
+            raise TuningError("as the test wants it")
+        return fit(*args, **more)
+
+    monkeypatch.setattr(study_run, "fit", sometimes)
+    out = tmp_path / "study"
+    hot = {"arms": SMALL["arms"] | {"hot": {"start": "random", "rates": [1e30, 1e31]}}}
+    assert study.main(arguments(toy, encoder, out, **SMALL | hot)) == 1
+    said = capsys.readouterr().out
+    assert "study-volume-40-1-scratch: TuningError: as the test wants it" in said
+    assert "study-volume-40-0-hot: no learning rate" in said
+    assert {(row["seed"], row["arm"]) for row in table(out)} == {
+        *((0, arm) for arm in ("pretrained", "scratch")),
+        *((seed, arm) for seed in (0, 1) for arm in ("median", "ridge")),
+    }
+    text = (out / "table.md").read_text()
+    assert "Not complete: 12 of 20 cells" in text and "as the test wants it" in text
+    monkeypatch.undo()
+    assert study.main(arguments(toy, encoder, out, **SMALL)) == 0
+    assert len(table(out)) == 16
+
+
+def test_arms_begin_as_they_say(toy: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, _ = read_encoder(encoder)
+    shuffled = permuted(network, 3)
+    for mine, its in zip(network.parameters(), shuffled.parameters(), strict=True):
+        assert torch.equal(mine.flatten().sort().values, its.flatten().sort().values)
+    assert not torch.equal(network.element.weight, shuffled.element.weight)
+    assert torch.equal(permuted(network, 3).element.weight, shuffled.element.weight)
+
+    seen: dict[str, Any] = {}
+    fit = study_run.fit
+
+    def watched(start: Any, *args: Any) -> Any:
+        seen["start"], seen["member"] = start, fit(start, *args)
+        return seen["member"]
+
+    monkeypatch.setattr(study_run, "fit", watched)
+    plan = plan_of(toy, encoder, tmp_path)
+    for arm, stays in (("pretrained", False), ("scratch", False), ("permuted", False), ("frozen", True)):
+        study_run.run(plan.job(Cell("study", "volume", 20, 5, arm, 1e-2)))
+        start = seen["start"].state_dict()
+        same = all(torch.equal(seen["member"].weights[f"encoder.{name}"], w) for name, w in start.items())
+        assert same == stays
+        assert torch.equal(start["element.weight"], network.element.weight) == (arm == "pretrained")
+        values = torch.equal(
+            start["element.weight"].flatten().sort().values, network.element.weight.flatten().sort().values
+        )
+        assert values == (arm in ("pretrained", "permuted"))
+
+
+def made(arm: str, seed: int, off: list[float], size: int = 10) -> Result:
+    """A result with these errors."""
+    n = len(off)
+    true = np.arange(n, dtype=float)
+    about = {"mae": float(np.mean(np.abs(off))), "n": n}
+    keys = [f"c{i}" for i in range(n)]
+    return Result(Cell("study", "t", size, seed, arm), keys, true, true + np.array(off), np.ones(n, np.int64), about)
+
+
+def test_the_figures() -> None:
+    a = [made("a", 0, [1, -2, 3, 1]), made("a", 1, [2, 2, 1, 1]), made("a", 2, [9, 9, 9, 9])]
+    b = [made("b", 1, [3, 3, 3, -3]), made("b", 0, [2, 2, 2, 2])]
+    found = compare(a, b)
+    assert found is not None  # seed 2 has no partner
+    assert (found.own.value, found.reference.value, found.own.seeds) == (1.625, 2.5, 2)
+    assert found.own.error == pytest.approx(np.std([1.75, 1.5], ddof=1) / math.sqrt(2))
+    assert found.change == pytest.approx(1.625 / 2.5 - 1) and found.won
+    assert found.change_error == pytest.approx(np.std([1.75 / 2, 1.5 / 3], ddof=1) / math.sqrt(2))
+    assert found.p_seeds == pytest.approx(stats.ttest_rel(np.log([1.75, 1.5]), np.log([2, 3])).pvalue)
+    off = np.array([[1 - 2, 0, 1, -1], [2 - 3, -1, -2, -2]]).mean(axis=0)
+    assert found.p_crystals == pytest.approx(stats.wilcoxon(off).pvalue)
+    part = compare(a, b, frozenset({"c0", "c3"}))
+    assert part is not None and part.crystals == 2
+    assert part.change == pytest.approx(np.mean([1, 1.5]) / np.mean([2, 3]) - 1)
+    assert compare(a, b, frozenset()) is None and compare(a[2:], b) is None
+
+    cases = [
+        replace(found, change=x, p_crystals=p)
+        for x, p in ((-0.5, 0.01), (-0.1, 0.2), (-0.2, 0.04), (0.1, 0.01), (0, 1))
+    ]
+    wins = wins_of(cases)
+    assert (wins.won, wins.lost, wins.clear, wins.clearly_lost) == (3, 1, 2, 1)
+    assert wins.p == pytest.approx(10 / 16)  # P(≤ 1 or ≥ 3 of 4 coins)
+    assert wins.median_change == pytest.approx(-0.15)
+
+    def swept(lr: float, seed: int) -> Cell:
+        return Cell("sweep", "t", 100, seed, "a", lr)
+
+    errors = {
+        swept(1e-3, 7): 2.0,
+        swept(1e-3, 8): 2.0,
+        swept(1e-2, 7): 1.0,
+        swept(1e-2, 8): 4.0,
+        swept(1e-1, 7): math.inf,
+    }
+    assert choose_rates(errors) == {("t", 100, "a"): 1e-3}
+    assert choose_rates({swept(1e-1, 7): math.inf}) == {}
+
+
+def test_formulas_seen_in_pretraining(toy: Path, encoder: Path, tmp_path: Path, data_folder: Path) -> None:
+    formulas = pretraining_formulas(str(data_folder))
+    out = tmp_path / "study"
+    changes = SMALL | {"sizes": [20], "seeds": [0]}
+    assert study.main(arguments(toy, encoder, out, "--pretraining-shards", str(data_folder), **changes)) == 0
+    crystals = open_crystals(next((out / "graphs").iterdir()))
+    known = dict(zip(crystals.graphs.keys, crystals.formulas, strict=True))
+    frames = {
+        arm: pq.read_table(next((out / "cells").glob(f"study-*-{arm}-*"))).to_pandas().set_index("key")
+        for arm in ("pretrained", "scratch")
+    }
+    for part in ("seen", "unseen"):
+        keys = [k for k in frames["scratch"].index if (known[k] in formulas) == (part == "seen")]
+        assert keys
+        a, b = (float((f.predicted - f.true).abs()[keys].mean()) for f in frames.values())
+        assert f"{a / b - 1:+.1%} ({len(keys)})" in (out / "table.md").read_text()
+
+
+def test_matbench_folds(toy: Path, aflow: list[Crystal], tmp_path: Path, encoder: Path) -> None:
+    rows = {i: {"id": str(i), "_y_volume": float(i)} for i in range(50)}
+    path = optimade(tmp_path / "matbench.parquet", [c for c in aflow if len(c.atomic_numbers) <= 10][:50], rows)
+    changes = SMALL | {"data": {"toy": {"column": "_y_{target}", "split": {"rows": 50}}}, "sizes": [20]}
+    plan = plan_of(path, encoder, tmp_path, **changes)
+    official = list(KFold(5, shuffle=True, random_state=18012019).split(np.arange(50)))
+    for seed in (0, 1, 6):
+        split = plan.samples["volume"].split(Cell("study", "volume", 20, seed, "scratch"))
+        train, test = official[seed % 5]
+        keys = np.array(plan.samples["volume"].crystals.graphs.keys)
+        number = {key: int(key.rpartition("#")[2]) for key in keys}
+        assert {number[k] for k in keys[split.test]} <= set(test) and len(split.test) == min(25, len(test))
+        assert {number[k] for k in keys[np.concatenate([split.train, split.val])]} <= set(train)
+    with pytest.raises(DataSetError, match="30 rows are announced"):
+        plan_of(
+            path, encoder, tmp_path, **changes | {"data": {"toy": {"column": "_y_{target}", "split": {"rows": 30}}}}
+        )
+
+
+def test_what_cannot_be_is_said(toy: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("paper", "quick"):
+        config = read(StudyConfig, packaged(f"study/{name}.yaml"))
+        assert config.arms["scratch"].start == "random"
+    paper = read(StudyConfig, packaged("study/paper.yaml"))
+    assert len([1 for t in paper.targets for _ in paper.sizes_of(t)]) * len(paper.seeds) == 147
+
+    def wrong(text: str, *more: str, **changes: Any) -> None:
+        assert study.main(arguments(toy, encoder, tmp_path / "study", *more, **changes)) == 2
+        assert text in capsys.readouterr().err
+
+    wrong("arms.scratch.rate: unknown key; did you mean 'rates'", "arms.scratch.rate=1")
+    wrong("sweep.sise: unknown key; did you mean 'sizes'", "sweep.sise=1")
+    wrong("predict.target: unknown key; did you mean 'targets'", "predict.target=1")
+    wrong("rates must be chosen on other seeds", "sweep.seeds=[1]")
+    wrong("an arm that may choose among more is favoured", "arms.scratch.rates=[0.1]")
+    wrong("no arm 'none'", "reference=none")
+    wrong("200 labels to learn from are asked for, and", "targets.mass.sizes=[200]")
+    wrong("no rate can be chosen", "sweep.sizes=[90]")
+    wrong("must be NAME=PATH", "--data", "other=x")
+    wrong("unseen_only wants --pretraining-shards", "unseen_only=true")
+    wrong("no column _z_mass, _z_volume", "data.toy.column=_z_{target}")
+    wrong("one is never in column", "data.toy.split.train=training")
+    other = write_encoder_to(tmp_path / "other", cutoff=5.0)
+    wrong("encoders with cutoffs of [4.0, 5.0]", f"arms.scratch.encoder={other}")
+    nameless = [a for a in arguments(toy, encoder, tmp_path / "study") if a != "--data" and not a.startswith("toy=")]
+    assert study.main(nameless) == 2
+    assert "where does data set 'toy' lie? say --data toy=PATH, or CDSSL_DATA_TOY=PATH" in capsys.readouterr().err
