@@ -218,13 +218,15 @@ class Plan:
 
     def cells(self) -> list[Cell]:
         """The trainings that are reported, without their rates: one seed after the other, the largest first."""
-        arms = [*self.config.arms, *(BASELINES if self.config.baselines else ())]
+        arms: dict[str, tuple[int, ...] | None] = {name: arm.sizes for name, arm in self.config.arms.items()}
+        arms |= dict.fromkeys(BASELINES if self.config.baselines else ())
         found = [
             Cell("study", target, size, seed, arm)
             for seed in self.config.seeds
             for target in self.config.targets
             for size in self.config.sizes_of(target)
-            for arm in arms
+            for arm, sizes in arms.items()
+            if sizes is None or size in sizes
         ]
         found.sort(key=lambda cell: (self.config.seeds.index(cell.seed), -cell.size))
         predict = self.config.predict

@@ -52,6 +52,7 @@ class Arm(Section):
     start: Literal["pretrained", "random", "permuted"]  # permuted: pretrained weights shuffled inside each tensor
     encoder: str | None = None  # models:/NAME@ALIAS or a folder; the study's where left out
     frozen: bool = False  # the readout alone learns
+    sizes: tuple[PositiveInt, ...] | None = None  # only these of a target's, where a control need not be everywhere
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)  # learning rates to choose from
 
 
@@ -125,6 +126,8 @@ class StudyConfig(Section):
                 raise ValueError(f"targets.{name}.data: no data set {target.data!r}; there are {', '.join(self.data)}")
         if self.reference not in self.arms:
             raise ValueError(f"reference: no arm {self.reference!r}; there are {', '.join(self.arms)}")
+        if self.arms[self.reference].sizes is not None:
+            raise ValueError(f"arms.{self.reference}.sizes: the reference must be there at every size")
         for name, arm in self.arms.items():
             if not arm.rates or min(arm.rates) <= 0:
                 raise ValueError(f"arms.{name}.rates: give one or more positive rates")

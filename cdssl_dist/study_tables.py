@@ -131,7 +131,7 @@ def plot_changes(path: Path, findings: Findings, arm: str) -> None:
         ticks.append(i)
         bars = [100 * c.change for c in own]
         colours = ["tab:green" if c.won else "tab:red" for c in own]
-        spread = [100 * c.change_error if math.isfinite(c.change_error) else 0.0 for c in own]
+        spread = [100 * c.change_error for c in own]  # NaN of one seed draws nothing
         axes.bar(
             at, bars, width * 0.92, color=colours, yerr=spread, ecolor="0.3", capsize=2, error_kw={"linewidth": 0.8}
         )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from encoders import write_encoder_to
 from killable import Killable
 from scipy import stats
 from sklearn.model_selection import KFold
+from test_commands import alone
 from test_format import optimade
 
 from cdssl_dist import study, study_run
@@ -42,7 +47,7 @@ CONFIG: dict[str, Any] = {
     "arms": {
         "pretrained": {"start": "pretrained", "rates": [1e-3, 1e-2]},
         "scratch": {"start": "random", "rates": [1e-3, 1e-2]},
-        "frozen": {"start": "random", "frozen": True, "rates": [1e-3, 1e-2]},
+        "frozen": {"start": "random", "frozen": True, "sizes": [20], "rates": [1e-3, 1e-2]},
         "permuted": {"start": "permuted", "rates": [1e-3, 1e-2]},
     },
     "evaluate_at_most": 25,
@@ -151,10 +156,10 @@ def test_who_learns_and_who_is_evaluated(toy: Path, encoder: Path, tmp_path: Pat
 def test_a_study_from_end_to_end(toy: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "study"
     assert study.main(arguments(toy, encoder, out, "--dry-run")) == 0
-    assert "16 cells of sweeps and 50 that are reported; 66 are missing" in capsys.readouterr().out
+    assert "16 cells of sweeps and 46 that are reported; 62 are missing" in capsys.readouterr().out
     assert study.main(arguments(toy, encoder, out)) == 0
     rows = table(out)
-    assert len(rows) == 2 * 2 * 2 * 6 + 2
+    assert len(rows) == 2 * 2 * 2 * 6 + 2 - 4
     frames = {path: pq.read_table(path).to_pandas() for path in (out / "cells").glob("study-*")}
     cells = {path.name.rpartition("-")[0]: frame for path, frame in frames.items()}
     for row in rows[:8]:
@@ -228,6 +233,37 @@ def test_a_killed_study_goes_on(toy: Path, encoder: Path, tmp_path: Path) -> Non
     assert study.main(arguments(toy, encoder, out, **SMALL)) == 0
     assert all(path.stat().st_mtime_ns == at for path, at in done.items())
     assert table(out) == table(whole)
+
+
+ON_RAY = """
+import os, sys
+from cdssl_dist import study
+from sharding.executor import Executor
+def task(i):
+    if i == 1:
+        os._exit(1)
+    return i / (i - 3)
+with Executor(2, "local") as executor:
+    print([getattr(end, "why", end) for end in executor.attempt(task, range(5))])
+sys.exit(study.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.netns
+@pytest.mark.server
+def test_a_study_on_ray(toy: Path, encoder: Path, tmp_path: Path) -> None:
+    """The same figures; a task that fails, or takes its process with it, stops no other."""
+    changes = SMALL | {"sizes": [20], "seeds": [0]}
+    assert study.main(arguments(toy, encoder, tmp_path / "here", **changes)) == 0
+    argv = arguments(toy, encoder, tmp_path / "ray", "--workers", "2", **changes)
+    command = [*alone(), sys.executable, "-c", ON_RAY, *argv]
+    env = os.environ | {"RAY_TMPDIR": "/tmp", "PYTHONPATH": str(Path(study.__file__).parent.parent)}
+    answer = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert answer.returncode == 0, answer.stderr
+    first, died, second, failed, last = ast.literal_eval(answer.stdout.splitlines()[0])
+    assert (first, second, last) == (0.0, -2.0, 4.0)
+    assert "its process died" in died and failed == "ZeroDivisionError: division by zero"
+    assert table(tmp_path / "ray") == table(tmp_path / "here")
 
 
 def test_a_failing_cell_stops_no_other(
