@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     folder, about, failures = plan.folder, about_of(plan), dict[str, str]()
     write_atomically(folder / "study.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
-    uri, tags = tracking_uri(config.tracking.uri, folder.parent), {"encoder": about[f"arm {config.reference}"]}
-    with followed(folder, uri, config.tracking.experiment, {"study": config.model_dump(mode="json")}, tags, ARTIFACTS):
+    uri, params = tracking_uri(config.tracking.uri, folder.parent), config.model_dump(mode="json")
+    with followed(folder, uri, config.tracking.experiment, params, about, ARTIFACTS):
         try:
             with Executor(max(args.workers, 1), None if args.workers == 0 else args.address or "local") as executor:
                 work(plan, executor, failures)

@@ -410,7 +410,7 @@ def test_matbench_folds(toy: Path, aflow: list[Crystal], tmp_path: Path, encoder
 
 
 def test_what_cannot_be_is_said(toy: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("paper", "quick"):
+    for name in ("paper", "quick", "full"):
         config = read(StudyConfig, packaged(f"study/{name}.yaml"))
         assert config.arms["scratch"].start == "random"
     paper = read(StudyConfig, packaged("study/paper.yaml"))
