@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     seen = pretraining_formulas(args.pretraining_shards) if args.pretraining_shards else None
     if config.unseen_only and seen is None:
         raise ConfigError("unseen_only wants --pretraining-shards DIR, the data set that the encoder was trained on")
-    folder = Path(config.out)
-    plan = plan_of(config, args.data, tracking_uri(args.registry, RUNS), seen or ())
+    left_out = seen if seen and config.unseen_only else ()
+    plan = plan_of(config, args.data, tracking_uri(args.registry, RUNS), left_out)
     if args.dry_run:
         print(estimate(plan, max(args.workers, 1)))
         return DONE
@@ -90,7 +90,7 @@ def plan_of(config: StudyConfig, named: Sequence[str], registry_uri: str, seen: 
     Raises:
         StudyError: where a data set is not named, or encoders do not go together.
     """
-    folder = Path(config.out)
+    folder = Path(config.out).absolute()  # workers may stand elsewhere
     encoders = {name: _pulled(arm.encoder or config.encoder, registry_uri, folder) for name, arm in config.arms.items()}
     cutoffs = {pulled.card.cutoff for pulled in encoders.values()}
     if len(cutoffs) > 1:
