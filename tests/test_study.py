@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -238,7 +239,7 @@ def test_a_killed_study_goes_on(toy: Path, encoder: Path, tmp_path: Path) -> Non
     out = tmp_path / "killed"
     with Killable(tmp_path / "log", studied, arguments(toy, encoder, out, **SMALL)) as run:
         while run.running() and len(list((out / "cells").glob("*.parquet"))) < 7:
-            pass
+            time.sleep(0.02)
         run.kill()
     done = {path: path.stat().st_mtime_ns for path in (out / "cells").glob("*.parquet")}
     assert 7 <= len(done) < len(list((whole / "cells").iterdir()))
