@@ -255,15 +255,15 @@ class Config(Section):
 
 
 def packaged(name: str) -> Path:
-    """The path of a configuration that ships with the package, e.g. ``pretrain/base.yaml``."""
+    """The path of a configuration that ships with the package, e.g. ``pretrain/small.yaml``."""
     installed = Path(str(importlib.resources.files("cdssl_dist"))) / "configs" / name
     checkout = Path(__file__).parent.parent / "configs" / name
     return checkout if checkout.exists() else installed
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read the configuration of a run; the packaged ``pretrain/base.yaml`` where no path is given. See ``read``."""
-    return read(Config, Path(path) if path else packaged("pretrain/base.yaml"), overrides)
+    """Read the configuration of a run; the packaged ``pretrain/small.yaml`` where no path is given. See ``read``."""
+    return read(Config, Path(path) if path else packaged("pretrain/small.yaml"), overrides)
 
 
 def read(model: type[M], path: Path, overrides: Sequence[str] = ()) -> M:

@@ -1,6 +1,6 @@
 """Pretrain an encoder: the story of a run.
 
-python -m cdssl_dist.pretrain --config configs/pretrain/base.yaml data.path=FOLDER
+python -m cdssl_dist.pretrain --config configs/pretrain/small.yaml data.path=FOLDER
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         "cdssl pretrain", "Pretrain a crystal encoder on a data set of shards, on the workers of a Ray cluster."
     )
-    parser.add_argument("--config", help="YAML file; the packaged configs/pretrain/base.yaml where left out")
+    parser.add_argument("--config", help="YAML file; the packaged configs/pretrain/small.yaml where left out")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file's"
     )
