@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils.validation import check_is_fitted
 
-from cdssl_dist import __version__
 from cdssl_dist.encoder import CHAMPION, CrystalEncoder
 from cdssl_dist.labeled import formulas_of
 from cdssl_dist.model_card import write_model_card
-from cdssl_dist.predictor import Prediction, Predictor, PropertyCard, network_of, scalers_of, write_property
+from cdssl_dist.predictor import Prediction, Predictor, network_of, property_card, write_property
 from cdssl_dist.splits import Split, hold_out
 from cdssl_dist.structures import RefusedStructuresError, as_list, graphs_of
 from cdssl_dist.targets import Array, Target, Task
@@ -102,25 +101,8 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
     def _keep(
         self, members: Sequence[Member], encoder: CrystalEncoder, task: Task, graphs: Multigraphs, how: FineTuning
     ) -> None:
-        card = encoder.card
-        seen = sorted({*card.elements, *np.unique(graphs.atomic_numbers).tolist()}) if card.elements else []
         ref = self.encoder if isinstance(self.encoder, str) else repr(encoder)
-        own = PropertyCard(
-            task=asdict(task),
-            scalers=scalers_of(members),
-            cutoff=card.cutoff,
-            centers=card.centers,
-            end=card.end,
-            gamma=card.gamma,
-            model=card.model,
-            elements=seen,
-            encoder={"ref": ref, "weights_sha256": card.weights_sha256, "data_digest": card.data_digest},
-            data_digest="",
-            settings=asdict(how) | {"members": self.members},
-            metrics={},
-            sources=[],
-            code_version=__version__,
-        )
+        own = property_card(encoder.card, ref, members, task, graphs, asdict(how) | {"members": self.members})
         networks = [network_of(own, task.outputs) for _ in members]
         for network, member in zip(networks, members, strict=True):
             network.load_state_dict(member.weights)

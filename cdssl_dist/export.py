@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cdssl_dist.edges import GaussianExpansion
@@ -104,10 +104,9 @@ def write_pair(folder: Path, stem: str, weights: dict[str, Tensor], card: dict[s
     """``STEM.safetensors``, then ``STEM.json`` with its digest as ``weights_sha256``."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stem}.safetensors"
-    temporary = path.with_suffix(".tmp")
-    save_file({name: w.contiguous() for name, w in weights.items()}, str(temporary))
-    temporary.replace(path)
-    content = card | {"weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    data = save({name: w.contiguous() for name, w in weights.items()})
+    write_atomically(path, data)  # safetensors' own file could be read by nobody else, through a shared registry
+    content = card | {"weights_sha256": hashlib.sha256(data).hexdigest()}
     write_atomically(folder / f"{stem}.json", json.dumps(content, indent=1, sort_keys=True).encode())
 
 

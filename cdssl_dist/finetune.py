@@ -2,43 +2,47 @@
 
     cdssl finetune --encoder models:/cdssl-encoder@champion --data FILE --target COLUMN
 
-A plain torch loop: neither Ray nor DeepSpeed is started.
+A plain torch loop: neither Ray nor DeepSpeed is started, but with ``--ray``, which gives each training to a Ray task.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
+import contextlib
+import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from cdssl_dist import __version__, registry
+from cdssl_dist import registry, report
 from cdssl_dist.commands import RUNS, Parser, command
-from cdssl_dist.experiment import PRETRAINED, Outcome, compare
+from cdssl_dist.encoder import CrystalEncoder
+from cdssl_dist.encoder_map import map_of
+from cdssl_dist.experiment import PRETRAINED, Map, compare
 from cdssl_dist.export import EncoderCard, read_encoder
+from cdssl_dist.finetune_results import digest, figures, told, write_results
 from cdssl_dist.labeled import COMPUTED, Labeled, class_names, load_labeled
 from cdssl_dist.mlflow_server import tracking_uri
 from cdssl_dist.model_card import write_model_card
-from cdssl_dist.parity import plot_parity
-from cdssl_dist.predictor import PropertyCard, scalers_of, write_property
+from cdssl_dist.predictor import PropertyCard, property_card, write_property
+from cdssl_dist.record import record
 from cdssl_dist.splits import Split, folds_of_column, k_folds, split_by_group, split_of_column
 from cdssl_dist.targets import Target, Task
 from cdssl_dist.tuning import FineTuning, TuningError
+from sharding.executor import Executor
 from sharding.progress import Progress
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Pull an encoder, fine-tune it, compare, write what came out, register it where asked."""
+    """Pull an encoder, fine-tune it, compare, write what came out, record and register it where asked."""
     args = parser().parse_args(argv)
+    began = time.time()
     uri = tracking_uri(args.registry, RUNS)
     pulled = registry.pull_version(args.encoder, uri)
     encoder, card = read_encoder(pulled.folder)
@@ -47,20 +51,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     splits = splits_of(args, data)
     how = FineTuning(**{name: getattr(args, name) for name in asdict(FineTuning())})
     scratch = None if args.no_scratch else replace(how, lr=args.scratch_lr, freeze=0, warmup=0, layer_decay=1.0)
-    arms = 1 if scratch is None else 2
-    with Progress("fine-tune", "epochs", how.epochs * args.members * len(splits) * arms) as progress:
+    trainings = args.members * len(splits) * (1 if scratch is None else 2)
+    with Progress("fine-tune", "epochs", how.epochs * trainings) as progress, on_ray(args, trainings) as elsewhere:
         outcome = compare(
-            encoder, card, data.graphs, data.targets, task, splits, how, scratch, args.members, lambda _: progress.add()
+            encoder,
+            card,
+            data.graphs,
+            data.targets,
+            task,
+            splits,
+            how,
+            scratch,
+            args.members,
+            tick=progress.add,
+            elsewhere=elsewhere,
         )
 
     out = Path(args.out)
-    results = write_results(out, data, task, splits, outcome, about(args, card, pulled, how))
-    write_property(out / "model", outcome.members[PRETRAINED], property_card(results, data, card, task, outcome))
+    members, settings = outcome.members[PRETRAINED], asdict(how) | about(args)
+    own = property_card(
+        card,
+        pulled.uri,
+        members,
+        task,
+        data.graphs,
+        settings,
+        data_digest=digest(data, outcome),
+        metrics=figures(task, outcome),
+        sources=data.sources,
+        uncertainty={name: u.factor for name, u in outcome.uncertainty.items() if np.isfinite(u.factor)},
+    )
+    write_property(out / "model", members, own)
     write_model_card(out / "model")
-    print(report(results, outcome, args.out))
+    results = write_results(out, data, task, splits, outcome, own)
+    colors = {name: data.targets[:, t] for t, name in enumerate(data.names)}
+    report.leave(
+        out,
+        lambda drawn: report.of_tuning(out, drawn),
+        lambda: map_of(CrystalEncoder(encoder, card), data.graphs, "its crystals, by the encoder as pulled", colors),
+    )
+    print(told(results, outcome, args.out))
+    run_id = None
+    if args.register or pulled.uri.startswith("models:"):
+        run_id = record_tuning(uri, args.experiment, out, own, began)
     if args.register:
-        print(registry.register(out / "model", args.register, uri))
+        print(registry.register(out / "model", args.register, uri, run_id))
     return 0
+
+
+@contextlib.contextmanager
+def on_ray(args: argparse.Namespace, trainings: int) -> Iterator[Map | None]:
+    """The trainings as tasks of a Ray cluster, where asked."""
+    if not (args.ray or args.address):
+        yield None
+        return
+    address = args.address or os.environ.get("RAY_ADDRESS") or "local"
+    with Executor(trainings, address, {"num_cpus": args.threads, "num_gpus": args.gpus}) as executor:
+        yield executor.map
 
 
 def parser() -> Parser:
@@ -72,6 +119,7 @@ def parser() -> Parser:
     p.add_argument("--encoder", default="models:/cdssl-encoder@champion", help="models:/NAME@ALIAS, or a folder")
     p.add_argument("--registry", help="MLflow URI; MLFLOW_TRACKING_URI, else runs/mlflow.db, where left out")
     p.add_argument("--register", metavar="NAME", help="register the fine-tuned model under this name")
+    p.add_argument("--experiment", default="cdssl-finetune", help="of MLflow, which keeps a record of the work")
     p.add_argument("--out", default="runs/finetune", help="folder for results")
 
     g = p.add_argument_group("data")
@@ -79,6 +127,7 @@ def parser() -> Parser:
     g.add_argument("--labels", metavar="FILE", help="CSV or Parquet with ids; targets and columns are read of it")
     computed = ", ".join(COMPUTED)
     g.add_argument("--target", required=True, nargs="+", help=f"labels or columns, or of {computed}; may have gaps")
+    g.add_argument("--unit", nargs="+", help="of each target, where the data do not say")
     g.add_argument("--per-atom", nargs="*", default=[], metavar="TARGET", help="those that grow with the cell")
     g.add_argument("--classify", action="store_true", help="the target names classes: numbers or text")
     g.add_argument("--split", choices=("train", "val", "test"), help="use this split of a data set of shards only")
@@ -109,6 +158,13 @@ def parser() -> Parser:
     g.add_argument("--weight-decay", type=float, default=default.weight_decay, help="of AdamW")
     g.add_argument("--seed", type=int, default=default.seed, help="of the split, the readout and the order")
     g.add_argument("--threads", type=int, default=default.threads, help="of torch, on CPU")
+
+    g = p.add_argument_group(
+        "on Ray", "Each training of a fold, a member and an arm is a task; the results are the same."
+    )
+    g.add_argument("--ray", action="store_true", help="train on a Ray cluster; on all cores of this machine if none")
+    g.add_argument("--address", help="of the cluster, as in ray://HEAD:10001 or auto; RAY_ADDRESS where left out")
+    g.add_argument("--gpus", type=float, default=0.0, help="of each task; may be a fraction")
     return p
 
 
@@ -139,7 +195,9 @@ def task_of(args: argparse.Namespace, data: Labeled) -> Task:
     """What is learned."""
     if strange := set(args.per_atom) - set(args.target):
         raise TuningError(f"--per-atom {' '.join(sorted(strange))}: no target; those are {' '.join(args.target)}")
-    names = zip(data.names, data.units, strict=True)
+    if args.unit and len(args.unit) != len(data.names):
+        raise TuningError(f"--unit says {len(args.unit)} units of {len(data.names)} targets")
+    names = zip(data.names, args.unit or data.units, strict=True)
     if not args.classify:
         return Task(tuple(Target(name, unit, name in args.per_atom) for name, unit in names))
     classes = class_names(data.columns[args.target[0]])
@@ -164,112 +222,17 @@ def splits_of(args: argparse.Namespace, data: Labeled) -> list[Split]:
     return [split_by_group(data.groups, args.train, args.val, args.seed)]
 
 
-def about(args: argparse.Namespace, card: EncoderCard, pulled: registry.Pulled, how: FineTuning) -> dict[str, Any]:
-    """Where the results come from."""
-    encoder = {"ref": pulled.uri, "weights_sha256": card.weights_sha256, "data_digest": card.data_digest}
-    more = {"scratch_lr": args.scratch_lr, "members": args.members, "folds": args.folds}
-    return {"encoder": encoder, "settings": asdict(how) | more, "data": Path(args.data).name}
+def about(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings beside those of the training."""
+    return {name: getattr(args, name) for name in ("scratch_lr", "members", "folds")} | {"data": Path(args.data).name}
 
 
-def write_results(
-    out: Path, data: Labeled, task: Task, splits: Sequence[Split], outcome: Outcome, about: dict[str, Any]
-) -> dict[str, Any]:
-    """``predictions.parquet``, ``history.jsonl``, ``results.json`` and ``parity.png``; returns the results."""
-    out.mkdir(parents=True, exist_ok=True)
-    tested = np.flatnonzero(outcome.fold >= 0)
-    table: dict[str, Any] = {"key": [data.graphs.keys[i] for i in tested], "fold": outcome.fold[tested]}
-    for t, name in enumerate(data.names):
-        table[f"true:{name}"] = data.targets[tested, t]
-    for kind, arms in (("", outcome.predictions), (" std", outcome.deviations)):
-        for arm, values in arms.items():
-            table |= {f"{arm}{kind}:{name}": values[tested, c] for c, name in enumerate(task.columns)}
-    pq.write_table(pa.table(table), out / "predictions.parquet")
-    with open(out / "history.jsonl", "w") as file:
-        for arm, members in outcome.members.items():
-            for number, member in enumerate(members):
-                file.writelines(json.dumps({"arm": arm, "member": number} | line) + "\n" for line in member.history)
-    results = {
-        **about,
-        "task": asdict(task),
-        "data_digest": _digest(data, outcome),
-        "crystals": [split.sizes() for split in splits],
-        "errors": outcome.errors,
-        "fold_errors": outcome.fold_errors,
-        "best_epochs": {arm: [m.best for m in members] for arm, members in outcome.members.items()},
-    }
-    if PRETRAINED in outcome.deviations and not task.classes:
-        results["within_one_std"] = _coverage(data, outcome)
-    (out / "results.json").write_text(json.dumps(results, indent=1))
-    if not task.classes:
-        plot_parity(out / "parity.png", task, data.targets, outcome)
-    return results
-
-
-def property_card(
-    results: dict[str, Any], data: Labeled, card: EncoderCard, task: Task, outcome: Outcome
-) -> PropertyCard:
-    """What is known of the fine-tuned model."""
-    errors = outcome.errors
-    metrics = {f"test/{arm}/{name}": value for arm, own in errors.items() for name, value in own.items()}
-    metrics["test/skill"] = skill(task, outcome)
-    seen = sorted({*card.elements, *np.unique(data.graphs.atomic_numbers).tolist()}) if card.elements else []
-    return PropertyCard(
-        task=asdict(task),
-        scalers=scalers_of(outcome.members[PRETRAINED]),
-        cutoff=card.cutoff,
-        centers=card.centers,
-        end=card.end,
-        gamma=card.gamma,
-        model=card.model,
-        elements=seen,
-        encoder=results["encoder"],
-        data_digest=results["data_digest"],
-        settings=results["settings"],
-        metrics=metrics,
-        sources=data.sources,
-        code_version=__version__,
-    )
-
-
-def skill(task: Task, outcome: Outcome) -> float:
-    """1 − error / error of the baseline that knows nothing, mean over the targets: what models are compared by."""
-    dull = outcome.errors["frequencies" if task.classes else "median"]
-    ours = outcome.errors[PRETRAINED]
-    names = ["log_loss"] if task.classes else [t.name for t in task.targets]
-    return float(np.mean([1.0 - ours[n] / dull[n] if dull[n] > 0 else np.nan for n in names]))
-
-
-def report(results: dict[str, Any], outcome: Outcome, out: str) -> str:
-    """The errors as a few lines."""
-    sizes, task = results["crystals"], Task.read(results["task"])
-    parts = ", ".join(f"{sum(s[n] for s in sizes) // len(sizes)} {n}" for n in ("train", "val", "test"))
-    each = f"; {len(sizes)} folds of " if len(sizes) > 1 else "; "
-    lines: list[str] = []
-    for metric in outcome.errors[PRETRAINED]:
-        unit = next((t.unit for t in task.targets if t.name == metric), "")
-        what = f"mean absolute error of {metric}, {unit or 'no unit given'}" if not task.classes else metric
-        lines.append(f"{what}{each}{parts} crystals")
-        values = {arm: errors[metric] for arm, errors in outcome.errors.items()}
-        best = (max if metric == "accuracy" else min)(values.values())
-        for arm, value in values.items():
-            error = outcome.spread(arm, metric)
-            about = f" ± {error:.4f}" if np.isfinite(error) else ""
-            lines.append(f"  {arm:24} {value:9.4f}{about}{'   ← best' if value == best else ''}")
-    if "within_one_std" in results:
-        lines.append(f"  within one deviation of the ensemble: {results['within_one_std']:.0%} of the test labels")
-    lines.append(f"  {out}/: results.json, predictions.parquet, history.jsonl, model/")
-    return "\n".join(lines)
-
-
-def _coverage(data: Labeled, outcome: Outcome) -> float:
-    off = np.abs(outcome.predictions[PRETRAINED] - data.targets)
-    known = np.isfinite(off)
-    return float((off[known] <= outcome.deviations[PRETRAINED][known]).mean())
-
-
-def _digest(data: Labeled, outcome: Outcome) -> str:
-    """What makes errors comparable: the same crystals, labels and test sets."""
-    return hashlib.sha256(data.digest().encode() + outcome.fold.tobytes()).hexdigest()
+def record_tuning(uri: str, experiment: str, out: Path, card: PropertyCard, began: float) -> str | None:
+    """The MLflow run of a fine-tuning that is done."""
+    params = card.settings | {"encoder": card.encoder["ref"], "targets": [t["name"] for t in card.task["targets"]]}
+    tags = {"encoder": card.encoder["ref"], "data_digest": card.data_digest, "code_version": card.code_version}
+    files = [p for p in out.iterdir() if p.is_file()]
+    return record(uri, experiment, out.resolve().name, params, card.metrics, tags, files, began)
 
 
 if __name__ == "__main__":

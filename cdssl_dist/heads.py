@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn.aggr import Set2Set
 
 from cdssl_dist.batch import GraphBatch
 from cdssl_dist.edges import GaussianExpansion, distances
@@ -23,6 +22,8 @@ class Readout(nn.Module):
 
     def __init__(self, width: int, hidden: int = 64, targets: int = 1, steps: int = 3) -> None:
         super().__init__()
+        from torch_geometric.nn.aggr import Set2Set  # two seconds of imports, which a list of models does without
+
         self.nodes = Set2Set(width, processing_steps=steps)
         self.edges = Set2Set(width, processing_steps=steps)
         self.mlp = nn.Sequential(Dense(5 * width, hidden, hidden // 2), nn.Linear(hidden // 2, targets))

@@ -227,7 +227,7 @@ def _from_source(path: str, targets: list[str], cutoff: float, keys: Sequence[st
             raise DataSetError(f"{path}: {len(absent)} of {len(keys)} keys are not in it, as {absent[0]!r}")
         graphs, groups = graphs.take(np.array([place[k] for k in keys])), [groups[place[k]] for k in keys]
     about = {"name": source.name, "licence": source.licence, "cite": source.cite}
-    return graphs, groups, {t: source.units.get(t, "unknown unit") for t in targets}, [about]
+    return graphs, groups, {t: source.units.get(t, "") for t in targets}, [about]
 
 
 def in_batches(items: Iterator[Crystal | Refusal], size: int) -> Iterator[tuple[list[Crystal], list[Refusal]]]:

@@ -8,9 +8,10 @@ Beside the picture stands a figure for what it is worth: how well a crystal's ne
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +26,7 @@ from cdssl_dist.commands import Parser, command
 from cdssl_dist.map_page import page
 
 NEIGHBOURS: Final = 10
+FEWEST: Final = NEIGHBOURS + 2  # crystals of a map
 METHODS: Final = ("umap", "tsne", "pca")
 
 
@@ -41,6 +43,19 @@ class Kept:
     in_vectors: float  # the same before the dimensions were reduced
 
 
+@dataclass(frozen=True)
+class CrystalMap:
+    """n crystals in two dimensions."""
+
+    name: str  # of what is mapped
+    method: str
+    place: NDArray[np.float64]  # (n, 2)
+    keys: list[str]
+    formulas: list[str]
+    columns: dict[str, NDArray[np.float64]]  # name → (n,), NaN where unknown; the first one colours at first
+    kept: dict[str, Kept]
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Read vectors, map them, draw."""
@@ -54,28 +69,67 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
 
     table, vectors = read_vectors(args.embeddings, args.sample, args.seed)
-    columns, names = numbers(table), table["key"].to_pylist()
+    columns = numbers(table)
     if args.color not in columns:
         raise MapError(f"{args.embeddings}: no column of numbers {args.color!r}; there are {', '.join(columns)}")
-    place = reduced(vectors, args.method, args.seed)
-    kept = [neighbours_tell(name, values, place, vectors) for name, values in columns.items()]
+    columns = {args.color: columns[args.color]} | columns
+    names = table["key"].to_pylist()
+    formulas = table["formula"].to_pylist() if "formula" in table.column_names else [""] * len(names)
+    found = draw_map(Path(args.embeddings).name, names, formulas, columns, vectors, args.method, args.seed)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    pq.write_table(
-        table.append_column("x", pa.array(place[:, 0])).append_column("y", pa.array(place[:, 1])), out / "map.parquet"
-    )
-    draw(out / "map.png", place, args.color, columns[args.color])
-    formulas = table["formula"].to_pylist() if "formula" in table.column_names else [""] * len(names)
-    order = dict.fromkeys([args.color, *columns])
-    told = {k.column: k for k in kept}
-    (out / "map.html").write_text(
-        page(Path(args.embeddings).name, args.method, place, names, formulas, {c: columns[c] for c in order}, told)
-    )
+    write_map(out / "map.parquet", found, table)
+    draw(out / "map.png", found.place, args.color, columns[args.color])
+    (out / "map.html").write_text(page(found))
     print(f"{len(names):,} crystals by {args.method}; how well {NEIGHBOURS} neighbours tell (1 all, 0 nothing):")
-    for k in kept:
+    for k in found.kept.values():
         print(f"  {k.column:20} on the map {k.on_map:.3f}, in the vectors {k.in_vectors:.3f}")
     print(f"  {out}/map.png, map.html, map.parquet")
     return 0
+
+
+def draw_map(
+    name: str,
+    keys: list[str],
+    formulas: list[str],
+    columns: dict[str, NDArray[np.float64]],
+    vectors: NDArray[np.float64],
+    method: str = "tsne",
+    seed: int = 0,
+) -> CrystalMap:
+    """Reduce standardised vectors (n, d), and see what their neighbourhoods tell of each column."""
+    place = reduced(vectors, method, seed)
+    kept = {column: neighbours_tell(column, values, place, vectors) for column, values in columns.items()}
+    return CrystalMap(name, method, place, keys, formulas, columns, kept)
+
+
+def write_map(path: Path, found: CrystalMap, table: pa.Table) -> None:
+    """The table with coordinates, x and y; method and figures go into its metadata."""
+    x, y = (pa.array(column) for column in found.place.T)
+    about = {"method": found.method, "kept": json.dumps([asdict(k) for k in found.kept.values()])}
+    pq.write_table(table.append_column("x", x).append_column("y", y).replace_schema_metadata(about), path)
+
+
+def read_map(folder: Path) -> CrystalMap:
+    """What ``cdssl map`` left in a folder.
+
+    Raises:
+        MapError: where that is nothing.
+    """
+    path = folder / "map.parquet"
+    try:
+        table = pq.read_table(path)
+        about = table.schema.metadata or {}
+        kept = {k["column"]: Kept(**k) for k in json.loads(about[b"kept"])}
+        columns = numbers(table)
+        place = np.column_stack([columns.pop("x"), columns.pop("y")])
+        names = table["key"].to_pylist()
+        formulas = table["formula"].to_pylist() if "formula" in table.column_names else [""] * len(names)
+    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as why:
+        raise MapError(f"{path}: no table of cdssl map that can be read ({why})") from None
+    return CrystalMap(
+        folder.name, about[b"method"].decode(), place, names, formulas, {c: columns[c] for c in kept}, kept
+    )
 
 
 def read_vectors(path: str, sample: int, seed: int) -> tuple[pa.Table, NDArray[np.float64]]:
@@ -87,7 +141,7 @@ def read_vectors(path: str, sample: int, seed: int) -> tuple[pa.Table, NDArray[n
     if not {"key", "embedding"} <= set(table.column_names):
         raise MapError(f"{path}: no columns key and embedding; cdssl embed makes such a file")
     table = table.filter(pa.compute.is_valid(table["embedding"]))
-    if len(table) < NEIGHBOURS + 2:
+    if len(table) < FEWEST:
         raise MapError(f"{path}: {len(table)} vectors are too few for a map")
     if len(table) > sample:
         table = table.take(np.sort(np.random.default_rng(seed).choice(len(table), sample, replace=False)))
@@ -97,13 +151,13 @@ def read_vectors(path: str, sample: int, seed: int) -> tuple[pa.Table, NDArray[n
 
 def numbers(table: pa.Table) -> dict[str, NDArray[np.float64]]:
     """The columns of numbers that are not all the same."""
-    found = {}
-    for name in table.column_names:
-        if pa.types.is_floating(table[name].type) or pa.types.is_integer(table[name].type):
-            values = np.array(table[name].to_pylist(), np.float64)
-            if np.unique(values[np.isfinite(values)]).size > 1:
-                found[name] = values
-    return found
+    names = [n for n in table.column_names if pa.types.is_floating(table[n].type) or pa.types.is_integer(table[n].type)]
+    return varied({n: np.array(table[n].to_pylist(), np.float64) for n in names})
+
+
+def varied(columns: dict[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
+    """Those that are not all the same."""
+    return {n: values for n, values in columns.items() if np.unique(values[np.isfinite(values)]).size > 1}
 
 
 def reduced(vectors: NDArray[np.float64], method: str, seed: int) -> NDArray[np.float64]:

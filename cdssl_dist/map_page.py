@@ -1,36 +1,34 @@
-"""The page of ``cdssl map``: one file, no network. What comes from data travels as JSON, and is shown as text."""
+"""The map as a page of its own, or as part of one: no network. What comes from data travels as JSON, shown as text."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-STYLE: Final = """
-:root { color-scheme: light dark; --bg: #fff; --ink: #1b2430; --soft: #5b6776; --line: #dde3ea }
-@media (prefers-color-scheme: dark) { :root { --bg: #12161c; --ink: #e6ebf1; --soft: #9aa7b5; --line: #2c3540 } }
-body { margin: 0; background: var(--bg); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
-main { max-width: 60rem; margin: 0 auto; padding: 1rem }
-h1 { font-size: 1.3rem; margin: 0 }
-p { color: var(--soft); margin: .3rem 0 }
-form { display: flex; flex-wrap: wrap; gap: .6rem 1.2rem; margin: .6rem 0 }
-select, input { font: inherit; max-width: 14rem }
-canvas { width: 100%; aspect-ratio: 4 / 3; border: 1px solid var(--line); border-radius: 8px; touch-action: pan-y }
+from sharding.page_style import STYLE
+
+if TYPE_CHECKING:
+    from cdssl_dist.map import CrystalMap
+
+MAP_STYLE: Final = """
+.map form { display: flex; flex-wrap: wrap; gap: .6rem 1.2rem; margin: .6rem 0 }
+.map select, .map input { font: inherit; max-width: 14rem }
+.map canvas { width: 100%; aspect-ratio: 4 / 3; border: 1px solid var(--line); border-radius: 8px; touch-action: pan-y }
 #scale { height: .7rem; border-radius: 4px; background: linear-gradient(90deg, #440154, #31688e, #35b779, #fde725) }
 .ends { display: flex; justify-content: space-between; color: var(--soft); font-size: .9rem }
-output { display: block; min-height: 1.5em; overflow-wrap: anywhere }
-@media print { form { display: none } }
+.map output { display: block; min-height: 1.5em; overflow-wrap: anywhere }
+@media print { .map form { display: none } .map { break-inside: avoid } #scale { print-color-adjust: exact } }
 """
 
-SCRIPT: Final = """
+MAP_SCRIPT: Final = """
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const canvas = document.querySelector("canvas"), column = document.getElementById("column");
-const find = document.getElementById("find"), told = document.querySelector("output");
+const find = document.getElementById("find"), told = document.getElementById("told");
 const stops = [[68, 1, 84], [49, 104, 142], [53, 183, 121], [253, 231, 37]];
 for (const name of Object.keys(data.columns)) column.add(new Option(name, name));
 const format = v => v === null ? "–" : Number(v.toPrecision(4)).toString();
@@ -79,48 +77,41 @@ draw();
 """
 
 
-def page(
-    name: str,
-    method: str,
-    place: NDArray[np.float64],
-    keys: Sequence[str],
-    formulas: Sequence[str],
-    columns: Mapping[str, NDArray[np.float64]],
-    kept: Mapping[str, Any],
-) -> str:
-    """The page.
+def page(found: CrystalMap) -> str:
+    """A page of its own."""
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>{escape(found.name)}: a map of crystals</title><style>{STYLE}{MAP_STYLE}</style></head><body><main>
+<h1>{escape(found.name)}</h1>{section(found)}</main><script>{MAP_SCRIPT}</script></body></html>
+"""
 
-    Args:
-        name: of the file of vectors.
-        method: that made the map.
-        place: (n, 2).
-        keys, formulas: of the crystals.
-        columns: name → (n,), the first one is shown first.
-        kept: name → ``map.Kept``.
-    """
+
+def section(found: CrystalMap) -> str:
+    """A part of a page that has ``MAP_STYLE``, ``MAP_SCRIPT`` at its end, and no other map."""
+    place = found.place
     span = np.ptp(place, axis=0)
     unit = (place - place.min(axis=0)) / np.where(span > 0, span, 1.0)
     content = {
         "x": np.round(unit[:, 0], 4).tolist(),
         "y": np.round(unit[:, 1], 4).tolist(),
-        "keys": list(keys),
-        "formulas": list(formulas),
-        "columns": {c: _column(values, kept[c]) for c, values in columns.items()},
+        "keys": found.keys,
+        "formulas": found.formulas,
+        "columns": {c: _column(values, found.kept[c]) for c, values in found.columns.items()},
     }
-    text = json.dumps(content, allow_nan=False).replace("<", "\\u003c").replace("&", "\\u0026")
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>{escape(name)}: a map of crystals</title><style>{STYLE}</style></head><body><main>
-<h1>{escape(name)}</h1>
-<p>{len(keys):,} crystals, their vectors in two dimensions ({escape(method)}). <span id="kept"></span></p>
+    return f"""<div class="map"><p class="note">{len(found.keys):,} crystals, their vectors in two dimensions
+({escape(found.method)}). <span id="kept"></span></p>
 <form><label>colour <select id="column"></select></label>
 <label>formula or key <input id="find" type="search"></label><span id="hits"></span></form>
 <canvas role="img" aria-label="A map of crystals"></canvas>
-<div id="scale"></div><div class="ends"><span id="low"></span><span id="high"></span></div><output></output>
-</main><script type="application/json" id="data">{text}</script><script>{SCRIPT}</script></body></html>
-"""
+<div id="scale"></div><div class="ends"><span id="low"></span><span id="high"></span></div><output id="told"></output>
+<script type="application/json" id="data">{in_script(content)}</script></div>"""
+
+
+def in_script(content: Any) -> str:
+    """JSON that ends no element and begins none, whatever its strings hold."""
+    return json.dumps(content, allow_nan=False).replace("<", "\\u003c").replace("&", "\\u0026")
 
 
 def _column(values: NDArray[np.float64], kept: Any) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def _property(card: dict[str, Any]) -> str:
 {chr(10).join(lines)}
 {classes}
 An ensemble of {len(card["scalers"])} network(s): the encoder below, Set2Set on nodes and edges with the state, and a
-multilayer perceptron. The deviation between members is reported as an uncertainty; it is not calibrated.
+multilayer perceptron. {_uncertainty(card)}
 
 Fine-tuned from **{card["encoder"]["ref"]}** (weights {card["encoder"]["weights_sha256"][:12]}, pretrained on data
 {card["encoder"]["data_digest"][:12]}).
@@ -85,6 +85,18 @@ Fine-tuned from **{card["encoder"]["ref"]}** (weights {card["encoder"]["weights_
 As good as its labels: ordered periodic crystals like those it was tested on. Elements that no training has seen are
 marked in the output{_elements(card)}.
 """
+
+
+def _uncertainty(card: dict[str, Any]) -> str:
+    """What may be made of the deviation between members."""
+    if len(card["scalers"]) < 2:
+        return "It gives no uncertainty."
+    if not card.get("uncertainty"):
+        return "The deviation between members is an uncertainty that was not calibrated."
+    factors = ", ".join(f"{factor:.3g} for {_cell(name)}" for name, factor in card["uncertainty"].items())
+    return f"""
+`within68` is the deviation between members times a factor ({factors}) that covers 68% of
+the errors of validation crystals; what it covers of the test crystals is below, as `covered`."""
 
 
 def _shape(card: dict[str, Any]) -> str:

@@ -45,9 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fields(model: Predictor) -> list[tuple[str, pa.DataType]]:
-    """Columns: a prediction for each target or class, its deviation in an ensemble, and elements never seen."""
+    """Columns: a prediction for each target or class, its uncertainty in an ensemble, and elements never seen."""
     names = model.task.columns
     deviations = [(f"std:{name}", pa.float64()) for name in names] if len(model.networks) > 1 else []
+    deviations += [(f"within68:{name}", pa.float64()) for name in model.card.uncertainty]
     label = [("class", pa.string())] if model.task.classes else []
     return [*((name, pa.float64()) for name in names), *deviations, *label, ("unseen_elements", pa.string())]
 
@@ -59,6 +60,7 @@ def columns(model: Predictor, graphs: Multigraphs) -> dict[str, Any]:
     found: dict[str, Any] = {name: mean[:, i] for i, name in enumerate(names)}
     if len(model.networks) > 1:
         found |= {f"std:{name}": std[:, i] for i, name in enumerate(names)}
+        found |= {f"within68:{name}": f * std[:, names.index(name)] for name, f in model.card.uncertainty.items()}
     if model.task.classes:
         found["class"] = [model.task.classes[i] for i in mean.argmax(axis=1)]
     strange = model.unseen(graphs)

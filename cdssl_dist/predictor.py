@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cdssl_dist import __version__
 from cdssl_dist.edges import GaussianExpansion
-from cdssl_dist.export import EncoderCard, ExportError, read_content, read_weights, write_pair
+from cdssl_dist.export import EncoderCard, ExportError, Upgrade, read_content, read_weights, write_pair
 from cdssl_dist.heads import PropertyModel
 from cdssl_dist.megnet import MEGNet
 from cdssl_dist.targets import Array, Scaler, Task
@@ -20,8 +21,11 @@ from cdssl_dist.tuning import Member, outputs
 from sharding.graph import Multigraphs
 
 FORMAT: Final = "cdssl-property"
-VERSION: Final = 1
+VERSION: Final = 2
 STEM: Final = "property"
+
+# version → what makes the next one of it. 1 → 2: what the deviation of an ensemble is to be multiplied by.
+UPGRADES: Final[dict[int, Upgrade]] = {1: lambda content: content | {"uncertainty": {}}}
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class PropertyCard:
     metrics: dict[str, float]
     sources: list[dict[str, str]]
     code_version: str
+    uncertainty: dict[str, float] = field(default_factory=dict)  # target → see uncertainty.Uncertainty.factor
     weights_sha256: str = ""
     format: str = FORMAT
     version: int = VERSION
@@ -106,9 +111,42 @@ def write_property(folder: Path, members: Sequence[Member], card: PropertyCard) 
     write_pair(folder, STEM, weights, asdict(card))
 
 
-def scalers_of(members: Sequence[Member]) -> list[dict[str, list[float]]]:
-    """The scalers of the members, as the card holds them."""
-    return [{"center": m.scaler.center.tolist(), "scale": m.scaler.scale.tolist()} for m in members]
+def property_card(
+    encoder: EncoderCard,
+    ref: str,
+    members: Sequence[Member],
+    task: Task,
+    graphs: Multigraphs,
+    settings: dict[str, Any],
+    **known: Any,
+) -> PropertyCard:
+    """What is known of networks that were trained from an encoder.
+
+    Args:
+        encoder: its card.
+        ref: what it was pulled as.
+        members: the networks.
+        task: what they predict.
+        graphs: the labeled crystals.
+        settings: of the training.
+        known: further fields of the card; where left out, there was no test, and nothing is said of the data.
+    """
+    seen = sorted({*encoder.elements, *np.unique(graphs.atomic_numbers).tolist()}) if encoder.elements else []
+    nothing: dict[str, Any] = {"data_digest": "", "metrics": {}, "sources": []}
+    return PropertyCard(
+        task=asdict(task),
+        scalers=[{"center": m.scaler.center.tolist(), "scale": m.scaler.scale.tolist()} for m in members],
+        cutoff=encoder.cutoff,
+        centers=encoder.centers,
+        end=encoder.end,
+        gamma=encoder.gamma,
+        model=encoder.model,
+        elements=seen,
+        encoder={"ref": ref, "weights_sha256": encoder.weights_sha256, "data_digest": encoder.data_digest},
+        settings=settings,
+        code_version=__version__,
+        **nothing | known,
+    )
 
 
 def read_property_card(folder: str | Path) -> PropertyCard:
@@ -119,7 +157,7 @@ def read_property_card(folder: str | Path) -> PropertyCard:
     """
     path = Path(folder) / f"{STEM}.json"
     try:
-        return PropertyCard(**read_content(path, FORMAT, VERSION, {}))
+        return PropertyCard(**read_content(path, FORMAT, VERSION, UPGRADES))
     except (TypeError, KeyError) as why:
         raise ExportError(f"{path}: a key is missing or unknown ({why})") from None
 

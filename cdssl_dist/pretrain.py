@@ -11,9 +11,10 @@ from pathlib import Path
 
 import yaml
 
-from cdssl_dist import cluster, live, registry, tracking
+from cdssl_dist import cluster, live, registry, report, tracking
 from cdssl_dist.commands import FAILED, Parser, command
 from cdssl_dist.config import Config, load
+from cdssl_dist.encoder_map import map_of_validation
 from cdssl_dist.loader import DataSet
 from cdssl_dist.mlflow_server import tracking_uri
 from cdssl_dist.remote import is_remote
@@ -64,7 +65,11 @@ def pretrain(config: Config) -> int:
 
     tags = {"data_digest": data.manifest.digest}
     with tracking.follow(folder, config, params=about(data.manifest), tags=tags) as tracked, live.watching(folder):
-        complete = cluster.launch(config)
+        complete = False
+        try:
+            complete = cluster.launch(config)
+        finally:  # what went wrong is to be seen, too
+            leave_report(config, complete)
     if not complete:
         how = "stopped with its state saved" if read_status(folder).get("state") == "stopped" else "stopped"
         print(f"{how}; run the same command again to go on ({folder})", file=sys.stderr)
@@ -79,6 +84,14 @@ def pretrain(config: Config) -> int:
             print(f"error: not registered: {why}\nthe encoder is complete; run the same command again to register it")
             return FAILED
     return 0
+
+
+def leave_report(config: Config, complete: bool) -> None:
+    """The page of a run that has ended or stopped, with a map of validation crystals where there is an encoder."""
+    folder = Path(config.run)
+    if (folder / "metrics.jsonl").exists():
+        draw = (lambda: map_of_validation(folder, config.data_path)) if complete else (lambda: None)
+        report.leave(folder, lambda drawn: report.of_run(folder, drawn=drawn), draw)
 
 
 def prepare(config: Config) -> Config:

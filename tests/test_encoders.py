@@ -24,6 +24,7 @@ from cdssl_dist.cli import main as cdssl
 from cdssl_dist.embedding import embed_graphs
 from cdssl_dist.export import read_encoder
 from cdssl_dist.labeled import load_labeled, volume_per_atom
+from cdssl_dist.mlflow_server import connect
 from cdssl_dist.predictor import read_property, unseen_elements
 from cdssl_dist.probe import probe
 from cdssl_dist.splits import k_folds
@@ -213,6 +214,7 @@ def test_finetune_register_predict(
     )
     results = json.loads((home / "tuned" / "results.json").read_text())
     assert results["encoder"]["ref"] == "models:/crystals/1"
+    assert "uncertainty" in results
     tested = pq.read_table("tuned/predictions.parquet").to_pydict()
     assert {int(k[2:]) % 4 for k in tested["key"]} == {3}
     off = [abs(a - b) for a, b in zip(tested["pretrained:volume"], tested["true:volume"], strict=True)]
@@ -220,6 +222,13 @@ def test_finetune_register_predict(
     assert set(results["errors"]) == {"pretrained", "from scratch", "median", "ridge on composition"}
 
     version = registry.show("models:/volumes@champion", uri)
+    client = connect(uri)
+    run = client.get_run(version.run_id or "")  # the record of the work, with its page
+    assert run.info.status == "FINISHED" and run.data.params["members"] == "2"
+    assert run.data.metrics["test/pretrained/volume"] == pytest.approx(results["errors"]["pretrained"]["volume"])
+    assert {f.path for f in client.list_artifacts(version.run_id or "")} == {
+        *["history.jsonl", "parity.png", "predictions.parquet", "report.html", "results.json"]
+    }
     assert version.tags["encoder"] == "models:/crystals/1"
     assert version.tags["encoder_weights_sha256"] == registry.show("models:/crystals/1", uri).tags["weights_sha256"]
     pulled = registry.pull("models:/volumes@champion", uri)
@@ -237,6 +246,8 @@ def test_finetune_register_predict(
     ):
         if key != "c-7":
             assert by_key[key]["total"] == pytest.approx(ours) and by_key[key]["std:total"] == pytest.approx(deviation)
+            factor = results["uncertainty"]["total"]["factor"]
+            assert by_key[key]["within68:total"] == pytest.approx(factor * deviation)
     # Fine-tuning has seen silicon.
     assert {r["unseen_elements"] for r in rows} == {None}
 

@@ -24,29 +24,41 @@ LAYERS = [
         "structures",
         "embedding",
     }
-    | {"targets", "splits", "baselines", "tuning", "predictor", "experiment", "models", "model_card", "parity"}
+    | {
+        "targets",
+        "splits",
+        "baselines",
+        "tuning",
+        "predictor",
+        "experiment",
+        "models",
+        "model_card",
+        "parity",
+        "uncertainty",
+    }
     | {"study_config", "study_data", "study_cells", "study_run", "study_statistics", "study_tables"},
     {"train_loop"},
-    {"mlflow_server", "tracking", "registry", "registry_store", "pyfunc", "model_folder"} | {"live", "rank", "cluster"},
+    {"mlflow_server", "tracking", "registry", "registry_store", "pyfunc", "model_folder", "record"}
+    | {"live", "rank", "cluster"},
     {"commands", "pretrain", "replay", "status", "registry_cli", "demo", "bench", "doctor", "cli"}
     | {
         "encoder",
         "estimator",
         "finetune",
+        "finetune_results",
         "predict",
         "embed",
         "probe",
-        "map",
-        "map_page",
         "report",
         "report_page",
         "study",
-    },
+    }
+    | {"map", "map_page", "encoder_map"},
 ]
 # foreign package → the modules that may import it
 KNOWN_BY = {
     "deepspeed": {"engine"},
-    "mlflow": {"mlflow_server", "tracking", "registry", "registry_store", "pyfunc", "model_folder"},
+    "mlflow": {"mlflow_server", "tracking", "registry", "registry_store", "pyfunc", "model_folder", "record"},
     "ray": {"cluster", "rank"},
 }
 NOT_IN = {

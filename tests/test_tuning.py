@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from encoders import write_encoder_to
+from ray import cloudpickle
+from scipy.stats import spearmanr
 from sklearn.linear_model import RidgeCV
 
 from cdssl_dist import tuning
@@ -21,6 +25,7 @@ from cdssl_dist.predictor import network_of
 from cdssl_dist.splits import Split, folds_of_column, hold_out, k_folds, split_by_group, split_of_column
 from cdssl_dist.targets import Scaler, Target, Task
 from cdssl_dist.tuning import FineTuning, TuningError, fit, stages_of
+from cdssl_dist.uncertainty import factor, measured
 from sharding.crystal import Crystal
 from sharding.graph import Multigraphs, build
 
@@ -194,6 +199,65 @@ def test_folds_members_and_baselines(encoder: tuple[MEGNet, EncoderCard], graphs
     np.testing.assert_allclose(found[:, 0], ridge.predict(fractions))
     np.testing.assert_allclose(found[:, 1], graphs.n_atoms, rtol=1e-3)  # one atom an atom
     assert not torch.equal(new_encoder(encoder[1], 0).element.weight, new_encoder(encoder[1], 1).element.weight)
+
+
+def test_trainings_elsewhere_are_the_same(encoder: tuple[MEGNet, EncoderCard], graphs: Multigraphs) -> None:
+    """What a cluster would do: everything that a training needs is in one picklable call."""
+    y = volume_per_atom(graphs)[:, None]
+    splits, how, ticks = k_folds(graphs.keys, 2, 0.3, 0), replace(QUICK, epochs=2), []
+
+    def backwards(function: Any, tasks: Iterable[Any]) -> Iterator[Any]:
+        """In another order, by another process as it were."""
+        done = {task: cloudpickle.loads(cloudpickle.dumps(function))(task) for task in reversed(list(tasks))}
+        yield from (done[task] for task in sorted(done, key=lambda t: (t[0], t[1] == SCRATCH, t[2])))
+
+    here = compare(*encoder, graphs, y, ONE, splits, how, how, members=2)
+    there = compare(
+        *encoder, graphs, y, ONE, splits, how, how, members=2, tick=lambda: ticks.append(1), elsewhere=backwards
+    )
+    assert len(ticks) == 2 * 2 * 2 * 2  # folds, arms, members, epochs
+    for arm in (PRETRAINED, SCRATCH):
+        np.testing.assert_array_equal(here.predictions[arm], there.predictions[arm])
+        for a, b in zip(here.members[arm], there.members[arm], strict=True):
+            assert a.history == b.history and all(torch.equal(a.weights[n], b.weights[n]) for n in a.weights)
+    assert here.uncertainty == there.uncertainty
+
+
+def test_the_uncertainty_is_scaled_on_some_crystals_and_checked_on_others() -> None:
+    random = np.random.default_rng(0)
+    std = random.uniform(0.5, 2.0, 4000)
+    off = np.abs(random.normal(0.0, 3.0 * std))  # three times what the members say
+    off[::7] = np.nan
+    found = factor(off[:2000], std[:2000])
+    assert found == pytest.approx(3 * 0.9945, rel=0.05)  # 68% of a normal distribution lie within 0.9945 deviations
+    held = np.flatnonzero(np.isfinite(off[:2000]))
+    assert (off[held] <= found * std[held]).mean() == pytest.approx(0.68, abs=2 / len(held))
+    told = measured(off[2000:], std[2000:], np.full(2000, found), found)
+    assert told.covered == pytest.approx(0.68, abs=0.03)  # crystals that were not asked
+    assert told.uncalibrated == pytest.approx(0.26, abs=0.03)  # a third of a deviation
+    known = np.isfinite(off[2000:])
+    assert told.rank == pytest.approx(spearmanr(off[2000:][known], std[2000:][known]).statistic, abs=1e-9)
+    assert np.isnan(factor(off[:9], std[:9]))  # too few to tell
+    assert factor(np.zeros(20), np.zeros(20)) == 0  # constant labels, which all members know
+
+
+def test_an_ensemble_says_what_its_deviation_is_worth(encoder: tuple[MEGNet, EncoderCard], graphs: Multigraphs) -> None:
+    y = volume_per_atom(graphs)[:, None]
+    splits = k_folds(graphs.keys, 2, 0.4, 0)
+    outcome = compare(*encoder, graphs, y, ONE, splits, replace(QUICK, epochs=2), members=2)
+    ratios, covered = [], []
+    for number, split in enumerate(splits):  # the same by hand
+        members = outcome.members[PRETRAINED][2 * number : 2 * number + 2]
+        each = np.stack([predict(m, encoder[1], graphs.take(split.val), ONE)[:, 0] for m in members])
+        own = np.sort(np.abs(each.mean(axis=0) - y[split.val, 0]) / each.std(axis=0))
+        own_factor = own[int(np.ceil(0.68 * (len(own) + 1))) - 1]
+        off = np.abs(outcome.predictions[PRETRAINED] - y)[split.test]
+        covered += (off <= own_factor * outcome.deviations[PRETRAINED][split.test]).tolist()
+        ratios += own.tolist()
+    found = outcome.uncertainty["volume"]
+    assert found.factor == pytest.approx(np.sort(ratios)[int(np.ceil(0.68 * (len(ratios) + 1))) - 1])
+    assert found.covered == pytest.approx(np.mean(covered))
+    assert compare(*encoder, graphs, y, ONE, splits, replace(QUICK, epochs=1)).uncertainty == {}  # one network
 
 
 def test_who_tests() -> None:
