@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from sklearn.base import clone
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import GridSearchCV, cross_val_score
 
-from cdssl_dist import CrystalClassifier, CrystalEncoder, CrystalRegressor, registry
+from cdssl_dist import CrystalClassifier, CrystalEncoder, CrystalRegressor, record, registry, report, stream
 from cdssl_dist.cli import main as cdssl
 from cdssl_dist.embedding import embed_graphs
 from cdssl_dist.export import read_encoder
@@ -29,8 +31,8 @@ from cdssl_dist.predictor import read_property, unseen_elements
 from cdssl_dist.probe import probe
 from cdssl_dist.splits import k_folds
 from cdssl_dist.structures import RefusedStructuresError
-from sharding.crystal import SYMBOLS, Crystal
-from sharding.graph import build
+from sharding.crystal import SYMBOLS, Crystal, RefusedError
+from sharding.graph import Multigraphs, build
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +77,32 @@ def table(small: list[Crystal], volumes: np.ndarray, tmp_path_factory: pytest.Te
     return path
 
 
+@pytest.fixture(scope="module")
+def registered(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registry that holds the encoder as ``crystals``. Not to be changed: ``uri`` gives a copy."""
+    home = tmp_path_factory.mktemp("registry")
+    registry.register(folder, "crystals", f"sqlite:///{home}/mlflow.db")
+    return home
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CDSSL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def uri(home: Path, registered: Path) -> str:
+    shutil.copy(registered / "mlflow.db", home / "mlflow.db")  # what is new lies with it, what was there stays
+    return f"sqlite:///{home}/mlflow.db"
+
+
 # -- in Python ---------------------------------------------------------------------------------------------------------
 
 
-def test_three_lines(folder: Path, small: list[Crystal], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CDSSL_CACHE", str(tmp_path / "cache"))
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    registry.register(folder, "crystals", uri)
+def test_three_lines(home: Path, uri: str, folder: Path, small: list[Crystal]) -> None:
     encoder = CrystalEncoder.from_registry("models:/crystals@champion", uri)
 
     structures = [Structure(c.lattice, c.atomic_numbers, c.positions, coords_are_cartesian=True) for c in small[:6]]
@@ -99,7 +120,7 @@ def test_three_lines(folder: Path, small: list[Crystal], tmp_path: Path, monkeyp
     assert np.isnan(encoder.embed(["no crystal"], refused="nan")).all()
     assert encoder.embed([]).shape == (0, 24)
 
-    (tmp_path / "mlflow.db").unlink()  # what was pulled works offline
+    (home / "mlflow.db").unlink()  # what was pulled works offline
     again = CrystalEncoder.from_registry("models:/crystals@champion", uri)
     np.testing.assert_array_equal(again.embed(structures), encoder.embed(structures))
 
@@ -118,6 +139,11 @@ def test_large_and_tiny_cells(folder: Path) -> None:
     large = copper.repeat((10, 10, 20))
     assert len(large) == 2000
     np.testing.assert_allclose(encoder.embed(large), encoder.embed(copper), atol=1e-4)
+    model = CrystalRegressor(encoder, epochs=1).fit(
+        [copper, large, copper.repeat(2)], [1.0, 2000.0, 8.0], per_atom=True
+    )
+    per_atom = model.predict([copper, large]) / [1, 2000]
+    assert per_atom[0] == pytest.approx(per_atom[1], rel=1e-3)
 
 
 def test_elements_never_seen(folder: Path, small: list[Crystal]) -> None:
@@ -190,19 +216,9 @@ def test_classification(folder: Path, small: list[Crystal], volumes: np.ndarray)
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("CDSSL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def test_finetune_register_predict(
-    home: Path, folder: Path, table: Path, small: list[Crystal], capsys: pytest.CaptureFixture[str]
+    home: Path, uri: str, folder: Path, table: Path, small: list[Crystal], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    uri = f"sqlite:///{home}/mlflow.db"
-    registry.register(folder, "crystals", uri)
     tune = ["finetune", "--encoder", "models:/crystals@champion", "--data", str(table), "--epochs", "2"]
     tune += ["--target", "volume", "total", "--per-atom", "total", "--members", "2", "--split-column", "part"]
     assert cdssl([*tune, "--register", "volumes", "--out", "tuned"]) == 0
@@ -287,6 +303,8 @@ def test_finetune_to_classes_with_labels_that_lie_elsewhere(home: Path, folder: 
         ("--target volume --folds 3 --fold-column fold", "exclude one another"),
         ("--target volume --keys absent.txt", "absent.txt"),
         ("--target volume --freeze 9", "3 stages"),
+        ("--target volume --unit A eV", "2 units of 1 targets"),
+        ("--target kind", "no crystal has a finite value of 'kind'"),
         ("--target volume --where n_atoms<3", "not a data set of shards"),
         ("--target volume --encoder models:/nobody@champion", "does not exist"),
         ("--target volume --encoder nowhere", "nowhere: holds no encoder.safetensors"),
@@ -305,6 +323,32 @@ def test_constant_labels(home: Path, folder: Path, table: Path) -> None:
     tune = ["finetune", "--encoder", str(folder), "--data", str(table), "--target", "constant", "--epochs", "2"]
     assert cdssl([*tune, "--no-scratch", "--out", "tuned"]) == 0
     assert json.loads(Path("tuned/results.json").read_text())["errors"]["median"]["constant"] == 0
+    assert Path("tuned/report.html").exists()
+
+
+def test_a_server_that_takes_no_record_costs_a_line(
+    home: Path, uri: str, table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def down(uri: str) -> None:
+        raise ConnectionError("nobody is there")
+
+    monkeypatch.setattr(record, "connect", down)
+    monkeypatch.setattr(report, "of_tuning", lambda *_: 1 / 0)  # nor can a page be made
+    tune = ["finetune", "--encoder", "models:/crystals@champion", "--data", str(table), "--target", "volume"]
+    assert cdssl([*tune, "--epochs", "1", "--no-scratch", "--out", "tuned"]) == 0
+    said = capsys.readouterr().err
+    assert "mlflow: " in said and "did not take the record of this work (nobody is there)" in said
+    assert "report.html: not written (ZeroDivisionError" in said
+    assert (home / "tuned" / "results.json").exists() and not (home / "tuned" / "report.html").exists()
+
+
+def test_three_crystals(home: Path, folder: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pq.write_table(pq.read_table(table).slice(0, 3), "three.parquet")
+    tune = ["finetune", "--encoder", str(folder), "--data", "three.parquet", "--target", "volume", "--epochs", "1"]
+    assert cdssl(tune) == 2
+    assert "3 crystals in 3 groups split into" in capsys.readouterr().err
+    assert cdssl([*tune, "--folds", "3", "--members", "2", "--out", "tuned"]) == 0  # each tests once
+    assert "too few validation labels" in capsys.readouterr().out
 
 
 def test_embed(home: Path, folder: Path, table: Path, data_folder: Path, small: list[Crystal]) -> None:
@@ -318,6 +362,30 @@ def test_embed(home: Path, folder: Path, table: Path, data_folder: Path, small: 
     # Shards hold graphs of another cutoff.
     assert cdssl(["embed", "--encoder", str(folder), "--data", str(data_folder), "--out", "f.parquet"]) == 2
     assert not Path("f.parquet").exists() and not list(home.glob(".f*"))
+
+
+def test_memory_does_not_grow_with_the_rows(
+    home: Path, folder: Path, table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all crystals and graphs that a file becomes, few are alive at a time; rows go to the disk meanwhile."""
+    monkeypatch.setattr(stream, "AT_ONCE", 4)
+    monkeypatch.setattr(stream, "ROWS_PER_GROUP", 8)
+    made: list[tuple[int, weakref.ref[np.ndarray]]] = []
+    most: list[int] = []
+    real = stream.build
+
+    def watched(crystals: list[Crystal], cutoff: float) -> tuple[Multigraphs, dict[int, RefusedError]]:
+        graphs, refused = real(crystals, cutoff)
+        made.append((len(graphs), weakref.ref(graphs.positions)))
+        most.append(sum(n for n, positions in made if positions() is not None))
+        return graphs, refused
+
+    monkeypatch.setattr(stream, "build", watched)
+    rows = len(pq.read_table(table))
+    assert cdssl(["embed", "--encoder", str(folder), "--data", str(table), "--out", "e.parquet"]) == 0
+    assert len(most) > 10 and max(most) <= 8 < rows / 4  # the graphs at hand, and those before them
+    written = pq.ParquetFile("e.parquet").metadata
+    assert written.num_rows == rows and written.num_row_groups >= rows // 12
 
 
 def test_embedding_shards_by_condition(home: Path, data_folder: Path) -> None:

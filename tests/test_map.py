@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,25 @@ def test_neighbours_tell_what_the_map_keeps(vectors: Path) -> None:
     distance = np.linalg.norm(points[:, None] - points[None], axis=2) + np.diag(np.full(80, np.inf))
     told = t[np.argsort(distance, axis=1)[:, :10]].mean(axis=1)
     assert kept.in_vectors == pytest.approx(1 - np.abs(told - t).mean() / np.abs(t - np.median(t)).mean())
+
+
+def test_umap_is_used_where_it_is_installed(vectors: Path) -> None:
+    pytest.importorskip("umap", reason="needs umap-learn: pip install cdssl-dist[umap]")
+    points = np.array(pq.read_table(vectors)["embedding"].to_pylist()[:80])
+    place = reduced(points, "umap", 0)
+    assert place.shape == (80, 2) and np.isfinite(place).all()
+    np.testing.assert_array_equal(place, reduced(points, "umap", 0))  # one seed, one map
+    t = np.array(pq.read_table(vectors)["density"].to_pylist()[:80])
+    assert neighbours_tell("density", t, place, points).on_map > 0.8
+
+
+def test_without_umap_nothing_else_is_taken_silently(
+    vectors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "umap", None)
+    assert cdssl(["map", str(vectors), "--out", str(tmp_path / "out"), "--method", "umap"]) == 2
+    assert "pip install umap-learn, or take --method tsne" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 ACT = """
