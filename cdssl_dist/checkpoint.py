@@ -135,6 +135,12 @@ def newest(root: Path, ledger: Ledger, before: int | None = None) -> Checkpoint 
     return Checkpoint(found[-1], read_progress(found[-1]))
 
 
+def last(root: Path) -> Checkpoint | None:
+    """The committed checkpoint with the highest cursor, to see what its run began with: its weights are not read."""
+    found = _committed(root)
+    return Checkpoint(found[-1], read_progress(found[-1])) if found else None
+
+
 def verified(folder: Path) -> None:
     """Check every file of a committed checkpoint.
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
-from cdssl_dist import cluster, live, registry, report, tracking
+from cdssl_dist import checkpoint, cluster, live, registry, report, tracking
 from cdssl_dist.commands import FAILED, Parser, command
 from cdssl_dist.config import Config, load
 from cdssl_dist.encoder_map import map_of_validation
@@ -60,7 +61,7 @@ def pretrain(config: Config) -> int:
     """Run one pretraining, from where it stopped before; returns the exit code."""
     data = DataSet(config.data_path)  # opened here first: what is missing is said before a cluster is started
     data.table("train"), data.table("val")
-    config = prepare(config)
+    config = prepare(config, data)
     folder = Path(config.run)
 
     tags = {"data_digest": data.manifest.digest}
@@ -94,12 +95,21 @@ def leave_report(config: Config, complete: bool) -> None:
         report.leave(folder, lambda drawn: report.of_run(folder, drawn=drawn), draw)
 
 
-def prepare(config: Config) -> Config:
-    """Absolute paths, since workers have folders of their own, and the run folder with its configuration."""
+def prepare(config: Config, data: DataSet) -> Config:
+    """Absolute paths, since workers have folders of their own, and the run folder with its configuration.
+
+    Raises:
+        CheckpointError: where the folder holds another run; ranks would find out as well, when a cluster is at hand.
+    """
     folder = Path(config.run).resolve()
     path = config.data_path if is_remote(config.data_path) else str(Path(config.data_path).resolve())
-    data = config.data.model_copy(update={"path": path})
-    config = config.model_copy(update={"run": str(folder), "data": data})
+    config = config.model_copy(
+        update={"run": str(folder), "data": config.data.model_copy(update={"path": path})},
+    )
+    if found := checkpoint.last(folder / "checkpoints"):
+        counts = {"name": data.name, **data.manifest.splits}
+        now = replace(found.progress, data_digest=data.manifest.digest, data=counts)
+        checkpoint.check_fits(found, config, now)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     return config

@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 import torch
 
+from cdssl_dist.mlflow_server import connect
 from sharding.block import Budget
 from sharding.crystal import Crystal
 from sharding.pipeline import shard
@@ -68,3 +69,11 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = ShardSettings(budget=Budget(edges=2_048, atoms=256, graphs=16), blocks_per_shard=3, val=0.2)
     shard([open_source("aflow:120")], folder, settings)
     return folder
+
+
+@pytest.fixture(scope="session")
+def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow SQLite file with all its tables and nothing in them, which takes seconds to make. To be copied."""
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    connect(f"sqlite:///{file}").search_experiments()
+    return file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -12,24 +13,27 @@ from pathlib import Path
 
 import pytest
 
-from cdssl_dist.cli import COMMANDS
+from cdssl_dist.cli import COMMANDS, main
 from cdssl_dist.export import read_card
+from cdssl_dist.mlflow_server import connect
 from cdssl_dist.runlog import read_lines
 
 PYTHON = sys.executable
 
 
 def cdssl(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, as from a shell."""
     env = {k: v for k, v in os.environ.items() if k not in ("CDSSL_DATA", "MLFLOW_TRACKING_URI")} | more
     command = [PYTHON, "-m", "cdssl_dist.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_explains_itself(name: str) -> None:
-    answer = cdssl(name, "--help")
-    assert answer.returncode == 0
-    assert answer.stdout.startswith(f"usage: cdssl {name}")
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: cdssl {name}")
 
 
 def test_the_list_of_commands() -> None:
@@ -37,6 +41,13 @@ def test_the_list_of_commands() -> None:
     assert answer.returncode == 0
     assert all(name in answer.stdout for name in COMMANDS)
     assert cdssl("pretrian").returncode == 2
+
+
+def test_what_a_list_of_models_needs_not_is_not_imported() -> None:
+    """Start-up is what people wait for most often."""
+    code = "import sys, cdssl_dist.registry_cli; print(*sys.modules)"
+    loaded = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"ray", "deepspeed", "mlflow", "torch_geometric", "sklearn", "pymatgen"} & set(loaded)
 
 
 def wrong(answer: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -59,22 +70,31 @@ def test_a_missing_data_path_is_one_clear_line() -> None:
     assert len(answer.stderr.strip().splitlines()) == 1
 
 
-def test_errors_name_what_is_wrong(tmp_path: Path, data_folder: Path) -> None:
-    wrong(cdssl("pretrain", "optim.lrr=1"), "optim.lrr", "did you mean 'lr'")
-    wrong(cdssl("pretrain", "optim.lr=fast"), "optim.lr")
-    wrong(cdssl("pretrain", f"data.path={tmp_path}"), "manifest.json is missing")
-    wrong(cdssl("pretrain", "--config", str(tmp_path / "none.yaml")), "none.yaml", "cannot be read")
-    wrong(cdssl("pretrain", "cluster.workers=9", f"data.path={data_folder}"), "packs_per_step")
-    wrong(cdssl("shard", str(tmp_path / "none.parquet"), "--out", str(tmp_path / "out")), "none.parquet")
+def test_errors_name_what_is_wrong(
+    tmp_path: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CDSSL_DATA", raising=False)
+
+    def refused(*arguments: str) -> subprocess.CompletedProcess[str]:
+        code = main(arguments)
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    wrong(refused("pretrain", "optim.lrr=1"), "optim.lrr", "did you mean 'lr'")
+    wrong(refused("pretrain", "optim.lr=fast"), "optim.lr")
+    wrong(refused("pretrain", f"data.path={tmp_path}"), "manifest.json is missing")
+    wrong(refused("pretrain", "--config", str(tmp_path / "none.yaml")), "none.yaml", "cannot be read")
+    wrong(refused("pretrain", "cluster.workers=9", f"data.path={data_folder}"), "packs_per_step")
+    wrong(refused("shard", str(tmp_path / "none.parquet"), "--out", str(tmp_path / "out")), "none.parquet")
     damaged = tmp_path / "damaged.parquet"
     damaged.write_bytes(b"PAR1 not really")
-    wrong(cdssl("shard", str(damaged), "--out", str(tmp_path / "out")), "damaged.parquet")
+    wrong(refused("shard", str(damaged), "--out", str(tmp_path / "out")), "damaged.parquet")
     lacking = tmp_path / "lacking"
     shutil.copytree(data_folder, lacking)
     next(lacking.glob("train-*.tar")).unlink()
-    answer = cdssl("finetune", "--encoder", str(tmp_path), "--data", str(lacking), "--target", "computed:density")
+    answer = refused("finetune", "--encoder", str(tmp_path), "--data", str(lacking), "--target", "computed:density")
     wrong(answer, "encoder.json")
-    wrong(cdssl("pretrain", f"data.path={lacking}", f"run={tmp_path}/run"), "the shard is missing")
+    wrong(refused("pretrain", f"data.path={lacking}", f"run={tmp_path}/run"), "the shard is missing")
 
 
 def alone() -> list[str]:
@@ -88,7 +108,9 @@ def alone() -> list[str]:
 
 @pytest.mark.netns
 @pytest.mark.server
-def test_a_run_on_ray_is_stopped_resumed_registered_and_finetuned(data_folder: Path, tmp_path: Path) -> None:
+def test_a_run_on_ray_is_stopped_resumed_registered_and_finetuned(
+    data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     registry = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "CDSSL_CACHE": str(tmp_path / "cache")}
     env = os.environ | registry | {"CDSSL_DATA": str(data_folder), "RAY_TMPDIR": "/tmp"}
     run = tmp_path / "run"
@@ -105,8 +127,10 @@ def test_a_run_on_ray_is_stopped_resumed_registered_and_finetuned(data_folder: P
     assert first.returncode == 75, said
     assert "run the same command again" in said
 
-    other = subprocess.run([*command, "optim.lr=0.5"], env=env, capture_output=True, text=True, timeout=240)
-    wrong(other, "optim.lr: 0.002 → 0.5")
+    config = (run / "config.yaml").read_text()
+    other = main(["pretrain", *settings.split(), f"data.path={data_folder}", "optim.lr=0.5"])  # needs no cluster
+    assert other == 2 and "optim.lr: 0.002 → 0.5" in capsys.readouterr().err
+    assert (run / "config.yaml").read_text() == config
 
     second = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert second.returncode == 0, second.stderr
@@ -115,11 +139,18 @@ def test_a_run_on_ray_is_stopped_resumed_registered_and_finetuned(data_folder: P
     assert steps == list(range(5, 301, 5))  # each once, over both lives
     assert read_card(run).metrics["val/skill_edge"] < 1
 
-    tuned = cdssl(
-        *["finetune", "--data", str(data_folder), "--target", "computed:density", "--epochs", "2"],
-        *["--out", str(tmp_path / "tuned")],
-        **registry,
-    )
-    assert tuned.returncode == 0, tuned.stderr
-    made = {"history.jsonl", "model", "parity.png", "predictions.parquet", "results.json"}
+    spool = json.loads((run / "mlflow-run.json").read_text())
+    pages = connect(registry["MLFLOW_TRACKING_URI"]).list_artifacts(spool["run_id"])
+    assert "report.html" in {f.path for f in pages} and "<canvas" in (run / "report.html").read_text()
+
+    for name, value in registry.items():
+        monkeypatch.setenv(name, value)
+    tune = ["finetune", "--data", str(data_folder), "--target", "computed:density", "--epochs", "2", "--members", "2"]
+    assert main([*tune, "--out", str(tmp_path / "tuned")]) == 0
+    made = {"history.jsonl", "model", "parity.png", "predictions.parquet", "report.html", "results.json"}
     assert {p.name for p in (tmp_path / "tuned").iterdir()} == made
+    on_ray = [*alone(), PYTHON, "-m", "cdssl_dist.cli", *tune, "--ray", "--out", str(tmp_path / "ray")]
+    answer = subprocess.run(on_ray, env=env, capture_output=True, text=True, timeout=240)
+    assert answer.returncode == 0, answer.stderr
+    weights = [(tmp_path / where / "model" / "property.safetensors").read_bytes() for where in ("tuned", "ray")]
+    assert weights[0] == weights[1]  # the same function, wherever it is called

@@ -78,9 +78,10 @@ def table(small: list[Crystal], volumes: np.ndarray, tmp_path_factory: pytest.Te
 
 
 @pytest.fixture(scope="module")
-def registered(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def registered(folder: Path, mlflow_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A registry that holds the encoder as ``crystals``. Not to be changed: ``uri`` gives a copy."""
     home = tmp_path_factory.mktemp("registry")
+    shutil.copy(mlflow_store, home / "mlflow.db")
     registry.register(folder, "crystals", f"sqlite:///{home}/mlflow.db")
     return home
 

@@ -39,9 +39,10 @@ FILES = ("encoder.safetensors", "encoder.json")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, registry.Registered]:
+def made(tmp_path_factory: pytest.TempPathFactory, mlflow_store: Path) -> tuple[Path, registry.Registered]:
     """A registry with one encoder. Not to be changed: ``uri`` gives a copy."""
     home = tmp_path_factory.mktemp("registry")
+    shutil.copy(mlflow_store, home / "mlflow.db")
     (home / "empty").mkdir()
     before = os.environ.get("MLFLOW_TRACKING_URI")
     done = register(write_encoder_to(home / "encoder"), "crystals", f"sqlite:///{home}/mlflow.db")

@@ -73,7 +73,8 @@ def whole_life(uri: str, home: Path) -> None:
     assert sorted(v.version for v in registry.list_versions("crystals", uri)) == [1, 2]
 
 
-def test_a_server_and_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_and_its_end(tmp_path: Path, mlflow_store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(mlflow_store, tmp_path / "server.db")
     with mlflow_server(tmp_path) as uri:
         whole_life(uri, tmp_path)
         card = connect(uri).get_registered_model("crystals")
@@ -85,7 +86,8 @@ def test_a_server_and_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.slow
-def test_several_jobs_on_one_file(tmp_path: Path) -> None:
+def test_several_jobs_on_one_file(tmp_path: Path, mlflow_store: Path) -> None:
+    shutil.copy(mlflow_store, tmp_path / "mlflow.db")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     registry.register(write_encoder_to(tmp_path / "first", seed=99, skill=0.01), "crystals", uri)
     at_once(uri, [write_encoder_to(tmp_path / f"e{i}", seed=i, skill=0.1 + 0.1 * i) for i in range(3)])
@@ -95,7 +97,8 @@ def test_several_jobs_on_one_file(tmp_path: Path) -> None:
     assert float(champion.tags["skill_edge"]) == pytest.approx(0.3)
 
 
-def test_a_lock_whose_holder_died_is_taken_over(tmp_path: Path) -> None:
+def test_a_lock_whose_holder_died_is_taken_over(tmp_path: Path, mlflow_store: Path) -> None:
+    shutil.copy(mlflow_store, tmp_path / "mlflow.db")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client = connect(uri)
     client.create_registered_model("crystals")

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from browser import act
+from browser import act, printed
 from encoders import write_encoder_to
 
 from cdssl_dist.cli import main as cdssl
+from cdssl_dist.mlflow_server import connect, experiment
+from cdssl_dist.report import leave, of_run
 
 HOSTILE = "<img src=x onerror=alert(1)></script>"
 
@@ -43,11 +48,28 @@ def tuned(tmp_path: Path) -> Path:
     folder.mkdir()
     task = {"targets": [{"name": HOSTILE, "unit": "eV", "per_atom": False}], "classes": []}
     errors = {"pretrained": {HOSTILE: 0.25}, "median": {HOSTILE: 1.0}}
-    results = {"errors": errors, "task": task, "encoder": {"ref": "models:/x/1"}}
+    results = {"errors": errors, "task": task, "encoder": {"ref": "models:/x/1"}, "sources": [{"name": HOSTILE}]}
+    results |= {"crystals": [{"train": 7, "val": 2, "test": 3}], "settings": {"members": 2}, "data_digest": "d" * 64}
+    worth = {"factor": 3.5, "covered": 0.625, "uncalibrated": 0.25, "rank": None}
+    results |= {"uncertainty": {HOSTILE: worth}}
+    history = [
+        {"arm": "pretrained", "member": m, "epoch": e, "val": v} for m, e, v in [(0, 0, 3), (1, 0, 1), (0, 1, 2)]
+    ]
+    (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
     (folder / "results.json").write_text(json.dumps(results))
     columns = {f"true:{HOSTILE}": [0.0, 1.0, None], f"pretrained:{HOSTILE}": [0.5, 1.0, 2.0]}
     pq.write_table(pa.table(columns), folder / "predictions.parquet")
     return folder
+
+
+@pytest.fixture
+def mapped(tmp_path: Path) -> Path:
+    random = np.random.default_rng(0)
+    columns = {"key": [HOSTILE, *(f"c-{i}" for i in range(19))], "formula": ["NaCl"] * 20}
+    columns |= {"density": random.random(20), "embedding": random.random((20, 3)).tolist()}
+    pq.write_table(pa.table(columns), tmp_path / "vectors.parquet")
+    assert cdssl(["map", str(tmp_path / "vectors.parquet"), "--method", "pca", "--out", str(tmp_path / "map")]) == 0
+    return tmp_path / "map"
 
 
 ACT = """
@@ -60,18 +82,42 @@ said.marks = document.querySelectorAll(".mark").length; said.dots = document.que
 said.text = document.body.innerText; said.images = document.images.length;
 said.wide = document.documentElement.scrollWidth <= window.innerWidth;
 """
+POINT = """
+const area = canvas.getBoundingClientRect(), [x, y] = place(0), s = canvas.width / area.width;
+canvas.dispatchEvent(new PointerEvent("pointermove", {clientX: area.left + x / s, clientY: area.top + y / s}));
+said.crystal = told.textContent; said.kept = document.getElementById("kept").textContent;
+"""
 
 
-def test_the_report_in_a_browser(run: Path, tuned: Path, tmp_path: Path) -> None:
+def test_the_report_in_a_browser(run: Path, tuned: Path, mapped: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
-    assert cdssl(["report", str(run), "--finetune", str(tuned), "--out", str(out)]) == 0
-    said = act(out, ACT, tmp_path)
+    more = ["--finetune", str(tuned), "--map", str(mapped)]
+    assert cdssl(["report", str(run), *more, "--out", str(out)]) == 0
+    said = act(out, ACT + POINT, tmp_path)
     assert said["at"] == "train/loss 0.04 at step 100"
-    assert said["charts"] == ["Loss", "Skill beyond each distance alone", "Gradient norm, with what the guard did"]
+    charts = ["Loss", "Skill beyond each distance alone", "Gradient norm, with what the guard did"]
+    assert said["charts"] == [*charts, "Lowest validation error so far, eV"]
     assert (said["marks"], said["dots"], said["images"]) == (1, 2, 0)
     for text in ("done", "0.25", "models:/x/1", HOSTILE, "CC0"):
         assert text in said["text"]
     assert said["wide"]  # on a phone nothing is cut off
+    assert said["crystal"].startswith(HOSTILE) and "density" in said["kept"]
+
+
+def test_the_page_of_a_fine_tuning_in_a_browser(tuned: Path, tmp_path: Path) -> None:
+    assert cdssl(["report", str(tuned)]) == 0
+    said = act(tuned / "report.html", ACT, tmp_path)
+    assert said["at"] == "pretrained 1.5 at epoch 1"  # the first network's 2, and the 1 at which the second stopped
+    assert (said["dots"], said["images"], said["wide"]) == (2, 0, True)
+    for text in ("0.25 eV", "7 / 2 / 3", "0.625", HOSTILE):
+        assert text in said["text"]
+
+
+def test_on_paper(run: Path, tuned: Path, mapped: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    assert cdssl(["report", str(run), "--finetune", str(tuned), "--map", str(mapped), "--out", str(out)]) == 0
+    pdf = printed(out, tmp_path)
+    assert pdf.startswith(b"%PDF") and 2 <= len(re.findall(rb"/Type /Page\b", pdf)) <= 6
 
 
 def test_what_cannot_be_reported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,4 +126,30 @@ def test_what_cannot_be_reported(run: Path, tmp_path: Path, capsys: pytest.Captu
     assert "is it the folder of a run?" in capsys.readouterr().err
     assert cdssl(["report", str(run), "--finetune", str(tmp_path / "empty")]) == 2
     assert "no results.json" in capsys.readouterr().err
+    assert cdssl(["report", str(run), "--map", str(tmp_path / "empty")]) == 2
+    assert "no table of cdssl map" in capsys.readouterr().err
+    assert cdssl(["report", str(run), "--upload"]) == 2
+    assert "MLflow has no run of it" in capsys.readouterr().err
     assert cdssl(["report", str(run)]) == 0 and (run / "report.html").exists()
+
+
+def test_a_page_that_cannot_be_made_costs_a_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    leave(run, lambda drawn: of_run(run, drawn=drawn), lambda: 1 / 0)  # type: ignore[arg-type,return-value]
+    assert "has no map (ZeroDivisionError" in capsys.readouterr().err
+    assert "Gradient norm" in (run / "report.html").read_text()
+    (run / "report.html").unlink()
+    (run / "metrics.jsonl").write_text("no JSON\n")
+    leave(run, lambda drawn: of_run(run, drawn=drawn))
+    assert "not written (JSONDecodeError" in capsys.readouterr().err and not (run / "report.html").exists()
+
+
+def test_a_page_is_replaced_in_mlflow(run: Path, mlflow_store: Path) -> None:
+    shutil.copy(mlflow_store, run.parent / "mlflow.db")
+    uri = f"sqlite:///{run.parent}/mlflow.db"
+    (run / "config.yaml").write_text(f"tracking: {{uri: '{uri}'}}\n")
+    client = connect(uri)
+    run_id = client.create_run(experiment(client, uri, "pretraining")).info.run_id
+    (run / "mlflow-run.json").write_text(json.dumps({"run_id": run_id}))
+    assert cdssl(["report", str(run), "--upload"]) == 0
+    (artifact,) = client.list_artifacts(run_id)
+    assert artifact.path == "report.html" and artifact.file_size == (run / "report.html").stat().st_size
