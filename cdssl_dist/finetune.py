@@ -135,7 +135,7 @@ def parser() -> Parser:
     g.add_argument("--keys", metavar="FILE", help="use the crystals with these ids only, one a line")
 
     g = p.add_argument_group("who tests")
-    g.add_argument("--train", type=float, default=0.5, help="share of the crystals to train on, by whole groups")
+    g.add_argument("--train", type=float, default=0.8, help="share of the crystals to train on, by whole groups")
     g.add_argument("--val", type=float, default=0.1, help="share for early stopping; with folds, of the training ones")
     g.add_argument("--folds", type=int, metavar="K", help="each crystal tests once, in one of K folds")
     g.add_argument("--fold-column", metavar="COLUMN", help="a fold for each value of a column")

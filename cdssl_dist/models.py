@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -115,6 +116,8 @@ def tags_of(folder: Path, kind: Kind) -> dict[str, str]:
         "card_sha256": sha256(folder / kind.files[1]),
         "data_digest": card.data_digest,
         "code_version": card.code_version,
+        "code_digest": code_digest(),
+        "metrics": json.dumps(card.metrics, sort_keys=True)[:5000],
         "licences": _listed(sorted({s.get("licence") or "unknown" for s in card.sources})),
         "sources": _listed([s.get("name", "?") for s in card.sources]),
         **kind.describe(card),
@@ -142,6 +145,15 @@ def checked(folder: Path, kind: Kind) -> Card:
     except (ExportError, KeyError, TypeError, OSError, SafetensorError) as why:
         text = " ".join(str(why).split())[:200]
         raise RegistryError(f"{folder}: holds no {' and '.join(kind.files)} to use ({text})") from None
+
+
+@functools.cache
+def code_digest() -> str:
+    """SHA-256 of the Python files of this program: a version number alone does not tell one checkout from another."""
+    home = Path(__file__).parent.parent
+    files = [p for package in ("cdssl_dist", "sharding") for p in (home / package).rglob("*.py")]
+    listed = sorted(f"{p.relative_to(home).as_posix()} {sha256(p)}\n" for p in files)
+    return hashlib.sha256("".join(listed).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

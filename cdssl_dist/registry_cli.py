@@ -101,8 +101,16 @@ def line(version: Version) -> str:
     """One version in a line."""
     made = datetime.datetime.fromtimestamp(version.created / 1000).isoformat(" ", "minutes")
     aliases = ", ".join(version.aliases)
-    scores = [f"{k.score} {version.tags[k.score]}" for k in KINDS if k.score in version.tags]
+    scores = [f"{k.score} {_rounded(version.tags[k.score])}" for k in KINDS if k.score in version.tags]
     return f"{version.uri:28} {made}  {' '.join(scores) or 'not made by cdssl'}  {aliases}".rstrip()
+
+
+def _rounded(score: str) -> str:
+    """Four places; a tag may hold anything."""
+    try:
+        return f"{float(score):.4f}"
+    except ValueError:
+        return score
 
 
 if __name__ == "__main__":

@@ -91,6 +91,13 @@ def test_register_once(made: tuple[Path, registry.Registered], home: Path, uri: 
     card = json.loads((made[0] / "encoder" / "encoder.json").read_text())
     for tag in ("data_digest", "config_digest", "validation_digest", "code_version", "weights_sha256"):
         assert version.tags[tag] == card[tag]
+    home_of_code = Path(registry.__file__).parent.parent
+    listed = (
+        "find cdssl_dist sharding -name '*.py' | LC_ALL=C sort | xargs sha256sum | awk '{print $2, $1}' | sha256sum"
+    )
+    summed = subprocess.run(["sh", "-c", listed], cwd=home_of_code, capture_output=True, text=True, check=True).stdout
+    assert version.tags["code_digest"] == summed.split()[0]
+    assert json.loads(version.tags["metrics"]) == card["metrics"]
     assert version.tags["skill_edge"] == "0.3" and version.tags["format"] == "cdssl-encoder 2"
     assert not (home / "mlruns").exists() and not (home / "mlflow-run.json").exists()
 
