@@ -16,26 +16,28 @@ if TYPE_CHECKING:
 
 Tuned = tuple[Mapping[str, Any], Mapping[str, list[Any]], Sequence[Mapping[str, Any]]]
 
-WIDTH, HEIGHT, LEFT, FLOOR, ROOF = 640, 230, 56, 200, 12
+WIDTH, HEIGHT, LEFT, FLOOR, ROOF = 640, 230, 72, 200, 16
 POINTS: Final = 600  # of a line, at most
 CHARTS: Final = (  # title, lines, whether the axis is logarithmic, whether events are marked
     ("Loss", ("train/loss", "val/loss"), True, False),
-    ("Skill beyond each distance alone", ("train/skill_edge", "val/skill_edge"), False, False),
-    ("Skill against the noisy edges", ("train/skill", "val/skill"), False, False),
+    ("Skill beyond each distance alone, where above −½", ("train/skill_edge", "val/skill_edge"), False, False),
+    ("Skill against the noisy edges, where above −½", ("train/skill", "val/skill"), False, False),
     ("Gradient norm, with what the guard did", ("guard/norm",), True, True),
     ("Directed edges per second", ("perf/edges_s",), False, False),
 )
+LOWEST: Final = {"skill": -0.5, "skill_edge": -0.5}  # the first steps are far below, and would flatten all others
 MORE: Final = """
 .chart svg, .parity svg { width: 100%; height: auto; display: block }
 .chart text, .parity text { font: 12px system-ui, sans-serif; fill: var(--soft) }
-.chart .y { text-anchor: end } .chart .x { text-anchor: middle } .parity text { text-anchor: start }
+.chart .y, .chart .x2 { text-anchor: end } .chart .x0 { text-anchor: start } .chart .x1 { text-anchor: middle }
+.parity text { text-anchor: start }
 @media (max-width: 560px) { .chart text { font-size: 20px } }
 .chart path { fill: none; stroke-width: 1.6; stroke-linejoin: round }
 .l0 { stroke: var(--bar) } .l1 { stroke: var(--s1) } .grid { stroke: var(--line); stroke-width: 1; fill: none }
 .mark { stroke: #c33; stroke-dasharray: 3 3 } .parity circle { fill: var(--bar); opacity: .55 }
 .chart output { display: block; min-height: 1.5em; font-variant-numeric: tabular-nums; font-size: .9rem }
 .chart { margin-bottom: 26px; break-inside: avoid } pre { overflow-x: auto; font-size: .85rem }
-.scroll + .scroll, .scroll + .chart { margin-top: 24px } .chart .legend span { margin: 0 0 0 12px }
+.scroll + .scroll, .scroll + .chart { margin-top: 24px } .chart figcaption span { white-space: nowrap; margin-left: 8px }
 .parities { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(280px, 100%), 1fr)); gap: 16px }
 @media print {
   body { font-size: 11pt } main { max-width: none; padding: 0 } h2 { break-after: avoid }
@@ -179,7 +181,8 @@ def _chart(
     series: dict[str, list[tuple[float, float]]] = {}
     for name in names:
         found = [(float(m["step"]), float(m[name])) for m in metrics if isinstance(m.get(name), (int, float))]
-        found = [(s, v) for s, v in found if math.isfinite(v) and (v > 0 or not logarithmic)]
+        least = 0.0 if logarithmic else LOWEST.get(name.rpartition("/")[2], -math.inf)
+        found = [(s, v) for s, v in found if math.isfinite(v) and v > least]
         if found:
             series[name] = found[:: max(1, math.ceil(len(found) / POINTS))]
     if not series:
@@ -197,12 +200,12 @@ def _chart(
         return FLOOR - (value - low) / tall * (FLOOR - ROOF)
 
     drawn = []
-    for share in (0.0, 0.5, 1.0):
+    for i, share in enumerate((0.0, 0.5, 1.0)):
         value, step = low + share * tall, first + share * wide
         shown = 10**value if logarithmic else value
         drawn.append(f'<path class="grid" d="M{LEFT} {up(value):.1f}H{WIDTH - 10}"/>')
-        drawn.append(f'<text class="y" x="{LEFT - 6}" y="{up(value) + 4:.1f}">{shown:.3g}</text>')
-        drawn.append(f'<text class="x" x="{min(across(step), WIDTH - 24):.1f}" y="{FLOOR + 18}">{step:,.0f}</text>')
+        drawn.append(f'<text class="y" x="{LEFT - 6}" y="{up(value) + 4:.1f}">{_tick(shown)}</text>')
+        drawn.append(f'<text class="x{i}" x="{across(step):.1f}" y="{FLOOR + 24}">{step:,.0f}</text>')
     for event in events:
         x = across(float(event.get("step", first)))
         told = escape(f"{event.get('event')} at step {event.get('step')}")
@@ -279,6 +282,13 @@ def _learning(history: Sequence[Mapping[str, Any]]) -> tuple[list[str], bool, li
                 line[arm] = sum(min(values) for values in known) / len(known)
         lines.append(line)
     return list(best), True, lines
+
+
+def _tick(value: float) -> str:
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:.3g} {name}"
+    return f"{value:.3g}"
 
 
 def _number(value: Any) -> str:

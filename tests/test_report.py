@@ -95,7 +95,7 @@ def test_the_report_in_a_browser(run: Path, tuned: Path, mapped: Path, tmp_path:
     assert cdssl(["report", str(run), *more, "--out", str(out)]) == 0
     said = act(out, ACT + POINT, tmp_path)
     assert said["at"] == "train/loss 0.04 at step 100"
-    charts = ["Loss", "Skill beyond each distance alone", "Gradient norm, with what the guard did"]
+    charts = ["Loss", "Skill beyond each distance alone, where above −½", "Gradient norm, with what the guard did"]
     assert said["charts"] == [*charts, "Lowest validation error so far, eV"]
     assert (said["marks"], said["dots"], said["images"]) == (1, 2, 0)
     for text in ("done", "0.25", "models:/x/1", HOSTILE, "CC0"):
