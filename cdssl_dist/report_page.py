@@ -37,7 +37,8 @@ MORE: Final = """
 .mark { stroke: #c33; stroke-dasharray: 3 3 } .parity circle { fill: var(--bar); opacity: .55 }
 .chart output { display: block; min-height: 1.5em; font-variant-numeric: tabular-nums; font-size: .9rem }
 .chart { margin-bottom: 26px; break-inside: avoid } pre { overflow-x: auto; font-size: .85rem }
-.scroll + .scroll, .scroll + .chart { margin-top: 24px } .chart figcaption span { white-space: nowrap; margin-left: 8px }
+.scroll + .scroll, .scroll + .chart { margin-top: 24px }
+.chart figcaption span { white-space: nowrap; margin-left: 8px }
 .parities { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(280px, 100%), 1fr)); gap: 16px }
 @media print {
   body { font-size: 11pt } main { max-width: none; padding: 0 } h2 { break-after: avoid }

@@ -182,7 +182,7 @@ def test_a_step_with_everything(data_folder: Path) -> None:
 
 @pytest.mark.slow
 def test_what_people_do_with_an_encoder_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["encode", "--json", "--repeat", "1", "--crystals", "100", "--epochs", "1"]) == 0
+    assert main(["encode", "--json", "--repeat", "1", "--crystals", "100", "--epochs", "1", "--times", "1"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["crystals"] == 100
     assert all(value is None or value > 0 for name, value in figures.items() if name != "machine")

@@ -73,12 +73,40 @@ def whole_life(uri: str, home: Path) -> None:
     assert sorted(v.version for v in registry.list_versions("crystals", uri)) == [1, 2]
 
 
-def test_a_server_and_its_end(tmp_path: Path, mlflow_store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def with_passwords(home: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Options and environment of a server that knows who may do what."""
+    if importlib.util.find_spec("flask_wtf") is None:
+        pytest.skip("needs mlflow[auth]")
+    config = home / "auth.ini"
+    config.write_text(
+        "[mlflow]\ndefault_permission = READ\n"
+        f"database_uri = sqlite:///{home}/auth.db\nadmin_username = admin\nadmin_password = a-long-password\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    about = {"MLFLOW_FLASK_SERVER_SECRET_KEY": "k" * 32, "MLFLOW_AUTH_CONFIG_PATH": str(config)}
+    return ("--app-name", "basic-auth"), about
+
+
+def only_the_right_password_opens(uri: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Afterwards the environment holds it."""
+    with pytest.raises(RegistryError, match="MLFLOW_TRACKING_USERNAME"):
+        registry.list_versions("crystals", uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong-password")
+    with pytest.raises(RegistryError, match="not allowed"):
+        registry.register(write_encoder_to(home / "e"), "crystals", uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a-long-password")
+
+
+def test_a_server_and_its_end(
+    tmp_path: Path, mlflow_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copy(mlflow_store, tmp_path / "server.db")
-    with mlflow_server(tmp_path) as uri:
+    options, about = with_passwords(tmp_path)
+    with mlflow_server(tmp_path, *options, **about) as uri:
+        only_the_right_password_opens(uri, tmp_path, monkeypatch)
         whole_life(uri, tmp_path)
-        card = connect(uri).get_registered_model("crystals")
-        assert card.name == "crystals"
+        assert "a-long-password" not in json.dumps(registry.show("models:/crystals@champion", uri).tags)
     folder = registry.pull("models:/crystals@champion", uri)  # the server is gone
     assert folder.is_dir() and "does not answer" in capsys.readouterr().err
     with pytest.raises(RegistryError, match="does not answer"):
@@ -116,29 +144,15 @@ def test_a_lock_whose_holder_died_is_taken_over(tmp_path: Path, mlflow_store: Pa
 @pytest.mark.slow
 def test_postgres_an_object_store_and_passwords(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     absent = [p for p in ("initdb", "postgres") if shutil.which(p) is None]
-    absent += [m for m in ("psycopg2", "flask_wtf", "moto") if importlib.util.find_spec(m) is None]
+    absent += [m for m in ("psycopg2", "moto") if importlib.util.find_spec(m) is None]
     if absent:
         pytest.skip(f"needs {', '.join(absent)}")
+    options, about = with_passwords(tmp_path)
     keys = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}
     with postgres(tmp_path) as store, object_store(tmp_path, "models") as s3:
-        config = tmp_path / "auth.ini"
-        config.write_text(
-            "[mlflow]\ndefault_permission = READ\n"
-            f"database_uri = sqlite:///{tmp_path}/auth.db\nadmin_username = admin\nadmin_password = a-long-password\n"
-            "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-        )
-        about = {"MLFLOW_FLASK_SERVER_SECRET_KEY": "k" * 32, "MLFLOW_AUTH_CONFIG_PATH": str(config)}
         about |= keys | {"MLFLOW_S3_ENDPOINT_URL": s3}
-        options = ("--app-name", "basic-auth")
         with mlflow_server(tmp_path, *options, store=store, artifacts="s3://models/mlflow", **about) as uri:
-            with pytest.raises(RegistryError, match="MLFLOW_TRACKING_USERNAME"):
-                registry.list_versions("crystals", uri)
-            monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
-            monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong-password")
-            with pytest.raises(RegistryError, match="not allowed"):
-                registry.register(write_encoder_to(tmp_path / "e"), "crystals", uri)
-            monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a-long-password")
+            only_the_right_password_opens(uri, tmp_path, monkeypatch)
             whole_life(uri, tmp_path)
-            assert "a-long-password" not in json.dumps(registry.show("models:/crystals@champion", uri).tags)
             assert not (tmp_path / "artifacts").exists()  # they went into the bucket, through the server
     assert not os.environ.get("AWS_SECRET_ACCESS_KEY")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import csv
 import functools
-import resource
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
@@ -24,6 +26,7 @@ from cdssl_dist.bench import data
 from cdssl_dist.bench.common import BenchError, Figures, elsewhere, median
 from cdssl_dist.edges import GaussianExpansion
 from cdssl_dist.embedding import embed_graphs, embed_structures
+from cdssl_dist.export import PREFIX, EncoderCard, write_encoder
 from cdssl_dist.labeled import density
 from cdssl_dist.megnet import MEGNet
 from cdssl_dist.splits import Split
@@ -43,12 +46,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     """See ``cdssl_dist.bench``."""
     parser.add_argument("--crystals", type=int, default=1000, help="to embed; 100 at least")
     parser.add_argument("--epochs", type=int, default=100, help="of fine-tuning on 500 crystals")
+    parser.add_argument("--times", type=int, default=10, help="as many crystals, to see whether memory grows")
 
 
 def measure(args: Namespace) -> Figures:
     """All figures, on one thread."""
-    if args.crystals < 100 or args.epochs < 1:
-        raise BenchError("--crystals must be 100 at least, and --epochs 1")
+    if args.crystals < 100 or min(args.epochs, args.times) < 1:
+        raise BenchError("--crystals must be 100 at least, --epochs and --times 1")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     encoder = MEGNet(edge_features=100).eval().requires_grad_(False)
@@ -57,7 +61,7 @@ def measure(args: Namespace) -> Figures:
         data.write_csv(path, args.crystals)
         with open(path, newline="") as file:
             texts = [row["cif"] for row in csv.DictReader(file)]
-        shard([open_source(str(path))], Path(folder) / "shards", ShardSettings(duplicates="keep"))
+        shard([open_source(str(path))], Path(folder) / "shards", ShardSettings(fingerprints=False, duplicates="keep"))
         shards = str(Path(folder) / "shards")
         graphs = concatenate([part for part, _ in stream(shards, CUTOFF)])
         return {
@@ -67,7 +71,7 @@ def measure(args: Namespace) -> Figures:
             "from shards, structures/s": median(args.repeat, functools.partial(_shards, encoder, shards)),
             "latency of one CIF, ms": median(args.repeat, functools.partial(_latency, encoder, texts[:20])),
             f"fine-tuning on 500 for {args.epochs} epochs, CPU s": _fine_tuning(encoder, graphs, args.epochs),
-            "largest memory, MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            **_memory(encoder, Path(folder), args.crystals, args.times),
             "matgl MEGNet from CIF text, structures/s": _matgl(path, min(args.crystals, 200), args.repeat),
         }
 
@@ -106,6 +110,37 @@ def _fine_tuning(encoder: MEGNet, graphs: Multigraphs, epochs: int) -> float:
     begin = time.process_time()
     fit(encoder, EXPANSION, some, density(some)[:, None], split, task, how)
     return time.process_time() - begin
+
+
+def _memory(encoder: MEGNet, folder: Path, crystals: int, times: int) -> Figures:
+    """The most that ``cdssl embed`` holds, for so many crystals and for some times as many."""
+    card = EncoderCard(
+        cutoff=CUTOFF,
+        centers=EXPANSION.centers,
+        end=CUTOFF + 1.0,
+        gamma=0.5,
+        model={"width": encoder.width, "hidden": 64, "blocks": 3},
+        sigma=(0.3, 0.3),
+        precision="fp32",
+        data_digest="",
+        validation_digest="",
+        config_digest="",
+        metrics={},
+        sources=[],
+        code_version="",
+    )
+    write_encoder(folder / "encoder", {PREFIX + name: w for name, w in encoder.state_dict().items()}, card)
+    found = {}
+    for count in sorted({crystals, times * crystals}):
+        data.write_csv(folder / "more.csv", count)
+        command = [sys.executable, "-m", "cdssl_dist.embed", "--encoder", str(folder / "encoder")]
+        command += ["--data", str(folder / "more.csv"), "--out", str(folder / "vectors.parquet")]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise BenchError(f"{' '.join(command)} ended with status {status}")
+        found[f"memory of cdssl embed, {count:,} crystals, MB"] = usage.ru_maxrss / 1024
+    return found
 
 
 def _matgl(path: Path, limit: int, repeat: int) -> float | None:
