@@ -46,6 +46,7 @@ bench: setup .bench-venv/.installed
 	$(BIN)/python -m cdssl_dist.bench graph
 	$(BIN)/python -m cdssl_dist.bench loader
 	$(BIN)/python -m cdssl_dist.bench step
+	$(BIN)/python -m cdssl_dist.bench encode
 
 # The linters of the manifests live in an environment of their own: checkov pins a hundred packages.
 .k8s-venv/.installed:

@@ -133,7 +133,8 @@ def fit(
                 error = line["val"] = watched(task, targets[val], predicted, scaler)
             history.append(line)
             if error < best or not len(val):
-                best, best_weights, best_epoch = error, copy.deepcopy(model.state_dict()), epoch
+                best, best_epoch = error, epoch
+                best_weights = {name: weight.clone() for name, weight in model.state_dict().items()}
             if len(val) and epoch - best_epoch >= how.patience:
                 break
     if not best_weights:
