@@ -93,7 +93,7 @@ def told(results: dict[str, Any], outcome: Outcome, out: str) -> str:
             lines.append(f"  {arm:24} {value:9.4f}{about}{'   ← best' if value == best else ''}")
         if u := outcome.uncertainty.get(metric):
             lines.append(f"  {describe(u)}")
-    lines.append(f"  {out}/: results.json, predictions.parquet, history.jsonl, model/")
+    lines.append(f"  {out}/: results.json, predictions.parquet, history.jsonl, report.html, model/")
     return "\n".join(lines)
 
 
