@@ -36,7 +36,7 @@ LAYERS = [
         "parity",
         "uncertainty",
     }
-    | {"study_config", "study_data", "study_cells", "study_run", "study_statistics", "study_tables"},
+    | {"study_config", "study_data", "study_cells", "study_run", "study_statistics", "study_tables", "uncertainty"},
     {"train_loop"},
     {"mlflow_server", "tracking", "registry", "registry_store", "pyfunc", "model_folder", "record"}
     | {"live", "rank", "cluster"},
