@@ -22,11 +22,10 @@ from cdssl_dist.config import ConfigError, packaged, read
 from cdssl_dist.export import read_card
 from cdssl_dist.mlflow_server import say, tracking_uri
 from cdssl_dist.runlog import append_metrics
-from cdssl_dist.study_cells import Job, Plan, Pulled, StudyError, choose_rates
+from cdssl_dist.study_cells import Cell, Job, Plan, Pulled, StudyError, choose_rates
 from cdssl_dist.study_config import StudyConfig
 from cdssl_dist.study_data import open_crystals, prepare, pretraining_formulas
-from cdssl_dist.study_run import read as read_results
-from cdssl_dist.study_run import run
+from cdssl_dist.study_run import Result, read_results, run
 from cdssl_dist.study_tables import Findings, write_all
 from cdssl_dist.tracking import followed
 from sharding.executor import Executor, Failed
@@ -54,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     p.add_argument("--address", help="of a Ray cluster; one of this machine's where left out")
     p.add_argument("--dry-run", action="store_true", help="tell how many cells there are, and what they cost")
+    p.add_argument("--sweeps-only", action="store_true", help="to choose a budget by, on crystals of no report")
     p.add_argument("override", nargs="*", metavar="section.key=value", help="changes to the config")
     args = p.parse_args(argv)
 
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with followed(folder, uri, config.tracking.experiment, params, about, ARTIFACTS):
         try:
             with Executor(max(args.workers, 1), None if args.workers == 0 else args.address or "local") as executor:
-                work(plan, executor, failures)
+                work(plan, executor, failures, args.sweeps_only)
         finally:  # of a study that was interrupted, too
             findings = gather(plan, about, failures, seen)
             written = write_all(folder, findings)
@@ -103,12 +103,12 @@ def plan_of(config: StudyConfig, named: Sequence[str], registry_uri: str, seen: 
     return Plan(config, encoders, crystals, folder, seen)
 
 
-def work(plan: Plan, executor: Executor, failures: dict[str, str]) -> None:
+def work(plan: Plan, executor: Executor, failures: dict[str, str], sweeps_only: bool = False) -> None:
     """Compute the cells that are missing: the sweeps, then with the rates that they chose what is reported."""
-    sweeps = [plan.job(cell) for cell in plan.sweeps()]
-    _finish(plan, "sweep", sweeps, executor, failures)
-    rates = choose_rates({cell: result.mae for cell, result in read_results(sweeps).items()})
-    jobs = [plan.job(cell) for cell in plan.with_rates(rates)]
+    _finish(plan, "sweep", [plan.job(cell) for cell in plan.sweeps()], executor, failures)
+    if sweeps_only:
+        return
+    jobs = [plan.job(cell) for cell in plan.with_rates(_rates(_swept(plan)))]
     for cell in {c.name(): c for c in plan.cells()}.keys() - {job.cell.name() for job in jobs}:
         failures[cell] = "no learning rate: no training of its sweep came to an end"
     _finish(plan, "study", jobs, executor, failures)
@@ -116,8 +116,8 @@ def work(plan: Plan, executor: Executor, failures: dict[str, str]) -> None:
 
 def gather(plan: Plan, about: dict[str, str], failures: dict[str, str], seen: Collection[str] | None) -> Findings:
     """What there is on disk."""
-    sweeps = [plan.job(cell) for cell in plan.sweeps()]
-    rates = choose_rates({cell: result.mae for cell, result in read_results(sweeps).items()})
+    sweeps = _swept(plan)
+    rates = _rates(sweeps)
     results = read_results(plan.job(cell) for cell in plan.with_rates(rates))
     keys = None
     if seen is not None:
@@ -127,7 +127,8 @@ def gather(plan: Plan, about: dict[str, str], failures: dict[str, str], seen: Co
             )
             for target, s in plan.samples.items()
         }
-    return Findings(plan.config, about, list(results.values()), len(plan.cells()), failures, rates, keys)
+    planned = len(plan.cells())
+    return Findings(plan.config, about, list(sweeps.values()), list(results.values()), planned, failures, rates, keys)
 
 
 def summary(findings: Findings) -> dict[str, float]:
@@ -146,8 +147,8 @@ def summary(findings: Findings) -> dict[str, float]:
 def estimate(plan: Plan, workers: int) -> str:
     """How many cells there are, how many are missing, and what these cost; by the finished ones where there are any."""
     sweeps = [plan.job(cell) for cell in plan.sweeps()]
-    done = read_results(sweeps)
-    rates = choose_rates({cell: result.mae for cell, result in done.items()})
+    done = _swept(plan)
+    rates = _rates(done)
     first = {name: arm.rates[0] for name, arm in plan.config.arms.items()}
     known = {cell.name(): cell for cell in plan.with_rates(rates)}
     jobs = [plan.job(known.get(c.name()) or replace(c, lr=first.get(c.arm, 0.0))) for c in plan.cells()]
@@ -187,6 +188,14 @@ def said(findings: Findings, written: Sequence[Path]) -> str:
             lines.append(f"{text} (p = {wins.p:.2g}), median change {wins.median_change:+.1%}")
     lines += [f"failed: {name}: {why}" for name, why in findings.failures.items()]
     return "\n".join([*lines, *map(str, written)])
+
+
+def _swept(plan: Plan) -> dict[Cell, Result]:
+    return read_results(plan.job(cell) for cell in plan.sweeps())
+
+
+def _rates(sweeps: dict[Cell, Result]) -> dict[tuple[str, int, str], float]:
+    return choose_rates({cell: result.mae for cell, result in sweeps.items()})
 
 
 def _finish(plan: Plan, what: str, jobs: Sequence[Job], executor: Executor, failures: dict[str, str]) -> None:

@@ -87,7 +87,7 @@ def run(job: Job) -> float:
     about |= errors(true[split.test, 0], predicted[:, 0])
     about |= {"train": len(split.train), "val": len(split.val), "seconds": seconds, "digest": job.digest}
     atoms = graphs.n_atoms[split.test].astype(np.int64)
-    write(job.out, Result(job.cell, keys, true[split.test, 0], predicted[:, 0], atoms, about))
+    write_result(job.out, Result(job.cell, keys, true[split.test, 0], predicted[:, 0], atoms, about))
     return float(about["mae"])
 
 
@@ -104,7 +104,7 @@ def errors(true: Array, predicted: Array) -> dict[str, float]:
     return {"mae": float(np.abs(off).mean()), "rmse": float(np.sqrt((off**2).mean())), "n": len(off)}
 
 
-def write(path: Path, result: Result) -> None:
+def write_result(path: Path, result: Result) -> None:
     """Leave a cell's file: whole, or not at all."""
     about = {"cell": asdict(result.cell), **result.about}
     columns = {"key": result.keys, "true": result.true, "predicted": result.predicted, "atoms": result.atoms}
@@ -117,7 +117,7 @@ def write(path: Path, result: Result) -> None:
     temporary.replace(path)
 
 
-def read(jobs: Iterable[Job]) -> dict[Cell, Result]:
+def read_results(jobs: Iterable[Job]) -> dict[Cell, Result]:
     """The results that are there already; a file that is damaged or of another digest is as if it were not."""
     found = {}
     for job in jobs:

@@ -27,6 +27,7 @@ class Findings:
 
     config: StudyConfig
     about: Mapping[str, str]  # lines on where it comes from
+    sweeps: Sequence[Result]
     results: Sequence[Result]  # of the reported cells
     planned: int  # how many of them there are
     failures: Mapping[str, str]  # name of a cell → why
@@ -68,7 +69,7 @@ class Findings:
 def write_all(folder: Path, findings: Findings) -> list[Path]:
     """Rewrite every table and picture; returns their paths."""
     config, written = findings.config, [folder / "results.parquet", folder / "table.md"]
-    _write_rows(written[0], findings.results)
+    _write_rows(written[0], [*findings.sweeps, *findings.results])
     write_atomically(written[1], markdown(findings).encode())
     if any(c.arm == findings.arms()[0] for c in findings.comparisons["all"]):
         written.append(folder / "changes.png")
@@ -247,7 +248,7 @@ def _rates(findings: Findings) -> list[str]:
         "",
         "## Learning rates",
         "",
-        "Chosen on seeds, and on crystals, that nothing is reported of; * an end of the grid.",
+        "With their errors on seeds, and on crystals, that nothing is reported of; * an end of the grid.",
     ]
     lines += ["", f"| target | labels | {' | '.join(arms)} |", "| --- | ---: " + "| ---: " * len(arms) + "|"]
     for target, size in reached:
@@ -255,7 +256,11 @@ def _rates(findings: Findings) -> list[str]:
         for arm in arms:
             rate, grid = findings.rates.get((target, size, arm)), findings.config.arms[arm].rates
             end = "*" if len(grid) > 1 and rate in (min(grid), max(grid)) else ""
-            shown.append("" if rate is None else f"{rate:g}{end}")
+            error = mean_of([
+                r.mae for r in findings.sweeps
+                if (r.cell.target, r.cell.size, r.cell.arm, r.cell.lr) == (target, size, arm, rate)
+            ])  # fmt: skip
+            shown.append("" if rate is None else f"{rate:g}{end} ({_mean(error)})")
         lines.append(f"| {target} | {size} | {' | '.join(shown)} |")
     return lines
 
