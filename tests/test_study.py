@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -252,7 +252,7 @@ def test_a_killed_study_goes_on(toy: Path, encoder: Path, tmp_path: Path) -> Non
 
 
 ON_RAY = """
-import os, sys
+import json, os, sys
 from cdssl_dist import study
 from sharding.executor import Executor
 def task(i):
@@ -260,7 +260,8 @@ def task(i):
         os._exit(1)
     return i / (i - 3)
 with Executor(2, "local") as executor:
-    print([getattr(end, "why", end) for end in executor.attempt(task, range(5))])
+    ends = [getattr(end, "why", end) for end in executor.attempt(task, range(5))]
+print("ended as", json.dumps(ends), flush=True)
 sys.exit(study.main(sys.argv[1:]))
 """
 
@@ -276,8 +277,9 @@ def test_a_study_on_ray(toy: Path, encoder: Path, tmp_path: Path) -> None:
     env = os.environ | {"RAY_TMPDIR": "/tmp", "PYTHONPATH": str(Path(study.__file__).parent.parent)}
     answer = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert answer.returncode == 0, answer.stderr
-    (said,) = (line for line in answer.stdout.splitlines() if line.startswith("[0.0, "))  # Ray speaks, too
-    first, died, second, failed, last = ast.literal_eval(said)
+    said = re.search(r"ended as (\[.*\])", answer.stdout)  # wherever in a line: Ray speaks, too
+    assert said, answer.stdout
+    first, died, second, failed, last = json.loads(said[1])
     assert (first, second, last) == (0.0, -2.0, 4.0)
     assert "its process died" in died and failed == "ZeroDivisionError: division by zero"
     assert table(tmp_path / "ray") == table(tmp_path / "here")
