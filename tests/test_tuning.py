@@ -183,6 +183,7 @@ def test_folds_members_and_baselines(encoder: tuple[MEGNet, EncoderCard], graphs
     how = replace(QUICK, epochs=1)
     outcome = compare(*encoder, graphs, y, task, splits, how, how, members=2)
     assert [len(outcome.members[arm]) for arm in (PRETRAINED, SCRATCH)] == [6, 6]
+    assert not np.allclose(outcome.predictions[PRETRAINED], outcome.predictions[SCRATCH])  # one recipe, other weights
     first = splits[1]
     members = outcome.members[PRETRAINED][2:4]
     each = np.stack([predict(m, encoder[1], graphs.take(first.test), task) for m in members])
