@@ -157,11 +157,11 @@ class Platform:
             assert code == 0, said
             self.say(f"mlflow: {said.strip().splitlines()[-1]}")
 
-    def cluster(self, job: str, first: int) -> tuple[list[Pod], list[Any]]:
+    def cluster(self, job: str, first: int) -> list[Pod]:
         """A RayCluster as the operator starts it: a head, and a worker where the job has workers."""
         spec = (self.overlay.find("RayJob", job) or {})["spec"]["rayClusterSpec"]
         token = {"RAY_AUTH_MODE": spec["authOptions"]["mode"], "RAY_AUTH_TOKEN": random.token_hex(32)}
-        pods, running = [], []
+        pods: list[Pod] = []
         for i, group in enumerate([spec["headGroupSpec"], *spec.get("workerGroupSpecs", [])]):
             template = group["template"]["spec"]
             role = "worker" if i else "head"
@@ -172,23 +172,13 @@ class Platform:
                 parameters["num-cpus"] = "2"
             place = [f"--address=10.77.0.{first}:6379"] if i else ["--head", "--port=6379", "--dashboard-host=0.0.0.0"]
             options = [f"--{k}={v}" for k, v in parameters.items()]
-            running.append(
-                pod.start(
-                    "ray",
-                    "start",
-                    *place,
-                    *options,
-                    f"--node-ip-address={pod.address}",
-                    "--metrics-export-port=8080",
-                    "--block",
-                    log=self.work / f"{pod.name}.log",
-                )
-            )
+            options += [f"--node-ip-address={pod.address}", "--metrics-export-port=8080", "--block"]
+            pod.start("ray", "start", *place, *options, log=self.work / f"{pod.name}.log")
             if not i:
                 wait(lambda: answers(f"http://10.77.0.{first}:8265/api/version", 401))
             pods.append(pod)
         wait(lambda: alive(f"http://10.77.0.{first}:8265", pods[0].env["RAY_AUTH_TOKEN"]) == len(pods))
-        return pods, running
+        return pods
 
     def submit(self, job: str, first: int, token: str, name: str = "") -> Any:
         """Start the submitter's pod; its output is the job's."""
@@ -269,15 +259,15 @@ def main(work: Path) -> None:
     say, results = platform.say, {}
     platform.services()
 
-    pods, running = platform.cluster("shard", 20)
+    pods = platform.cluster("shard", 20)
     refused = platform.submit("shard", 20, "0" * 64, "stranger")
     results["wrong token"] = platform.done("stranger", 20, refused)
     say("shard: a submitter with another token was refused")
     results["shard"] = platform.done("shard", 20, platform.submit("shard", 20, pods[0].env["RAY_AUTH_TOKEN"]))
-    stop(running)
+    stop(pods)
 
     status = platform.volumes["checkpoints"] / "main" / "status.json"
-    pods, running = platform.cluster("pretrain", 40)
+    pods = platform.cluster("pretrain", 40)
     job = platform.submit("pretrain", 40, pods[0].env["RAY_AUTH_TOKEN"])
     wait(lambda: status.exists() and json.loads(status.read_text())["state"] == "training")
     spec = (platform.overlay.find("RayJob", "pretrain") or {})["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
@@ -288,29 +278,27 @@ def main(work: Path) -> None:
     results["hook"] = [code, said, time.monotonic() - begin, json.loads(status.read_text())]
     say(f"  {results['hook'][3]['state']!r} at step {results['hook'][3]['step']}, {results['hook'][2]:.1f} s after")
     results["stopped"] = platform.done("pretrain", 40, job)
-    stop(running)
+    stop(pods)
     say("pretrain: the next attempt, on a new cluster")
-    pods, running = platform.cluster("pretrain", 50)
+    pods = platform.cluster("pretrain", 50)
     results["pretrain"] = platform.done("pretrain", 50, platform.submit("pretrain", 50, pods[0].env["RAY_AUTH_TOKEN"]))
     results["status"] = json.loads(status.read_text())
-    stop(running)
+    stop(pods)
 
-    pods, running = platform.cluster("finetune", 60)
+    pods = platform.cluster("finetune", 60)
     results["finetune"] = platform.done("finetune", 60, platform.submit("finetune", 60, pods[0].env["RAY_AUTH_TOKEN"]))
     results["list"] = pods[0].run("python", "-m", "cdssl_dist.registry_cli", "list")[1]
     say(f"registry: {results['list'].strip().splitlines()[-1]}")
     results["promote"] = pods[0].run("python", "-m", "cdssl_dist.registry_cli", "promote", "1")
     say(f"fine-tuning's user may not promote: {results['promote'][1].strip().splitlines()[-1][:150]}")
-    stop(running)
+    stop(pods)
     (work / "results.json").write_text(json.dumps(results))
 
 
-def stop(running: list[Any]) -> None:
+def stop(pods: list[Pod]) -> None:
     """End the pods of a cluster."""
-    for process in running:
-        process.kill()  # the first process of its namespace: all others end with it
-    for process in running:
-        process.wait(30)
+    for pod in pods:
+        pod.kill()
 
 
 if __name__ == "__main__":

@@ -49,17 +49,18 @@ class Pod:
 
     def __post_init__(self) -> None:
         """Make the namespace and its link to the bridge."""
-        link = f"v-{self.address.rpartition('.')[2]}"
+        self.link = f"v-{self.address.rpartition('.')[2]}"
         for command in (
             f"ip netns add {self.name}",
-            f"ip link add {link} type veth peer name eth0 netns {self.name}",
-            f"ip link set {link} master br0 up",
+            f"ip link add {self.link} type veth peer name eth0 netns {self.name}",
+            f"ip link set {self.link} master br0 up",
             f"ip -n {self.name} addr add {self.address}/24 dev eth0",
             f"ip -n {self.name} link set eth0 up",
             f"ip -n {self.name} link set lo up",
         ):
             subprocess.run(shlex.split(command), check=True)
         self.folder = self.home / self.name
+        self.running: list[subprocess.Popen[str]] = []  # all that was ever started
         for part in ("tmp", "shm"):
             (self.folder / part).mkdir(parents=True)
             (self.folder / part).chmod(0o1777)
@@ -89,6 +90,7 @@ class Pod:
         if stdin is not None and process.stdin:
             process.stdin.write(stdin)
             process.stdin.close()
+        self.running.append(process)
         return process
 
     def run(self, *command: str, stdin: str | None = None, timeout: float = 300) -> tuple[int, str]:
@@ -97,6 +99,21 @@ class Pod:
         log.unlink(missing_ok=True)
         code = self.start(*command, log=log, stdin=stdin).wait(timeout)
         return code, log.read_text()
+
+    def kill(self) -> None:
+        """End all that runs there: each command is the first process of its namespace, with which all others end."""
+        for process in self.running:
+            process.kill()
+        for process in self.running:
+            process.wait(30)
+
+    def cut(self) -> None:
+        """Unplug the cable: nobody is told."""
+        subprocess.run(["ip", "link", "set", self.link, "down"], check=True)
+
+    def repair(self) -> None:
+        """Plug it in again."""
+        subprocess.run(["ip", "link", "set", self.link, "up"], check=True)
 
 
 def bridge(home: Path, names: dict[str, str]) -> None:

@@ -17,6 +17,7 @@ from cdssl_dist.bench import data
 from cdssl_dist.bench.__main__ import main
 from cdssl_dist.bench.concatenating import concatenating
 from cdssl_dist.bench.plan import flops_per_edge, saved_per_edge
+from cdssl_dist.bench.scaling import Job, Machine, lost, step_seconds
 from cdssl_dist.dataset import DataSet
 from cdssl_dist.edges import GaussianExpansion, distances
 from cdssl_dist.megnet import PretextModel
@@ -178,6 +179,46 @@ def test_a_step_with_everything(data_folder: Path) -> None:
     assert set(figures["ms per step"]) == {"plain torch", "engine", "engine, guard, metrics"}
     assert 0 < figures["checkpoint"]["share"] < 1
     assert figures["kill to new step, s"] > 0
+
+
+def test_what_more_ranks_lose(data_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["scaling", "--data", str(data_folder), "--packs", "2", "--steps", "2"]
+    assert main([*arguments, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["parameters"] == sum(p.numel() for p in PretextModel(edge_features=100).parameters())
+    table = DataSet(data_folder).table("train")
+    full = 2 * DataSet(data_folder).shape("train", 1).half_edges
+    assert figures["edges of a pack"] == full
+    assert figures["fill"] == pytest.approx(table.edges.mean() / full, rel=0.05)  # all but what an epoch leaves over
+    for of in figures["measured"]["2"].values():
+        assert of["efficiency"] == pytest.approx(of["one rank"] / 2 / of["together"])
+        assert of["efficiency"] + of["not divided"] + of["one machine"] + of["reducing and waiting"] == pytest.approx(1)
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--ranks", "4"])
+    assert "no multiple of 4 ranks" in capsys.readouterr().err
+
+
+def test_the_terms_of_many_gpus() -> None:
+    """By hand, for 16 GPUs on two nodes, and against a ring that passes its pieces around."""
+    machine = Machine(rate=1e8, inside=1e11, between=1e10, latency=1e-5, storage=1e9)
+    job = Job(edges=50_000, packs=2, parameters=1_000_000, gradient=4, checkpoint_every=100)
+
+    def sent(
+        ranks: int, size: float
+    ) -> float:  # each of so many steps passes one piece on, first to sum, then to share
+        return sum(size / ranks for _ in ("sum", "share") for _ in range(ranks - 1))
+
+    terms = step_seconds(16, machine, job)
+    assert terms["compute"] == pytest.approx(1e-3)
+    assert terms["all-reduce"] == pytest.approx(sent(8, 4e6) / 1e11 + sent(2, 4e6 / 8) / 1e10)
+    assert terms["latency"] == pytest.approx(2 * (2 * 7 + 2 * 1) * 1e-5)  # there and back, for gradient and question
+    assert terms["checkpoint"] == pytest.approx(12e6 / 1e9 / 100)
+    alone = step_seconds(1, machine, job)
+    assert (alone["all-reduce"], alone["latency"]) == (0.0, 0.0)
+    # 10 s on one rank are 6 s on two: of these 5 were divided, 0.4 could not be, 0.3 and 0.3 are lost.
+    assert lost(10.0, 5.4, 5.7, 6.0, 2) == pytest.approx(
+        {"efficiency": 5 / 6, "not divided": 0.4 / 6, "one machine": 0.05, "reducing and waiting": 0.05}
+    )
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from torch import nn
 
 from cdssl_dist import checkpoint, pretrain
 from cdssl_dist.checkpoint import Progress, Retention
-from cdssl_dist.config import Config, parse
+from cdssl_dist.config import Config, ConfigError, parse
 from cdssl_dist.dataset import DataSet
 from cdssl_dist.engine import EngineSettings, deepspeed_config
 from cdssl_dist.guard import GuardState
@@ -513,6 +513,20 @@ def test_a_raw_deepspeed_section_must_not_contradict(raw: dict[str, Any], key: s
     settings = EngineSettings(stage=1, precision="fp32", micro_steps=1, clip=1.0, extra=raw)
     with pytest.raises(ValueError, match=rf"deepspeed\.{key} contradicts"):
         deepspeed_config(settings)
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ({"stage": 0, "precision": "bf16"}, "bf16 copy.*engine.stage=1"),
+        ({"stage": 3}, "engine.stage=3: .*use stage 0, 1 or 2"),
+    ],
+)
+def test_what_compiled_code_does_not_go_with(engine: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        parse({"engine": {"compile": True, **engine}})
+    parse({"engine": engine})
+    parse({"engine": {"compile": True, **engine, "stage": 1}})
 
 
 def test_a_raw_deepspeed_section_passes_through() -> None:

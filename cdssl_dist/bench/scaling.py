@@ -1,11 +1,13 @@
 """``cdssl bench scaling``: the training loop on one rank and on more of this machine, and a model of many GPUs.
 
 What is measured here are the terms of the model that a machine without a network can tell: bytes that are reduced and
-saved, work that ranks do beside their packs. What a GPU and a network do is told it (``--rate``, ``--bandwidth``, …).
+saved, and what more ranks lose and to what (``lost``). What a GPU and a network do is told it (``--rate``,
+``--between``, …).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,8 +18,9 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from cdssl_dist.bench.common import BenchError, Figures, data_folder
 from cdssl_dist.bench.step import CENTERS, SIZES, fresh
@@ -79,7 +82,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """See ``cdssl_dist.bench``."""
     parser.add_argument("--data", help="a data set; what is shared, or aflow:, is sharded else")
     parser.add_argument("--size", choices=SIZES, default="small", help="of the model: 64/32 × 3 blocks, 256 × 6")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks on this machine")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2], help="on this machine, beside one")
     parser.add_argument("--steps", type=int, default=40, help="that are counted")
     parser.add_argument("--packs", type=int, default=4, help="of a step, and of a GPU's step in the model")
     parser.add_argument("--rate", type=float, default=1e8, help="model: directed edges/s of a GPU")
@@ -91,8 +94,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def measure(args: Namespace) -> Figures:
     """All figures."""
-    if max(args.ranks) > args.packs:
-        raise BenchError(f"{max(args.ranks)} ranks share {args.packs} packs a step: give --packs at least as many")
+    if wrong := [ranks for ranks in args.ranks if args.packs % ranks]:
+        raise BenchError(f"--packs {args.packs} is no multiple of {wrong[0]} ranks, which would not have equal work")
     with data_folder(args.data) as folder:
         with DataSet(folder) as data:
             table = data.table("train")
@@ -120,26 +123,63 @@ def measure(args: Namespace) -> Figures:
     }
 
 
+def lost(whole: float, part: float, beside: float, together: float, ranks: int) -> dict[str, float]:
+    """How much of the time of ranks together is lost, and to what.
+
+    Args:
+        whole: s of a step on one rank.
+        part: s of a step of a rank's share of the packs, alone on the machine.
+        beside: the same, while as many processes as there are ranks do that, each for itself.
+        together: s of a step on the ranks.
+        ranks: their number.
+
+    Returns:
+        Shares of ``together``: the efficiency, what a step costs besides its packs and is not divided, what processes
+        take from one another on one machine, and reducing and waiting. They add up to 1.
+    """
+    return {
+        "efficiency": whole / ranks / together,
+        "not divided": (part - whole / ranks) / together,
+        "one machine": (beside - part) / together,
+        "reducing and waiting": (together - beside) / together,
+    }
+
+
 def _measured(folder: str, ranks: int, args: Namespace) -> Figures:
-    with tempfile.TemporaryDirectory(prefix="cdssl-bench-") as run:
-        content = _config(run, folder, args).model_dump(mode="json")
-        environment = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-        environment |= {"MASTER_PORT": str(_free_port())}
-        command = [sys.executable, "-c", RANK, json.dumps(content)]
-        found = [
-            subprocess.Popen(
-                command,
-                env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for r in range(ranks)
-        ]
+    """The step of one rank and of so many, and what lies between."""
+    share = args.packs // ranks
+    whole, part = _step(folder, [1], args.packs, args), _step(folder, [1], share, args)
+    beside, together = _step(folder, [1] * ranks, share, args), _step(folder, [ranks], args.packs, args)
+    return {
+        name: {"one rank": whole[name], "together": together[name]}
+        | lost(whole[name], part[name], beside[name], together[name], ranks)
+        for name in whole
+    }
+
+
+def _step(folder: str, groups: Sequence[int], packs: int, args: Namespace) -> dict[str, float]:
+    """A step's seconds by the clock, and of CPU in a rank, where groups of so many ranks train at the same time."""
+    with contextlib.ExitStack() as stack:
+        found = []
+        for ranks in groups:
+            run = stack.enter_context(tempfile.TemporaryDirectory(prefix="cdssl-bench-"))
+            command = [sys.executable, "-c", RANK, _config(run, folder, packs, args).model_dump_json()]
+            environment = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+            environment |= {"MASTER_PORT": str(_free_port())}
+            found += [
+                subprocess.Popen(
+                    command,
+                    env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+                for r in range(ranks)
+            ]
         answers = [process.communicate() for process in found]
     for process, (_, said) in zip(found, answers, strict=True):
         if process.returncode:
-            raise BenchError(f"a rank of {ranks} failed: {said.strip().splitlines()[-1]}")
+            raise BenchError(f"a rank of {len(found)} failed: {said.strip().splitlines()[-1]}")
     each = [json.loads(out.splitlines()[-1]) for out, _ in answers]
     return {name: statistics.mean(rank[name] for rank in each) for name in each[0]}
 
@@ -150,12 +190,12 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _config(run: str, folder: str, args: Namespace) -> Config:
+def _config(run: str, folder: str, packs: int, args: Namespace) -> Config:
     steps = WARM + args.steps
     return parse(
         {
             "run": run,
-            "data": {"path": folder, "packs_per_step": args.packs, "val_packs": 1},
+            "data": {"path": folder, "packs_per_step": packs, "val_packs": 1},
             "model": SIZES[args.size],
             "graph": {"centers": CENTERS},
             "schedule": {"steps": steps, "warmup": 0},
@@ -179,7 +219,7 @@ def rank(content: str) -> None:
     train(Config.model_validate_json(content), stop_requested=asked, echo=False)
     gaps = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(at[WARM:], at[WARM + 1 :], strict=False)]
     clock, cpu = (statistics.median(values) for values in zip(*gaps, strict=True))
-    print(json.dumps({"seconds": clock, "cpu seconds of a rank": cpu}))
+    print(json.dumps({"clock": clock, "cpu": cpu}))
 
 
 def table(figures: Figures) -> str:
@@ -189,15 +229,14 @@ def table(figures: Figures) -> str:
         f"a step, {figures['checkpoint, bytes'] / 1e6:.2f} MB a checkpoint; packs of "
         f"{figures['edges of a pack']:,} directed edges, {figures['fill']:.1%} filled",
         "",
-        "ranks   s/step  CPU s/step of a rank   efficiency by clock, by CPU time",
+        "ranks        one rank, s  together, s  efficiency  lost: not divided  one machine  reducing and waiting",
     ]
-    first: dict[str, Any] = next(iter(figures["measured"].values()))
-    begin = int(next(iter(figures["measured"])))
-    for ranks, m in figures["measured"].items():
-        share = begin / int(ranks)
-        clock = share * first["seconds"] / m["seconds"]
-        cpu = share * first["cpu seconds of a rank"] / m["cpu seconds of a rank"]
-        lines.append(f"{ranks:>5} {m['seconds']:8.3f} {m['cpu seconds of a rank']:21.3f}   {clock:19.0%} {cpu:13.0%}")
+    for ranks, by in figures["measured"].items():
+        for name, m in by.items():
+            shares = [m[what] for what in ("efficiency", "not divided", "one machine", "reducing and waiting")]
+            widths = (11, 18, 12, 21)
+            text = "".join(f"{value:{width}.1%}" for value, width in zip(shares, widths, strict=True))
+            lines.append(f"{ranks:>5}  {name:5} {m['one rank']:11.3f} {m['together']:12.3f} {text}")
     lines += ["", f"modelled, not measured, from what was told ({figures['told']}): ms of a step"]
     lines.append(" GPUs  " + "  ".join(f"{name:>10}" for name in _terms(figures)) + "  efficiency")
     for gpus, terms in figures["modelled"].items():
