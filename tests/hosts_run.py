@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pods import Pod, bridge
+from pods import USER, Pod, bridge
 
 HEAD = "10.77.0.11"
 ENV = {
@@ -39,10 +39,11 @@ class Story:
         content = json.loads(config.read_text())
         self.work, self.config, self.run, self.begin = work, config, Path(content["run"]), time.monotonic()
         bridge(work / "pods", {})
-        self.run.mkdir()
-        os.chown(self.run, 10001, 10001)
-        seen = {str(self.run): (self.run, "rw"), content["data"]["path"]: (Path(content["data"]["path"]), "ro")}
-        seen[str(config)] = (config, "ro")
+        runs = self.run.parent
+        runs.mkdir()
+        os.chown(runs, int(USER), int(USER))
+        read = (config.parent, Path(content["data"]["path"]))
+        seen = {str(runs): (runs, "rw"), **{str(folder): (folder, "ro") for folder in read}}
         self.hosts = [Pod(f"host{n}", f"10.77.0.{10 + n}", work / "pods", ENV, seen) for n in (1, 2, 3, 4)]
 
     def say(self, text: str) -> None:

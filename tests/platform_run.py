@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-from pods import REPO, Pod, bridge
+from pods import REPO, USER, Pod, bridge
 
 from k8s.check.render import Overlay, load, render
 
@@ -64,7 +64,7 @@ class Platform:
         for name in ("shards", "checkpoints", "results", "configs", "run"):
             self.volumes[name] = work / "volumes" / name
             self.volumes[name].mkdir(parents=True)
-            os.chown(self.volumes[name], 10001, 10001)
+            os.chown(self.volumes[name], int(USER), int(USER))
         for config in (d for d in self.overlay.of("ConfigMap") if d["metadata"]["name"].startswith("pretrain-configs")):
             for key, text in config["data"].items():
                 (self.volumes["configs"] / key).write_text(text)
@@ -95,7 +95,7 @@ class Platform:
             if mount["mountPath"] not in ("/tmp", "/dev/shm"):
                 source = self.volumes.get(mount["name"], self.work / "volumes" / f"{name}-{mount['name']}")
                 source.mkdir(exist_ok=True)
-                os.chown(source, 10001, 10001)
+                os.chown(source, int(USER), int(USER))
                 mounts[mount["mountPath"]] = (source, "ro" if mount.get("readOnly") else "rw")
         return Pod(name, address, self.work / "pods", self.env(container), mounts)
 
@@ -103,7 +103,7 @@ class Platform:
         """PostgreSQL, S3 and MLflow."""
         data = self.work / "volumes" / "data"
         data.mkdir()
-        os.chown(data, 10001, 10001)
+        os.chown(data, int(USER), int(USER))
         postgres = Pod("postgres", NAMES["postgres"], self.work / "pods", mounts={"/data": (data, "rw")})
         bin_ = f"{next(Path('/usr/lib/postgresql').glob('*/bin'))}"
         postgres.env["PATH"] = f"{bin_}:/usr/bin:/bin"

@@ -1,18 +1,22 @@
 """Pods without Kubernetes: network namespaces on a bridge, a read-only root, a user without rights. Linux, as root.
 
-Only inside namespaces of its own (``unshare --net --mount --pid …``): addresses, links and mounts end with those.
+Only inside namespaces of its own (``in_namespaces``): addresses, links and mounts end with those.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+REPO = TESTS.parent
 USER = "10001"
 # As root, in mount and process namespaces of its own: a new root of read-only binds, and then the command as a user.
 ENTER = r"""
@@ -73,9 +77,8 @@ class Pod:
         needed = {str(p): (p, "ro") for p in sorted(python) if p.is_dir() and not p.is_relative_to("/usr")}
         mounts = "\n".join(f"{source}:{target}:{mode}" for target, (source, mode) in (needed | self.mounts).items())
         env = {"PATH": f"{sys.prefix}/bin:/usr/bin:/bin", "PYTHONPATH": str(REPO), "HOME": "/tmp", **self.env}
-        inner = " ".join(
-            [*(f"export {k}={shlex.quote(v)};" for k, v in env.items()), "exec", *map(shlex.quote, command)]
-        )
+        exports = " ".join(f"export {k}={shlex.quote(v)};" for k, v in env.items())
+        inner = f"{exports} {shlex.join(command)} <&0 & wait $!"  # the shell stays, and reaps what others leave behind
         outer = {"POD": str(self.folder), "HOSTS": str(self.home / "hosts"), "MOUNTS": mounts, "COMMAND": inner}
         namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "bash", "-c", ENTER]
         with open(log, "a") as out:
@@ -129,3 +132,16 @@ def bridge(home: Path, names: dict[str, str]) -> None:
         subprocess.run(shlex.split(command), check=True)
     hosts = {"localhost": "127.0.0.1", **names}
     (home / "hosts").write_text("".join(f"{address} {name}\n" for name, address in hosts.items()))
+
+
+def in_namespaces(script: str, *arguments: Path) -> str:
+    """What a script of this folder prints, run in namespaces of its own; skips the test where none can be made."""
+    alone = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    probe = [*alone, "sh", "-c", "ip link add br0 type bridge && mount -t tmpfs none /run"]
+    if os.geteuid() or not shutil.which("ip") or subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip("needs root, iproute2, and namespaces")
+    path = os.pathsep.join([str(REPO), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    command = [*alone, sys.executable, str(TESTS / script), *map(str, arguments)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
+    return done.stdout
