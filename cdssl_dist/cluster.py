@@ -63,8 +63,9 @@ def launch(config: Config) -> bool:
         import ray
 
         ray.shutdown()
-    if state in ("failed", "refused"):
+    if reason:
         write_status(folder, **{**read_status(folder), "state": state, "reason": reason})
+    if state in ("failed", "refused"):
         raise (ClusterError if state == "failed" else RunError)(reason)
     return state == "done"
 
@@ -114,8 +115,7 @@ def _fit(config: Config, asked: Callable[[], float]) -> rank.Outcome:
     while thread.is_alive():
         thread.join(POLL)
         if asked() > cluster.stop_within:
-            print(f"not saved within {cluster.stop_within:.0f} s: the checkpoint before it stands", file=sys.stderr)
-            return "stopped", ""
+            return "stopped", f"not saved within {cluster.stop_within:.0f} s: the checkpoint before it stands"
     (answer,) = found
     if isinstance(answer, Exception):
         failures = getattr(answer, "worker_failures", None)
@@ -186,7 +186,7 @@ def _stop_on_signal(stop: Path) -> Iterator[Callable[[], float]]:
     """SIGTERM and Ctrl-C ask the workers to save and stop; a second one ends the driver at once.
 
     Yields:
-        A function that tells for how many seconds they have been asked to.
+        A function that tells for how many seconds they have been asked to, by a signal or by the file itself.
     """
     since: list[float] = []
 
@@ -201,8 +201,14 @@ def _stop_on_signal(stop: Path) -> Iterator[Callable[[], float]]:
     before = {int(number): signal.getsignal(number) for number in numbers}
     for number in before:
         signal.signal(number, ask)
+
+    def asked() -> float:
+        if not since and stop.exists():  # made by somebody else
+            since.append(time.monotonic())
+        return time.monotonic() - since[0] if since else 0.0
+
     try:
-        yield lambda: time.monotonic() - since[0] if since else 0.0
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

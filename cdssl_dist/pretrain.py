@@ -72,7 +72,7 @@ def pretrain(config: Config) -> int:
         finally:  # what went wrong is to be seen, too
             leave_report(config, complete)
     if not complete:
-        how = "stopped with its state saved" if read_status(folder).get("state") == "stopped" else "stopped"
+        how = read_status(folder).get("reason") or "stopped with its state saved"
         print(f"{how}; run the same command again to go on ({folder})", file=sys.stderr)
         return PREEMPTED
 

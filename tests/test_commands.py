@@ -125,7 +125,7 @@ def test_a_run_on_ray_is_stopped_resumed_registered_and_finetuned(
     first.send_signal(signal.SIGTERM)
     _, said = first.communicate(timeout=240)
     assert first.returncode == 75, said
-    assert "run the same command again" in said
+    assert "stopped with its state saved; run the same command again" in said
 
     config = (run / "config.yaml").read_text()
     other = main(["pretrain", *settings.split(), f"data.path={data_folder}", "optim.lr=0.5"])  # needs no cluster

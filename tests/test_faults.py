@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -21,24 +24,59 @@ from test_train import config, metrics, run_training, weights
 from cdssl_dist.config import Config
 from cdssl_dist.loader import DataSet
 from cdssl_dist.rank import HUNG, hung
-from cdssl_dist.runlog import read_lines
+from cdssl_dist.runlog import read_lines, read_status
 
 
-def until(true: Callable[[], Any], driver: subprocess.Popen[Any], limit: float = 600.0) -> None:
-    end = time.monotonic() + limit
-    while not true():
-        assert driver.poll() is None and time.monotonic() < end, "the driver ended, or nothing happened"
-        time.sleep(0.2)
+class Driven:
+    """A run of ``cdssl pretrain``, which starts Ray in a network namespace of its own."""
+
+    def __init__(self, work: Path, content: dict[str, Any]) -> None:
+        self.folder, self.said, path = Path(content["run"]), work / "said", work / "run.json"
+        path.write_text(json.dumps(content))  # JSON is YAML
+        self.command = [*alone(), sys.executable, "-m", "cdssl_dist.pretrain", "--config", str(path)]
+        self.env = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{work}/mlflow.db", "RAY_TMPDIR": "/tmp"}
+        self.start()
+
+    def start(self) -> None:
+        """Run the command, for the first time or again."""
+        self.driver = subprocess.Popen(self.command, env=self.env, stderr=open(self.said, "a"))
+
+    def until(self, true: Callable[[], Any], limit: float = 600.0) -> None:
+        end = time.monotonic() + limit
+        while not true():
+            assert self.driver.poll() is None, f"the driver ended: {self.said.read_text()[-3000:]}"
+            assert time.monotonic() < end, "nothing happened"
+            time.sleep(0.05)
+
+    def step(self) -> int:
+        return max((line["step"] for line in read_lines(self.folder / "metrics.jsonl")), default=0)
+
+    def status(self) -> dict[str, Any]:
+        return read_status(self.folder)
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [line for line in read_lines(self.folder / "events.jsonl") if line["event"] == kind]
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """Those of Ray whose command line has such a word in it."""
+        found = []
+        for process in psutil.Process(self.driver.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # gone meanwhile
+                if any(name in part for part in process.cmdline()):
+                    found.append(process)
+        return found
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes that train."""
+        return self.processes("RayTrainWorker")
 
 
-def ranks(driver: subprocess.Popen[Any]) -> list[psutil.Process]:
-    """The processes that train."""
-    family = psutil.Process(driver.pid).children(recursive=True)
-    return [p for p in family if any("RayTrainWorker" in part for part in p.cmdline())]
-
-
-def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [line for line in read_lines(run / "events.jsonl") if line["event"] == kind]
+def equal(run: Path, undisturbed: Path) -> None:
+    """All figures and weights, bit for bit."""
+    for name in ("train/loss", "val/loss", "guard/norm", "lr"):
+        assert metrics(run, name) == metrics(undisturbed, name)
+    expected = weights(undisturbed)
+    assert all((tensor == expected[name]).all() for name, tensor in weights(run).items())
 
 
 @pytest.mark.netns
@@ -47,47 +85,105 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 def test_a_run_that_everything_befalls_equals_an_undisturbed_one(data_folder: Path, tmp_path: Path) -> None:
     steps = {"schedule": {"steps": 200}, "checkpoint": {"every": 10}, "tracking": {"every": 1, "validate_every": 100}}
     launch(2, run_training, config(tmp_path / "undisturbed", data_folder, **steps))
-    run = tmp_path / "run"
-    content = config(run, data_folder, **steps, cluster={"workers": 2, "hang_after": 25}, registry={"name": None})
-    (tmp_path / "run.json").write_text(json.dumps(content))  # JSON is YAML
-    command = [*alone(), sys.executable, "-m", "cdssl_dist.pretrain", "--config", str(tmp_path / "run.json")]
-    env = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "RAY_TMPDIR": "/tmp"}
-
-    def start() -> subprocess.Popen[Any]:
-        return subprocess.Popen(command, env=env, stderr=open(tmp_path / "said", "a"))
-
-    def step() -> int:
-        return max((line["step"] for line in read_lines(run / "metrics.jsonl")), default=0)
+    cluster = {"workers": 2, "hang_after": 25}
+    run = Driven(tmp_path, config(tmp_path / "run", data_folder, **steps, cluster=cluster, registry={"name": None}))
 
     # A rank is killed, and later one hangs: the group starts again, twice.
-    driver = start()
-    until(lambda: step() >= 25, driver)
-    ranks(driver)[1].kill()
-    until(lambda: len(events(run, "workers failed")) == 1 and step() >= 45, driver)
-    ranks(driver)[1].suspend()
-    until(lambda: len(events(run, "workers failed")) == 2, driver)
-    assert "made no progress" in events(run, "workers failed")[1]["what"]
-    assert any("all_reduce" in p.read_text() for p in (run / "stacks").iterdir())
-    until(lambda: step() >= 65, driver)
+    run.until(lambda: run.step() >= 25)
+    run.ranks()[1].kill()
+    run.until(lambda: len(run.events("workers failed")) == 1 and run.step() >= 45)
+    run.ranks()[1].suspend()
+    run.until(lambda: len(run.events("workers failed")) == 2)
+    assert "made no progress" in run.events("workers failed")[1]["what"]
+    assert any("all_reduce" in p.read_text() for p in (run.folder / "stacks").iterdir())
+    run.until(lambda: run.step() >= 65)
     # The driver is killed: its workers go too, and the next one goes on.
-    orphans = ranks(driver)
-    driver.kill()
-    driver.wait()
+    orphans = run.ranks()
+    run.driver.kill()
+    run.driver.wait()
     assert not psutil.wait_procs(orphans, timeout=60)[1]
     # One worker is told to go: all save, and the driver says that it wants to be run again.
-    driver = start()
-    until(lambda: step() >= 85 and len(ranks(driver)) == 2, driver)
-    ranks(driver)[1].send_signal(signal.SIGTERM)
-    assert driver.wait(300) == 75
-    saved = json.loads((run / "status.json").read_text())
-    assert saved["state"] == "stopped" and events(run, "checkpoint")[-1]["step"] == saved["step"]
-    driver = start()
-    assert driver.wait(900) == 0, (tmp_path / "said").read_text()[-3000:]
+    run.start()
+    run.until(lambda: run.step() >= 85 and len(run.ranks()) == 2)
+    run.ranks()[1].send_signal(signal.SIGTERM)
+    assert run.driver.wait(300) == 75
+    saved = run.status()
+    assert saved["state"] == "stopped" and run.events("checkpoint")[-1]["step"] == saved["step"]
+    run.start()
+    assert run.driver.wait(900) == 0, run.said.read_text()[-3000:]
+    equal(run.folder, tmp_path / "undisturbed")
 
-    for name in ("train/loss", "val/loss", "guard/norm", "lr"):
-        assert metrics(run, name) == metrics(tmp_path / "undisturbed", name)
-    expected = weights(tmp_path / "undisturbed")
-    assert all((tensor == expected[name]).all() for name, tensor in weights(run).items())
+
+@pytest.mark.netns
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_stop_that_cannot_save_in_time_ends_all_the_same(data_folder: Path, tmp_path: Path) -> None:
+    steps = {"schedule": {"steps": 400}, "checkpoint": {"every": 10}, "tracking": {"every": 1, "validate_every": 200}}
+    launch(2, run_training, config(tmp_path / "undisturbed", data_folder, **steps))
+    cluster = {"workers": 2, "stop_within": 5}
+    run = Driven(tmp_path, config(tmp_path / "run", data_folder, **steps, cluster=cluster, registry={"name": None}))
+    run.until(lambda: run.step() >= 25)
+    orphans = run.ranks()
+    orphans[0].suspend()  # from here on no step, and no checkpoint, can be completed
+    seen = run.step()
+    run.driver.send_signal(signal.SIGTERM)
+    assert run.driver.wait(120) == 75
+    assert "not saved within 5 s: the checkpoint before it stands" in run.said.read_text()
+    assert "with its state saved" not in run.said.read_text()
+    assert not psutil.wait_procs(orphans, timeout=60)[1]
+    assert run.status()["state"] == "stopped" and "not saved within 5 s" in run.status()["reason"]
+
+    run.start()  # as a cluster does that retries the code
+    run.until(lambda: "resumed from step" in run.said.read_text())
+    resumed = int(re.findall(r"resumed from step (\d+)", run.said.read_text())[-1])
+    assert resumed % 10 == 0 and seen - 10 <= resumed <= seen
+    run.until(lambda: run.step() >= resumed + 5)
+    run.driver.send_signal(signal.SIGTERM)  # and now it can be saved
+    assert run.driver.wait(120) == 75
+    assert "stopped with its state saved" in run.said.read_text()
+    assert run.events("checkpoint")[-1]["step"] == run.status()["step"]
+    run.start()
+    assert run.driver.wait(900) == 0, run.said.read_text()[-3000:]
+    equal(run.folder, tmp_path / "undisturbed")
+
+
+KILLS = {"a rank": 4, "all ranks": 3, "the driver": 3, "the head": 3}
+
+
+@pytest.mark.netns
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_kills_at_random_through_ray(data_folder: Path, tmp_path: Path) -> None:
+    steps = {"schedule": {"steps": 3000}, "checkpoint": {"every": 10}, "tracking": {"every": 1, "validate_every": 100}}
+    launch(2, run_training, config(tmp_path / "undisturbed", data_folder, **steps))
+    cluster, begin, dice = {"workers": 2, "max_failures": -1}, time.monotonic(), random.Random(0)
+    run = Driven(tmp_path, config(tmp_path / "run", data_folder, **steps, cluster=cluster, registry={"name": None}))
+    run.env["RAY_gcs_rpc_server_reconnect_timeout_s"] = "5"  # else a driver waits a minute for its head
+    kills = [kind for kind, number in KILLS.items() for _ in range(number)]
+    dice.shuffle(kills)
+    for kind in kills:
+        before = run.step()
+        if dice.random() < 0.8:  # else while it starts, again or for the first time
+            run.until(lambda before=before: run.step() > before)
+        else:
+            run.until(run.ranks)
+        time.sleep(dice.uniform(0.0, 1.0))
+        victims = {"a rank": lambda: [dice.choice(run.ranks())], "all ranks": run.ranks}
+        if kind in victims:
+            run.until(run.ranks)
+            for rank in victims[kind]():
+                rank.kill()
+            continue
+        if kind == "the driver":
+            run.driver.kill()
+        else:
+            for process in [*run.processes("gcs_server"), *run.processes("raylet/raylet")]:
+                process.kill()
+        assert run.driver.wait(180) != 0
+        run.start()
+    assert run.driver.wait(1800) == 0, run.said.read_text()[-3000:]
+    print(f"\n{KILLS} in {time.monotonic() - begin:.0f} s; restarts by Ray: {len(run.events('workers failed'))}")
+    equal(run.folder, tmp_path / "undisturbed")
 
 
 def stuck(content: dict[str, Any], rank: int) -> None:

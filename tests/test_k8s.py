@@ -18,7 +18,7 @@ sys.path.insert(0, str(REPO))  # k8s is no package that is installed
 for needed in ("celpy", "jsonschema", "kubernetes_validate"):
     pytest.importorskip(needed, reason=f"needs {needed}: make setup")
 
-from k8s.check import commands, network, render, schemas, security  # noqa: E402
+from k8s.check import commands, lint, network, render, schemas, security  # noqa: E402
 from k8s.check.__main__ import CHECKS, IMAGES, pin  # noqa: E402
 from k8s.check.render import OVERLAYS, Overlay  # noqa: E402
 
@@ -221,6 +221,11 @@ WRONG: list[tuple[str, Callable[[Overlay], None], str]] = [
         put(JOB, "pretrain", (*CLUSTER, "workerGroupSpecs", 0, "replicas"), 1),
         "= 16 GPUs, and its pods have 8",
     ),
+    (
+        "entrypoints",
+        put(JOB, "pretrain", ("metadata", "annotations", "cdssl.dev/checkpoint-seconds"), "30"),
+        "stop_within = 120 s, and its pods are killed after 30",
+    ),
     ("agreement", put(JOB, "pretrain", (*CLUSTER, "rayVersion"), "2.59.0"), "not what constraints.txt pins"),
     ("agreement", put(JOB, "pretrain", (*WORKER, "terminationGracePeriodSeconds"), 30), "grace period"),
     ("agreement", put(JOB, "pretrain", (*RAN, "lifecycle"), {}), "preStop hook"),
@@ -257,6 +262,26 @@ def test_the_configurations_are_those_of_the_command_line(overlays: dict[str, Ov
     for overlay in overlays.values():
         data = next(d["data"] for d in overlay.of("ConfigMap") if "local.yaml" in d["data"])
         assert data == {p: (REPO / "configs" / "pretrain" / p).read_text() for p in data}
+
+
+@pytest.mark.slow
+def test_each_linter_can_fail(overlays: dict[str, Overlay], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if lacking := [name for name in ("yamllint", "hadolint", "checkov") if not lint.tool(name)]:
+        pytest.skip(f"needs {', '.join(lacking)} on the PATH: make k8s-check")
+    assert list(lint.sources()) == []
+    broken = copy.deepcopy(overlays["local"])
+    put("Deployment", "mlflow", (*SERVER, "securityContext", "privileged"), True)(broken)
+    assert any("CKV_K8S_16" in line for line in lint.checkov(broken))
+    for folder in ("k8s", "configs", "docker"):
+        shutil.copytree(REPO / folder, tmp_path / folder)
+    monkeypatch.setattr(lint, "REPO", tmp_path)
+    with open(tmp_path / "configs" / "pretrain" / "base.yaml", "a") as file:
+        file.write("data: {path:  x}\n")
+    with open(tmp_path / "docker" / "cpu.Dockerfile", "a") as file:
+        file.write("USER root\n")
+    found = "\n".join(lint.sources())
+    assert "base.yaml" in found and "too many spaces" in found
+    assert "DL3002" in found
 
 
 def test_a_key_may_not_stand_twice() -> None:

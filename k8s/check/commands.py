@@ -92,6 +92,9 @@ def _config(overlay: Overlay, job: dict[str, Any], args: argparse.Namespace) -> 
             return
     if config.run.rpartition("/")[0] not in mounts:
         yield f"run={config.run} lies on no volume"
+    stated = float(job["metadata"]["annotations"]["cdssl.dev/checkpoint-seconds"])
+    if config.cluster.stop_within > stated:
+        yield f"cluster.stop_within = {config.cluster.stop_within:g} s, and its pods are killed after {stated:g}"
     workers, container = group["replicas"], group["template"]["spec"]["containers"][0]
     has = workers * float(container["resources"]["limits"].get("nvidia.com/gpu", 0))
     wants = config.cluster.max_workers * config.cluster.gpus_per_worker
