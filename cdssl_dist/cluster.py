@@ -6,6 +6,7 @@ one marker alone. The run folder must be visible to the driver and to every work
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -23,6 +24,7 @@ from cdssl_dist.config import Config
 from cdssl_dist.runlog import append_event, read_status, write_status
 
 POLL: Final = 0.5  # s
+PREEMPTED: Final = 75  # the exit code of a run that was stopped: run it again
 
 
 class ClusterError(RuntimeError):
@@ -31,6 +33,10 @@ class ClusterError(RuntimeError):
 
 class RunError(ValueError):
     """A run folder that belongs to another run."""
+
+
+class _TooLateError(Exception):
+    """Workers did not save and stop in time."""
 
 
 def launch(config: Config) -> bool:
@@ -52,17 +58,23 @@ def launch(config: Config) -> bool:
     rank.forget_empty_stacks(folder)
     write_status(folder, **{**read_status(folder), "state": "starting", "reason": ""})
     _start_ray(config)
+    state, reason = "moved", ""
     try:
         with _stop_on_signal(folder / rank.STOP_FILE) as asked:  # after Ray has started, which takes SIGTERM for itself
-            state, reason = "moved", ""
             while state == "moved":
                 state, reason = _fit(config, asked)
     except ClusterError as why:
         state, reason = "failed", str(why)
+    except _TooLateError as why:
+        state, reason = "stopped", str(why)
     finally:
         import ray
 
-        ray.shutdown()
+        if state == "stopped" and reason:
+            # A thread still waits inside Ray, which aborts the process where it is shut down under it, now or at exit.
+            atexit.register(_leave)
+        else:
+            ray.shutdown()
     if reason:
         write_status(folder, **{**read_status(folder), "state": state, "reason": reason})
     if state in ("failed", "refused"):
@@ -76,6 +88,10 @@ def _fit(config: Config, asked: Callable[[], float]) -> rank.Outcome:
     Args:
         config: of the run.
         asked: for how many seconds a stop has been asked for; 0 where it has not.
+
+    Raises:
+        ClusterError: where workers failed more often than allowed.
+        _TooLateError: where state is not saved ``cluster.stop_within`` seconds after a stop was asked for.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -115,12 +131,19 @@ def _fit(config: Config, asked: Callable[[], float]) -> rank.Outcome:
     while thread.is_alive():
         thread.join(POLL)
         if asked() > cluster.stop_within:
-            return "stopped", f"not saved within {cluster.stop_within:.0f} s: the checkpoint before it stands"
+            raise _TooLateError(f"not saved within {cluster.stop_within:.0f} s: the checkpoint before it stands")
     (answer,) = found
     if isinstance(answer, Exception):
         failures = getattr(answer, "worker_failures", None)
         raise ClusterError(_told(failures, folder) if failures else _last_line(answer)) from None
     return answer
+
+
+def _leave() -> None:
+    """End this process without a word to Ray; what belongs to it, workers too, ends with it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(PREEMPTED)
 
 
 def _failures_told(folder: Path) -> Any:

@@ -23,8 +23,6 @@ from cdssl_dist.replay import parse_place, replay, table
 from cdssl_dist.runlog import read_status
 from sharding.manifest import Manifest
 
-PREEMPTED = 75  # the exit code of a run that was stopped and saved: run it again
-
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +72,7 @@ def pretrain(config: Config) -> int:
     if not complete:
         how = read_status(folder).get("reason") or "stopped with its state saved"
         print(f"{how}; run the same command again to go on ({folder})", file=sys.stderr)
-        return PREEMPTED
+        return cluster.PREEMPTED
 
     print(f"encoder: {folder / 'encoder.safetensors'}")
     if config.registry.name:
