@@ -30,11 +30,11 @@ from cdssl_dist.runlog import read_lines, read_status
 class Driven:
     """A run of ``cdssl pretrain``, which starts Ray in a network namespace of its own."""
 
-    def __init__(self, work: Path, content: dict[str, Any]) -> None:
+    def __init__(self, work: Path, content: dict[str, Any], **env: str) -> None:
         self.folder, self.said, path = Path(content["run"]), work / "said", work / "run.json"
         path.write_text(json.dumps(content))  # JSON is YAML
         self.command = [*alone(), sys.executable, "-m", "cdssl_dist.pretrain", "--config", str(path)]
-        self.env = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{work}/mlflow.db", "RAY_TMPDIR": "/tmp"}
+        self.env = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{work}/mlflow.db", "RAY_TMPDIR": "/tmp"} | env
         self.start()
 
     def start(self) -> None:
@@ -157,8 +157,8 @@ def test_kills_at_random_through_ray(data_folder: Path, tmp_path: Path) -> None:
     steps = {"schedule": {"steps": 1500}, "checkpoint": {"every": 10}, "tracking": {"every": 1, "validate_every": 500}}
     launch(2, run_training, config(tmp_path / "undisturbed", data_folder, **steps))
     cluster, begin, dice = {"workers": 2, "max_failures": -1}, time.monotonic(), random.Random(0)
-    run = Driven(tmp_path, config(tmp_path / "run", data_folder, **steps, cluster=cluster, registry={"name": None}))
-    run.env["RAY_gcs_rpc_server_reconnect_timeout_s"] = "5"  # else a driver waits a minute for its head
+    content = config(tmp_path / "run", data_folder, **steps, cluster=cluster, registry={"name": None})
+    run = Driven(tmp_path, content, RAY_gcs_rpc_server_reconnect_timeout_s="5")  # how long a driver waits for its head
     kills = [kind for kind, number in KILLS.items() for _ in range(number)]
     dice.shuffle(kills)
     for kind in kills:
