@@ -19,7 +19,8 @@ import psutil
 import pytest
 from launch import launch
 from test_commands import alone
-from test_train import config, metrics, run_training, weights
+from test_survival import equal
+from test_train import config, run_training
 
 from cdssl_dist.config import Config
 from cdssl_dist.loader import DataSet
@@ -69,14 +70,6 @@ class Driven:
     def ranks(self) -> list[psutil.Process]:
         """The processes that train."""
         return self.processes("RayTrainWorker")
-
-
-def equal(run: Path, undisturbed: Path) -> None:
-    """All figures and weights, bit for bit."""
-    for name in ("train/loss", "val/loss", "guard/norm", "lr"):
-        assert metrics(run, name) == metrics(undisturbed, name)
-    expected = weights(undisturbed)
-    assert all((tensor == expected[name]).all() for name, tensor in weights(run).items())
 
 
 @pytest.mark.netns
