@@ -126,7 +126,6 @@ def test_a_stop_that_cannot_save_in_time_ends_all_the_same(data_folder: Path, tm
     assert "not saved within 5 s: the checkpoint before it stands" in run.said.read_text()
     assert "with its state saved" not in run.said.read_text()
     assert not psutil.wait_procs(orphans, timeout=60)[1]
-    assert run.status()["state"] == "stopped" and "not saved within 5 s" in run.status()["reason"]
 
     content["cluster"]["stop_within"] = 120.0  # from here on it can be saved, on however busy a machine
     run.start(content)  # as a cluster does that retries the code
