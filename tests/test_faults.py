@@ -149,7 +149,7 @@ KILLS = {"a rank": 4, "all ranks": 3, "the driver": 3, "the head": 3}
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_kills_at_random_through_ray(data_folder: Path, tmp_path: Path) -> None:
-    steps = {"schedule": {"steps": 1500}, "checkpoint": {"every": 10}, "tracking": {"every": 1, "validate_every": 500}}
+    steps = {"schedule": {"steps": 600}, "checkpoint": {"every": 10}, "tracking": {"every": 1, "validate_every": 200}}
     launch(2, run_training, config(tmp_path / "undisturbed", data_folder, **steps))
     cluster, begin, dice = {"workers": 2, "max_failures": -1}, time.monotonic(), random.Random(0)
     content = config(tmp_path / "run", data_folder, **steps, cluster=cluster, registry={"name": None})
@@ -162,7 +162,7 @@ def test_kills_at_random_through_ray(data_folder: Path, tmp_path: Path) -> None:
             run.until(lambda before=before: run.step() > before)
         else:
             run.until(run.ranks)
-        time.sleep(dice.uniform(0.0, 1.0))
+        time.sleep(dice.uniform(0.0, 0.5))
         victims = {"a rank": lambda: [dice.choice(run.ranks())], "all ranks": run.ranks}
         if kind in victims:
             run.until(run.ranks)
