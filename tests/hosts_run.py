@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pods import USER, Pod, bridge
+from pods import USER, Pod, bridge, nodes
 
 HEAD = "10.77.0.11"
 ENV = {
@@ -78,14 +78,9 @@ class Story:
 
     def drain(self, host: Pod) -> None:
         """As a cluster does whose spot machine will be taken away."""
-        find = (
-            "import ray; ray.init(address='auto', log_to_driver=False); print(*[n['NodeID'] for n in ray.nodes() "
-            f"if n['Alive'] and n['NodeManagerAddress'] == '{host.address}'])"
-        )
-        code, said = self.hosts[0].run("env", f"RAY_ADDRESS={HEAD}:6379", "python", "-c", find)
-        assert code == 0, said
+        node = nodes(f"http://{HEAD}:8265", ENV["RAY_AUTH_TOKEN"])[host.address]
         reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-        where = ["--address", f"{HEAD}:6379", "--node-id", said.split()[-1], "--deadline-remaining-seconds", "600"]
+        where = ["--address", f"{HEAD}:6379", "--node-id", node, "--deadline-remaining-seconds", "600"]
         code, said = self.hosts[0].run("ray", "drain-node", *where, *reason)
         assert code == 0, said
 

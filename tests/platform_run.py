@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-from pods import REPO, USER, Pod, bridge
+from pods import REPO, USER, Pod, bridge, nodes
 
 from k8s.check.render import Overlay, load, render
 
@@ -244,13 +244,11 @@ def answers(url: str, *codes: int) -> bool:
 
 
 def alive(url: str, token: str) -> int:
-    """Nodes of a Ray cluster."""
-    request = urllib.request.Request(f"{url}/nodes?view=summary", headers={"Authorization": f"Bearer {token}"})
+    """Nodes of a Ray cluster that answers."""
     try:
-        nodes = json.loads(urllib.request.urlopen(request, timeout=5).read())["data"]["summary"]
+        return len(nodes(url, token))
     except OSError:
         return 0
-    return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
 
 
 def main(work: Path) -> None:

@@ -6,12 +6,14 @@ Only inside namespaces of its own (``in_namespaces``): addresses, links and moun
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -136,6 +138,15 @@ def bridge(home: Path, names: dict[str, str]) -> None:
         subprocess.run(shlex.split(command), check=True)
     hosts = {"localhost": "127.0.0.1", **names}
     (home / "hosts").write_text("".join(f"{address} {name}\n" for name, address in hosts.items()))
+
+
+def nodes(url: str, token: str) -> dict[str, str]:
+    """Address → id of the living nodes of a Ray cluster, as the dashboard of its head says."""
+    request = urllib.request.Request(f"{url}/nodes?view=summary", headers={"Authorization": f"Bearer {token}"})
+    found = [
+        node["raylet"] for node in json.loads(urllib.request.urlopen(request, timeout=5).read())["data"]["summary"]
+    ]
+    return {node["nodeManagerAddress"]: node["nodeId"] for node in found if node.get("state") == "ALIVE"}
 
 
 def in_namespaces(script: str, *arguments: Path) -> str:
