@@ -62,7 +62,7 @@ class Training(Section):
     passes: PositiveInt = 24_000  # crystals seen in all epochs, where the bounds on epochs allow
     epochs: tuple[PositiveInt, PositiveInt] = (10, 100)  # fewest and most
     batch_size: PositiveInt = 16
-    hold: float = Field(0.1, ge=0, lt=1)  # share of the labels that are held out for early stopping
+    hold: float = Field(0.0, ge=0, lt=1)  # share of the labels that are held out for early stopping
     patience: PositiveInt = 30  # epochs
     weight_decay: float = Field(1e-5, ge=0)
 

@@ -54,7 +54,7 @@ CONFIG: dict[str, Any] = {
         "permuted": {"start": "permuted", "rates": [1e-3, 1e-2]},
     },
     "evaluate_at_most": 25,
-    "training": {"epochs": [1, 1]},
+    "training": {"epochs": [1, 1], "hold": 0.1},
     "sweep": {"sizes": [20], "evaluate": 25},
     "predict": {"targets": ["mass"], "seeds": [0, 1], "training": {"epochs": [1, 1]}},
 }
