@@ -98,15 +98,10 @@ def only_the_right_password_opens(uri: str, home: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a-long-password")
 
 
-def test_a_server_and_its_end(
-    tmp_path: Path, mlflow_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_server_and_its_end(tmp_path: Path, mlflow_store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(mlflow_store, tmp_path / "server.db")
-    options, about = with_passwords(tmp_path)
-    with mlflow_server(tmp_path, *options, **about) as uri:
-        only_the_right_password_opens(uri, tmp_path, monkeypatch)
+    with mlflow_server(tmp_path) as uri:
         whole_life(uri, tmp_path)
-        assert "a-long-password" not in json.dumps(registry.show("models:/crystals@champion", uri).tags)
     folder = registry.pull("models:/crystals@champion", uri)  # the server is gone
     assert folder.is_dir() and "does not answer" in capsys.readouterr().err
     with pytest.raises(RegistryError, match="does not answer"):
@@ -139,6 +134,17 @@ def test_a_lock_whose_holder_died_is_taken_over(tmp_path: Path, mlflow_store: Pa
         held = True
         assert client.get_registered_model("crystals.lock").description != "of a job that was killed"
     assert held and not [m for m in client.search_registered_models() if m.name.endswith(".lock")]
+
+
+@pytest.mark.slow  # a password is hashed for every request
+def test_passwords_on_sqlite(tmp_path: Path, mlflow_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(mlflow_store, tmp_path / "server.db")
+    options, about = with_passwords(tmp_path)
+    with mlflow_server(tmp_path, *options, **about) as uri:
+        only_the_right_password_opens(uri, tmp_path, monkeypatch)
+        done = registry.register(tmp_path / "e", "crystals", uri)
+        assert registry.pull(done.uri, uri).is_dir()
+        assert "a-long-password" not in json.dumps(registry.show(done.uri, uri).tags)
 
 
 @pytest.mark.slow
