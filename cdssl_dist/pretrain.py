@@ -57,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def pretrain(config: Config) -> int:
     """Run one pretraining, from where it stopped before; returns the exit code."""
+    config = located(config)
     data = DataSet(config.data_path)  # opened here first: what is missing is said before a cluster is started
     data.table("train"), data.table("val")
-    config = prepare(config, data)
-    folder = Path(config.run)
+    folder = prepare(config, data)
 
     tags = {"data_digest": data.manifest.digest}
     with tracking.follow(folder, config, params=about(data.manifest), tags=tags) as tracked, live.watching(folder):
@@ -93,24 +93,27 @@ def leave_report(config: Config, complete: bool) -> None:
         report.leave(folder, lambda drawn: report.of_run(folder, drawn=drawn), draw)
 
 
-def prepare(config: Config, data: DataSet) -> Config:
-    """Absolute paths, since workers have folders of their own, and the run folder with its configuration.
+def located(config: Config) -> Config:
+    """The same with absolute paths, since workers have folders of their own."""
+    path = config.data_path if is_remote(config.data_path) else str(Path(config.data_path).resolve())
+    run = str(Path(config.run).resolve())
+    return config.model_copy(update={"run": run, "data": config.data.model_copy(update={"path": path})})
+
+
+def prepare(config: Config, data: DataSet) -> Path:
+    """Make the run folder, with its configuration.
 
     Raises:
-        CheckpointError: where the folder holds another run; ranks would find out as well, when a cluster is at hand.
+        CheckpointError: where it holds another run; ranks would find out as well, when a cluster is at hand.
     """
-    folder = Path(config.run).resolve()
-    path = config.data_path if is_remote(config.data_path) else str(Path(config.data_path).resolve())
-    config = config.model_copy(
-        update={"run": str(folder), "data": config.data.model_copy(update={"path": path})},
-    )
+    folder = Path(config.run)
     if found := checkpoint.last(folder / "checkpoints"):
         counts = {"name": data.name, **data.manifest.splits}
         now = replace(found.progress, data_digest=data.manifest.digest, data=counts)
         checkpoint.check_fits(found, config, now)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    return config
+    return folder
 
 
 def about(manifest: Manifest) -> dict[str, str]:
