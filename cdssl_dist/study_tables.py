@@ -137,16 +137,19 @@ def plot_changes(path: Path, findings: Findings, arm: str) -> None:
             at, bars, width * 0.92, color=colours, yerr=spread, ecolor="0.3", capsize=2, error_kw={"linewidth": 0.8}
         )
         for x, height, case in zip(at, bars, own, strict=True):
-            where = {"va": "top", "y": 3} if height < 0 else {"va": "bottom", "y": -3}
+            away, side = (3, "bottom") if height < 0 else (-3, "top")
             axes.annotate(
-                f"{case.size:,}", (x, 0), (0, where["y"]), textcoords="offset points", ha="center", rotation=90,
-                fontsize=6, va="bottom" if height < 0 else "top",
-            )  # fmt: skip
+                f"{case.size:,}", (x, 0), (0, away), textcoords="offset points", ha="center", va=side, fontsize=6
+            )
+    axes.use_sticky_edges = False  # bars would claim 0 as an edge of the chart, where the sizes stand
+    axes.margins(y=0.1)
     wins = findings.wins(arm)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(ticks, [t.replace("_", " ") for t in targets], fontsize=7, wrap=True)
     axes.set_ylabel(f"change of the MAE against {findings.config.reference}, %")
-    axes.set_title(f"{arm}: better in {wins.won} of {wins.won + wins.lost} cases (labels to learn from beside bars)")
+    axes.set_title(
+        f"{arm}: better in {wins.won} of {wins.won + wins.lost} cases; at each bar, labels to learn from", fontsize=9
+    )
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
