@@ -41,7 +41,7 @@ def at_once(uri: str, folders: list[Path]) -> list[str]:
         for f in folders
     ]
     found = [job.communicate(timeout=240) for job in jobs]
-    assert all(job.returncode == 0 for job in jobs), found
+    assert all(job.returncode == 0 for job in jobs), "\n".join(error[-1500:] for _, error in found)
     return [out for out, _ in found]
 
 
