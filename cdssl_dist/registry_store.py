@@ -166,7 +166,8 @@ def exclusive(client: Any, name: str, patience: float = 180.0, stale: float = ST
             client.create_registered_model(lock, description=token)
             break
         except MlflowException as why:
-            if why.error_code != "RESOURCE_ALREADY_EXISTS":
+            # The second: where the name is taken MLflow looks at who has it, and that may just have been deleted.
+            if why.error_code not in ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"):
                 raise
         now, found = time.monotonic(), _holder(client, lock)
         if found != holder:
