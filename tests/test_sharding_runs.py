@@ -404,9 +404,7 @@ def server() -> Iterator[str]:
 def test_a_source_that_vanishes_half_way(
     server: str, tmp_path: Path, aflow: list[Crystal], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Breaking.data = "".join(
-        xyz(c) for c in aflow * 20
-    ).encode()  # half is much more than a task
+    Breaking.data = "".join(xyz(c) for c in aflow * 20).encode()  # half is much more than a task
     command = [f"{server}/some.extxyz", "--out", str(tmp_path / "d"), "--workers", "1"]
     assert main(command) == 2
     assert "reading broke off" in (line := line_of(capsys))
