@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cdssl_dist.commands import Parser, command
 from cdssl_dist.config import packaged
-from cdssl_dist.runlog import read_lines
+from cdssl_dist.train.runlog import read_lines
 from sharding.manifest import read_manifest
 
 HOME = Path("runs/demo")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from cdssl_dist.commands import RUNS, Parser, command
-from cdssl_dist.mlflow_server import redact, tracking_uri
+from cdssl_dist.mlops.mlflow_server import redact, tracking_uri
 
 PACKAGES: Final = ("torch", "torch-geometric", "deepspeed", "ray", "webdataset", "pymatgen", "mlflow", "numba", "gemmi")
 

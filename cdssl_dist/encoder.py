@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cdssl_dist import registry
 from cdssl_dist.commands import RUNS
-from cdssl_dist.embedding import embed_graphs, embed_structures
-from cdssl_dist.export import EncoderCard, read_encoder
-from cdssl_dist.megnet import MEGNet
-from cdssl_dist.mlflow_server import tracking_uri
-from cdssl_dist.structures import RefusedStructuresError, as_list
+from cdssl_dist.data.structures import RefusedStructuresError, as_list
+from cdssl_dist.mlops import registry
+from cdssl_dist.mlops.mlflow_server import tracking_uri
+from cdssl_dist.model.embedding import embed_graphs, embed_structures
+from cdssl_dist.model.export import EncoderCard, read_encoder
+from cdssl_dist.model.megnet import MEGNet
 from sharding.graph import Multigraphs
 
 CHAMPION = "models:/cdssl-encoder@champion"

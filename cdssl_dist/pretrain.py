@@ -12,15 +12,17 @@ from pathlib import Path
 
 import yaml
 
-from cdssl_dist import checkpoint, cluster, live, registry, report, tracking
 from cdssl_dist.commands import FAILED, Parser, command
 from cdssl_dist.config import Config, load
-from cdssl_dist.encoder_map import map_of_validation
-from cdssl_dist.loader import DataSet
-from cdssl_dist.mlflow_server import tracking_uri
-from cdssl_dist.remote import is_remote
-from cdssl_dist.replay import parse_place, replay, table
-from cdssl_dist.runlog import read_status
+from cdssl_dist.data.loader import DataSet
+from cdssl_dist.data.remote import is_remote
+from cdssl_dist.look import report
+from cdssl_dist.look.encoder_map import map_of_validation
+from cdssl_dist.mlops import registry, tracking
+from cdssl_dist.mlops.mlflow_server import tracking_uri
+from cdssl_dist.train import checkpoint, cluster, live
+from cdssl_dist.train.replay import parse_place, replay, table
+from cdssl_dist.train.runlog import read_status
 from sharding.manifest import Manifest
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import logging
 import multiprocessing
 import os
-import secrets
 import signal
 import threading
 from collections import deque
@@ -15,6 +13,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
+
+from sharding.ray_start import LOCAL, start_ray
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -53,7 +53,7 @@ class Executor:
         """
         try:
             if self.address:
-                yield from self._on_ray(function, tasks)
+                yield from self._on_ray(self.address, function, tasks)
             elif self.workers <= 1:
                 yield from map(function, tasks)
             else:
@@ -68,7 +68,7 @@ class Executor:
         """
         caught = functools.partial(_caught, function)
         if self.address:
-            yield from self._on_ray(caught, tasks, _settled)
+            yield from self._on_ray(self.address, caught, tasks, _settled)
         else:
             yield from self.map(caught, tasks)
 
@@ -102,12 +102,16 @@ class Executor:
             ) from None
 
     def _on_ray(
-        self, function: Callable[[T], R], tasks: Iterable[T], settle: Callable[[Future[R]], Any] = Future.result
+        self,
+        address: str,
+        function: Callable[[T], R],
+        tasks: Iterable[T],
+        settle: Callable[[Future[R]], Any] = Future.result,
     ) -> Iterator[Any]:
+        self._join_cluster(address)  # which imports Ray as it must be
         import ray
         from ray.exceptions import RayError, RayTaskError
 
-        self._join_cluster()
         remote = ray.remote(_call).options(**self.resources)
         shared = ray.put(function)  # once, with all that is bound to it
         try:
@@ -116,26 +120,15 @@ class Executor:
         except RayTaskError as why:  # its text is a traceback; what our function raised is inside
             raise why.cause if isinstance(why.cause, Exception) else WorkerError(_line(why)) from None
         except RayError as why:
-            text = f"the Ray cluster at {self.address}: {_line(why)}; run the same command again to go on"
+            text = f"the Ray cluster at {address}: {_line(why)}; run the same command again to go on"
             raise WorkerError(text) from None
 
-    def _join_cluster(self) -> None:
-        """Connect, once; the token of another's cluster is taken from RAY_AUTH_TOKEN or the file that Ray looks for."""
-        import ray
-
-        if ray.is_initialized():
-            return
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # a cluster that asks for none lets anyone run code
-        more: dict[str, Any] = {}
-        if self.address == "local":
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would be sent over the network
-            more["include_dashboard"] = False
+    def _join_cluster(self, address: str) -> None:
+        """Connect, once."""
         try:
-            ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR, **more)
+            self._started |= start_ray(address) and address == LOCAL
         except Exception as why:  # one kind for each part of Ray that fails
-            raise WorkerError(f"no Ray cluster at {self.address} can be joined: {_line(why)}") from None
-        self._started = self.address == "local"
+            raise WorkerError(f"no Ray cluster at {address} can be joined: {_line(why)}") from None
 
 
 def _call(function: Callable[[T], R], task: T) -> R:

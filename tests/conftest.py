@@ -12,7 +12,7 @@ import hypothesis
 import pytest
 import torch
 
-from cdssl_dist.mlflow_server import connect
+from cdssl_dist.mlops.mlflow_server import connect
 from sharding.block import Budget
 from sharding.crystal import Crystal
 from sharding.pipeline import shard

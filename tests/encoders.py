@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from cdssl_dist.export import EncoderCard, write_encoder
-from cdssl_dist.megnet import PretextModel
+from cdssl_dist.model.export import EncoderCard, write_encoder
+from cdssl_dist.model.megnet import PretextModel
 
 SIZE = {"width": 8, "hidden": 16, "blocks": 2}
 

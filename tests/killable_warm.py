@@ -7,7 +7,7 @@ import numpy as np
 import webdataset.writer  # noqa: F401  imports torch
 from test_sharding_runs import SETTINGS
 
-from cdssl_dist import train_loop  # noqa: F401  imports DeepSpeed
+from cdssl_dist.train import loop  # noqa: F401  imports DeepSpeed
 from sharding import __main__  # noqa: F401
 from sharding.convert import converted
 from sharding.crystal import Crystal

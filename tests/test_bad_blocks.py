@@ -11,11 +11,11 @@ import pytest
 from launch import launch
 
 from cdssl_dist.config import Config, parse
-from cdssl_dist.dataset import DataSet
-from cdssl_dist.export import read_card
-from cdssl_dist.plan import EpochPlan
+from cdssl_dist.data.dataset import DataSet
+from cdssl_dist.data.plan import EpochPlan
+from cdssl_dist.model.export import read_card
 from cdssl_dist.pretrain import located
-from cdssl_dist.runlog import read_lines
+from cdssl_dist.train.runlog import read_lines
 
 STEPS = 5
 HARMED = 3  # the step that meets the bad training block, on the second of two ranks
@@ -37,7 +37,7 @@ def run_trainings(*contents: dict[str, Any]) -> list[bool]:
     """On each rank, one after the other."""
     import torch.distributed as dist
 
-    from cdssl_dist.train_loop import train
+    from cdssl_dist.train.loop import train
 
     complete = [train(Config.model_validate(content), echo=False) for content in contents]
     dist.destroy_process_group()
@@ -73,7 +73,7 @@ def test_a_bad_block_ends_the_run_with_a_line_that_names_it(harmed: tuple[Path, 
     with pytest.raises(AssertionError) as error:
         launch(2, run_trainings, content(tmp_path, folder, "error"))
     last = str(error.value).strip().splitlines()[-1]
-    assert last.startswith(f"cdssl_dist.dataset.BadBlockError: {folder}/{shard}: block {block} at byte ")
+    assert last.startswith(f"cdssl_dist.data.dataset.BadBlockError: {folder}/{shard}: block {block} at byte ")
     assert len(losses(tmp_path)) == HARMED
 
 

@@ -22,13 +22,13 @@ import pytest
 import torch
 from faulty_server import Fault, Server, always, busy, corrupt, cut, forbidden, hang_up, short, stall
 
-from cdssl_dist import cache, remote
-from cdssl_dist.cache import ShardCache
-from cdssl_dist.dataset import BadBlockError, DataSet, is_data_set
-from cdssl_dist.loader import Loader, Step
-from cdssl_dist.plan import EpochPlan
-from cdssl_dist.remote import Remote
-from cdssl_dist.waiting import Patience
+from cdssl_dist.data import cache, remote
+from cdssl_dist.data.cache import ShardCache
+from cdssl_dist.data.dataset import BadBlockError, DataSet, is_data_set
+from cdssl_dist.data.loader import Loader, Step
+from cdssl_dist.data.plan import EpochPlan
+from cdssl_dist.data.remote import Remote
+from cdssl_dist.data.waiting import Patience
 from sharding.manifest import DataSetError
 
 QUICK = Patience(request=1.0, give_up=10.0, first_pause=0.01, longest_pause=0.05)
@@ -461,7 +461,7 @@ def test_a_shard_that_left_the_cache_is_let_go_when_it_is_not_read(
 ) -> None:
     """Else its bytes would stay on the disk beside those that the cache may hold."""
     now = [0.0]
-    monkeypatch.setattr("cdssl_dist.storage.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("cdssl_dist.data.storage.time", types.SimpleNamespace(monotonic=lambda: now[0]))
 
     def held() -> int:
         gc.collect()
@@ -487,7 +487,7 @@ def test_a_shard_that_left_the_cache_is_let_go_when_it_is_not_read(
 
 @pytest.mark.server
 def test_few_shards_are_open_at_a_time(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cdssl_dist.storage.OPEN_SHARDS", 2)
+    monkeypatch.setattr("cdssl_dist.data.storage.OPEN_SHARDS", 2)
     for data in (DataSet(server.folder), DataSet(server.url, patience=QUICK)):
         gc.collect()
         before = len(os.listdir("/proc/self/fd"))
@@ -501,10 +501,10 @@ def test_few_shards_are_open_at_a_time(server: Server, monkeypatch: pytest.Monke
 READER = """
 import os, sys
 from pathlib import Path
-from cdssl_dist import remote
-from cdssl_dist.cache import ShardCache
-from cdssl_dist.remote import Remote
-from cdssl_dist.waiting import Patience
+from cdssl_dist.data import remote
+from cdssl_dist.data.cache import ShardCache
+from cdssl_dist.data.remote import Remote
+from cdssl_dist.data.waiting import Patience
 from sharding.manifest import read_manifest
 
 url, served, folder, limit = sys.argv[1:]
@@ -612,7 +612,7 @@ def test_shards_are_loaded_before_they_are_needed_and_no_more_of_them(
     server: Server, data_folder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The steps that they hold are then delivered without the server."""
-    monkeypatch.setattr("cdssl_dist.plan.SHARDS_MIXED", 2)
+    monkeypatch.setattr("cdssl_dist.data.plan.SHARDS_MIXED", 2)
     local, far = DataSet(data_folder), DataSet(server.url, patience=Patience(request=0.2, give_up=1.0))
     names = {shard["sha256"]: str(shard["name"]) for shard in far.manifest.shards}
     plans = [EpochPlan(data.table("train"), 3, 1, 1) for data in (local, far)]

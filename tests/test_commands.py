@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from cdssl_dist.cli import COMMANDS, main
-from cdssl_dist.export import read_card
-from cdssl_dist.mlflow_server import connect
-from cdssl_dist.runlog import read_lines
+from cdssl_dist.mlops.mlflow_server import connect
+from cdssl_dist.model.export import read_card
+from cdssl_dist.train.runlog import read_lines
 
 PYTHON = sys.executable
 
@@ -45,7 +45,7 @@ def test_the_list_of_commands() -> None:
 
 def test_what_a_list_of_models_needs_not_is_not_imported() -> None:
     """Start-up is what people wait for most often."""
-    code = "import sys, cdssl_dist.registry_cli; print(*sys.modules)"
+    code = "import sys, cdssl_dist.mlops.registry_cli; print(*sys.modules)"
     loaded = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"ray", "deepspeed", "mlflow", "torch_geometric", "sklearn", "pymatgen"} & set(loaded)
 

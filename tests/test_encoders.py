@@ -21,16 +21,19 @@ from sklearn.base import clone
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import GridSearchCV, cross_val_score
 
-from cdssl_dist import CrystalClassifier, CrystalEncoder, CrystalRegressor, record, registry, report, stream
+from cdssl_dist import CrystalClassifier, CrystalEncoder, CrystalRegressor
 from cdssl_dist.cli import main as cdssl
-from cdssl_dist.embedding import embed_graphs
-from cdssl_dist.export import read_encoder
-from cdssl_dist.labeled import load_labeled, volume_per_atom
-from cdssl_dist.mlflow_server import connect
-from cdssl_dist.predictor import read_property, unseen_elements
-from cdssl_dist.probe import probe
-from cdssl_dist.splits import k_folds
-from cdssl_dist.structures import RefusedStructuresError
+from cdssl_dist.data import stream
+from cdssl_dist.data.labeled import load_labeled, volume_per_atom
+from cdssl_dist.data.structures import RefusedStructuresError
+from cdssl_dist.finetune.predictor import read_property, unseen_elements
+from cdssl_dist.finetune.splits import k_folds
+from cdssl_dist.look import report
+from cdssl_dist.look.probe import probe
+from cdssl_dist.mlops import record, registry
+from cdssl_dist.mlops.mlflow_server import connect
+from cdssl_dist.model.embedding import embed_graphs
+from cdssl_dist.model.export import read_encoder
 from sharding.crystal import SYMBOLS, Crystal, RefusedError
 from sharding.graph import Multigraphs, build
 

@@ -23,9 +23,9 @@ from test_survival import equal
 from test_train import config, run_training
 
 from cdssl_dist.config import Config
-from cdssl_dist.loader import DataSet
-from cdssl_dist.rank import HUNG, hung
-from cdssl_dist.runlog import read_lines, read_status
+from cdssl_dist.data.loader import DataSet
+from cdssl_dist.train.rank import HUNG, hung
+from cdssl_dist.train.runlog import read_lines, read_status
 
 
 class Driven:
@@ -186,22 +186,22 @@ def stuck(content: dict[str, Any], rank: int) -> None:
     import torch
     import torch.distributed as dist
 
-    from cdssl_dist import train_loop
-    from cdssl_dist.rank import STACKS, watched
+    from cdssl_dist.train import loop
+    from cdssl_dist.train.rank import STACKS, watched
 
-    plain = train_loop.Trainer._step
+    plain = loop.Trainer._step
 
     def drowsy(self: Any, step: Any) -> Any:
         if step.number == 2 and dist.get_rank() == rank:
             time.sleep(600)
         return plain(self, step)
 
-    train_loop.Trainer._step = drowsy  # type: ignore[method-assign]
+    loop.Trainer._step = drowsy  # type: ignore[method-assign]
     torch.set_num_threads(1)
     run = Config.model_validate(content)
     path = Path(run.run) / STACKS / f"1-rank-{os.environ['RANK']:>05}.txt"
     with watched(path, 8.0, first=200.0) as progress:
-        train_loop.train(run, stop_requested=lambda: bool(progress()), echo=False)
+        loop.train(run, stop_requested=lambda: bool(progress()), echo=False)
 
 
 def test_ranks_that_hang_end_themselves_and_tell_who_is_to_blame(data_folder: Path, tmp_path: Path) -> None:
@@ -229,19 +229,19 @@ def greedy(content: dict[str, Any]) -> str:
     import torch
     import torch.distributed as dist
 
-    from cdssl_dist import train_loop
-    from cdssl_dist.system import OutOfMemory
+    from cdssl_dist.train import loop
+    from cdssl_dist.train.system import OutOfMemory
 
-    plain = train_loop.Trainer._step
+    plain = loop.Trainer._step
 
     def hungry(self: Any, step: Any) -> Any:
         if step.number == 3:
             torch.empty(1 << 55)
         return plain(self, step)
 
-    train_loop.Trainer._step = hungry  # type: ignore[method-assign]
+    loop.Trainer._step = hungry  # type: ignore[method-assign]
     try:
-        train_loop.train(Config.model_validate(content), echo=False)
+        loop.train(Config.model_validate(content), echo=False)
     except OutOfMemory as why:
         return str(why)
     finally:
@@ -250,7 +250,7 @@ def greedy(content: dict[str, Any]) -> str:
 
 
 def test_memory_that_runs_out_is_reported_with_the_pack(data_folder: Path, tmp_path: Path) -> None:
-    from cdssl_dist.plan import EpochPlan
+    from cdssl_dist.data.plan import EpochPlan
 
     told = launch(2, greedy, config(tmp_path, data_folder))
     table = DataSet(str(data_folder)).table("train")

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdssl_dist.guard import GuardRules, GuardState, Judgement, judge, z_score
-from cdssl_dist.schedule import learning_rate
+from cdssl_dist.train.guard import GuardRules, GuardState, Judgement, judge, z_score
+from cdssl_dist.train.schedule import learning_rate
 
 RULES = GuardRules(warmup=20)
 PATIENT = replace(RULES, rollback_after=10_000, max_bad_share=1.0)

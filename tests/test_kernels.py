@@ -15,12 +15,12 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed; it comes with torch for CUDA")
 from test_model import EXPANSION, FEATURES, TASK, batch_of, room_for, scaled
 
-from cdssl_dist.batch import GraphBatch, PackShape, collate, widen
-from cdssl_dist.edges import distances
-from cdssl_dist.kernels.model import FusedPretextModel
-from cdssl_dist.kernels.segment import sum_rows
-from cdssl_dist.loss import squared_error
-from cdssl_dist.megnet import PretextModel
+from cdssl_dist.data.batch import GraphBatch, PackShape, collate, widen
+from cdssl_dist.model.edges import distances
+from cdssl_dist.model.kernels.model import FusedPretextModel
+from cdssl_dist.model.kernels.segment import sum_rows
+from cdssl_dist.model.loss import squared_error
+from cdssl_dist.model.megnet import PretextModel
 from sharding.crystal import Crystal
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -19,10 +19,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cdssl_dist.batch import NO_BLOCK, GraphBatch, PackShape, RawPack, collate, to_pyg, widen
-from cdssl_dist.dataset import BadBlockError
-from cdssl_dist.loader import DataSet, Loader, Step
-from cdssl_dist.plan import BlockTable, Entry, EpochPlan
+from cdssl_dist.data.batch import NO_BLOCK, GraphBatch, PackShape, RawPack, collate, to_pyg, widen
+from cdssl_dist.data.dataset import BadBlockError
+from cdssl_dist.data.loader import DataSet, Loader, Step
+from cdssl_dist.data.plan import BlockTable, Entry, EpochPlan
 from sharding.block import decode, decode_arrays, encode
 from sharding.crystal import Crystal
 from sharding.graph import Multigraphs, build, concatenate

@@ -12,7 +12,7 @@ import pytest
 from browser import act
 
 from cdssl_dist.cli import main as cdssl
-from cdssl_dist.map import neighbours_tell, reduced
+from cdssl_dist.look.map import neighbours_tell, reduced
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 
-from cdssl_dist.batch import GraphBatch, PackShape, collate, widen
-from cdssl_dist.compiled import compile_model
-from cdssl_dist.edges import GaussianExpansion, distances
-from cdssl_dist.heads import PropertyModel
-from cdssl_dist.loss import BINS, SUMS, Baseline, baseline_sums, figures, fit_baseline, metrics_of, squared_error
-from cdssl_dist.megnet import MEGNet, PretextModel, SplitLinear, pooled, segment_sum
-from cdssl_dist.pretext import Denoising
+from cdssl_dist.data.batch import GraphBatch, PackShape, collate, widen
+from cdssl_dist.model.compiled import compile_model
+from cdssl_dist.model.edges import GaussianExpansion, distances
+from cdssl_dist.model.heads import PropertyModel
+from cdssl_dist.model.loss import BINS, SUMS, Baseline, baseline_sums, figures, fit_baseline, metrics_of, squared_error
+from cdssl_dist.model.megnet import MEGNet, PretextModel, SplitLinear, pooled, segment_sum
+from cdssl_dist.model.pretext import Denoising
 from sharding.block import decode_arrays, encode
 from sharding.crystal import Crystal
 from sharding.graph import build

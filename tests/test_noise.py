@@ -11,12 +11,12 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from cdssl_dist.batch import GraphBatch, PackShape, widen
-from cdssl_dist.edges import GaussianExpansion
-from cdssl_dist.loader import DataSet
-from cdssl_dist.noise import gaussian, philox, sigma_of
-from cdssl_dist.plan import Entry
-from cdssl_dist.pretext import Denoising
+from cdssl_dist.data.batch import GraphBatch, PackShape, widen
+from cdssl_dist.data.loader import DataSet
+from cdssl_dist.data.plan import Entry
+from cdssl_dist.model.edges import GaussianExpansion
+from cdssl_dist.model.noise import gaussian, philox, sigma_of
+from cdssl_dist.model.pretext import Denoising
 
 TASK = Denoising(GaussianExpansion(8, 6.0, 0.5), (0.3, 0.3), seed=11)
 

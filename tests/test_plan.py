@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdssl_dist.plan import BlockTable, EpochPlan
+from cdssl_dist.data.plan import BlockTable, EpochPlan
 
 
 def table(n: int, per_shard: int = 5, first: int = 0) -> BlockTable:
@@ -192,7 +192,7 @@ def test_the_order_depends_on_the_table_alone(monkeypatch: pytest.MonkeyPatch) -
     assert [again.step(s) for s in reversed(range(30))] == steps[::-1]
     wide = table(60)
     narrow = BlockTable(*(column.astype(np.uint32) for column in (wide.block, wide.shard, wide.edges)))
-    monkeypatch.setattr("cdssl_dist.plan.CHUNK", 7)
+    monkeypatch.setattr("cdssl_dist.data.plan.CHUNK", 7)
     assert [EpochPlan(narrow, 5, 2, 3).step(s) for s in range(30)] == steps
     assert [EpochPlan(narrow, 5, 2, 3).edges_of(s) for s in range(30)] == [plan.edges_of(s) for s in range(30)]
 
@@ -200,7 +200,7 @@ def test_the_order_depends_on_the_table_alone(monkeypatch: pytest.MonkeyPatch) -
 SCALE = """
 import resource, sys, time
 import numpy as np
-from cdssl_dist.plan import BlockTable, EpochPlan
+from cdssl_dist.data.plan import BlockTable, EpochPlan
 
 blocks, shards, lanes = 20_000_000, 100_000, 4_096
 index = np.arange(blocks, dtype=np.uint32)

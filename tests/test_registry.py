@@ -22,16 +22,16 @@ import torch
 from encoders import write_encoder_to
 from safetensors.numpy import load_file, save_file
 
-from cdssl_dist import registry, registry_store
-from cdssl_dist.batch import collate, widen
-from cdssl_dist.edges import distances
-from cdssl_dist.export import EncoderCard, read_encoder
-from cdssl_dist.megnet import pooled
-from cdssl_dist.mlflow_server import connect, experiment
-from cdssl_dist.model_card import write_model_card
-from cdssl_dist.registry import RegistryError, list_versions, promote, pull, register, rollback, show
-from cdssl_dist.registry_cli import main
-from cdssl_dist.registry_store import UnreachableError
+from cdssl_dist.data.batch import collate, widen
+from cdssl_dist.mlops import registry, registry_store
+from cdssl_dist.mlops.mlflow_server import connect, experiment
+from cdssl_dist.mlops.model_card import write_model_card
+from cdssl_dist.mlops.registry import RegistryError, list_versions, promote, pull, register, rollback, show
+from cdssl_dist.mlops.registry_cli import main
+from cdssl_dist.mlops.registry_store import UnreachableError
+from cdssl_dist.model.edges import distances
+from cdssl_dist.model.export import EncoderCard, read_encoder
+from cdssl_dist.model.megnet import pooled
 from sharding.crystal import Crystal
 from sharding.graph import build
 
@@ -91,7 +91,7 @@ def test_register_once(made: tuple[Path, registry.Registered], home: Path, uri: 
     card = json.loads((made[0] / "encoder" / "encoder.json").read_text())
     for tag in ("data_digest", "config_digest", "validation_digest", "code_version", "weights_sha256"):
         assert version.tags[tag] == card[tag]
-    home_of_code = Path(registry.__file__).parent.parent
+    home_of_code = Path(registry.__file__).parents[2]
     listed = (
         "find cdssl_dist sharding -name '*.py' | LC_ALL=C sort | xargs sha256sum | awk '{print $2, $1}' | sha256sum"
     )
@@ -306,8 +306,8 @@ def test_the_pyfunc_needs_no_package_of_ours(
     assert {Path(f).suffix for f in files} <= {"", ".py", ".json", ".yaml", ".txt", ".md", ".safetensors"}, files
     assert not any(b"\x80\x04\x95" in (model / f).read_bytes() for f in files)  # how a pickle begins
     code = {f for f in files if f.startswith("code/")}
-    assert "code/cdssl_dist/megnet.py" in code and "code/sharding/graph.py" in code
-    assert not {"code/cdssl_dist/config.py", "code/cdssl_dist/heads.py", "code/sharding/manifest.py"} & code
+    assert "code/cdssl_dist/model/megnet.py" in code and "code/sharding/graph.py" in code
+    assert not {"code/cdssl_dist/config.py", "code/cdssl_dist/model/heads.py", "code/sharding/manifest.py"} & code
     assert all("pydantic" not in (model / f).read_text() for f in code)  # which MLflow itself imports
 
     crystals = sorted(aflow, key=lambda c: len(c.atomic_numbers))[:: len(aflow) // 12]
@@ -346,7 +346,8 @@ def test_the_pyfunc_takes_objects_and_names_what_it_refuses(
     from ase import Atoms
     from pymatgen.core import Structure
 
-    from cdssl_dist import embedding, pyfunc
+    from cdssl_dist.mlops import pyfunc
+    from cdssl_dist.model import embedding
 
     monkeypatch.setattr(embedding, "HALF_EDGES", 500)  # several forward passes
     folder = made[0] / "encoder"

@@ -15,16 +15,16 @@ import pytest
 from encoders import write_encoder_to
 from mlflow_servers import mlflow_server, object_store, postgres
 
-from cdssl_dist import registry, registry_store
-from cdssl_dist.mlflow_server import connect
-from cdssl_dist.registry import RegistryError
+from cdssl_dist.mlops import registry, registry_store
+from cdssl_dist.mlops.mlflow_server import connect
+from cdssl_dist.mlops.registry import RegistryError
 
 pytestmark = pytest.mark.server
 
 REGISTER = """
 import sys
 from pathlib import Path
-from cdssl_dist import registry
+from cdssl_dist.mlops import registry
 print(registry.register(Path(sys.argv[1]), "crystals", sys.argv[2]))
 """
 

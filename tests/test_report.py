@@ -15,8 +15,8 @@ from browser import act, printed
 from encoders import write_encoder_to
 
 from cdssl_dist.cli import main as cdssl
-from cdssl_dist.mlflow_server import connect, experiment
-from cdssl_dist.report import leave, of_run
+from cdssl_dist.look.report import leave, of_run
+from cdssl_dist.mlops.mlflow_server import connect, experiment
 
 HOSTILE = "<img src=x onerror=alert(1)></script>"
 

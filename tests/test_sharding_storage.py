@@ -17,7 +17,7 @@ from killable import Killable
 from test_format import contents, optimade
 from test_sharding_runs import COMMAND, line_of
 
-from cdssl_dist.dataset import DataSet
+from cdssl_dist.data.dataset import DataSet
 from sharding.__main__ import main
 from sharding.crystal import Crystal
 from sharding.manifest import DataSetError

@@ -13,8 +13,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from cdssl_dist import live, status
-from cdssl_dist.runlog import RunLog, append_event, read_lines
+from cdssl_dist.train import live, status
+from cdssl_dist.train.runlog import RunLog, append_event, read_lines
 
 START = 1_700_000_000_000  # ms
 
@@ -93,7 +93,7 @@ def test_a_live_view_on_a_terminal(tmp_path: Path) -> None:
     write_run(tmp_path)
     ours, theirs = pty.openpty()
     code = (
-        "import sys; from pathlib import Path; from cdssl_dist.live import watching\n"
+        "import sys; from pathlib import Path; from cdssl_dist.train.live import watching\n"
         "folder = Path(sys.argv[1])\n"
         "with watching(folder), open(folder / 'train.log', 'a') as log: log.write('step 40/100  loss\\nresumed\\n')"
     )

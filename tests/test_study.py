@@ -28,17 +28,18 @@ from sklearn.model_selection import KFold
 from test_commands import alone
 from test_format import optimade
 
-from cdssl_dist import study, study_run
 from cdssl_dist.config import packaged, read
-from cdssl_dist.experiment import permuted
-from cdssl_dist.export import read_encoder
-from cdssl_dist.mlflow_server import connect
-from cdssl_dist.study_cells import Cell, Plan, Pulled, choose_rates
-from cdssl_dist.study_config import StudyConfig
-from cdssl_dist.study_data import open_crystals, prepare, pretraining_formulas
-from cdssl_dist.study_run import Result
-from cdssl_dist.study_statistics import compare, wins_of
-from cdssl_dist.tuning import TuningError
+from cdssl_dist.finetune.experiment import permuted
+from cdssl_dist.finetune.tuning import TuningError
+from cdssl_dist.mlops.mlflow_server import connect
+from cdssl_dist.model.export import read_encoder
+from cdssl_dist.study import __main__ as study
+from cdssl_dist.study import run as study_run
+from cdssl_dist.study.cells import Cell, Plan, Pulled, choose_rates
+from cdssl_dist.study.config import StudyConfig
+from cdssl_dist.study.data import open_crystals, prepare, pretraining_formulas
+from cdssl_dist.study.run import Result
+from cdssl_dist.study.statistics import compare, wins_of
 from sharding.crystal import Crystal
 from sharding.manifest import DataSetError
 
@@ -253,7 +254,7 @@ def test_a_killed_study_goes_on(toy: Path, encoder: Path, tmp_path: Path) -> Non
 
 ON_RAY = """
 import json, os, sys
-from cdssl_dist import study
+from cdssl_dist.study import __main__ as study
 from sharding.executor import Executor
 def task(i):
     if i == 1:
@@ -274,7 +275,8 @@ def test_a_study_on_ray(toy: Path, encoder: Path, tmp_path: Path) -> None:
     assert study.main(arguments(toy, encoder, tmp_path / "here", **changes)) == 0
     argv = arguments(toy, encoder, tmp_path / "ray", "--workers", "2", **changes)
     command = [*alone(), sys.executable, "-c", ON_RAY, *argv]
-    env = os.environ | {"RAY_TMPDIR": "/tmp", "PYTHONPATH": str(Path(study.__file__).parent.parent)}
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # as a user has it
+    env = plain | {"RAY_TMPDIR": "/tmp", "PYTHONPATH": str(Path(study.__file__).parents[2])}
     answer = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert answer.returncode == 0, answer.stderr
     said = re.search(r"ended as (\[.*\])", answer.stdout)  # wherever in a line: Ray speaks, too

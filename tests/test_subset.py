@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cdssl_dist.dataset import DataSet
-from cdssl_dist.labeled import load_labeled
-from cdssl_dist.subset import condition, elements, read, select
+from cdssl_dist.data.dataset import DataSet
+from cdssl_dist.data.labeled import load_labeled
+from cdssl_dist.data.subset import condition, elements, read, select
 from sharding.block import Budget, decode
 from sharding.crystal import Crystal
 from sharding.manifest import DataSetError

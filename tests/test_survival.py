@@ -22,9 +22,9 @@ from killable import CONTEXT, warm
 from launch import free_port, launch
 from test_train import config, metrics, run_training, weights
 
-from cdssl_dist import checkpoint
 from cdssl_dist.config import Config
-from cdssl_dist.runlog import Ledger, read_lines
+from cdssl_dist.train import checkpoint
+from cdssl_dist.train.runlog import Ledger, read_lines
 
 STEPS = 32
 SPIKES = range(16, 19)  # steps whose gradients are too large, each by another factor
@@ -52,8 +52,8 @@ def spiked(content: dict[str, Any], last: int = SPIKES.stop, die: str = "") -> b
     """On each rank: train with spikes from the first of SPIKES to before ``last``; die around the roll-back."""
     import torch.distributed as dist
 
-    from cdssl_dist import train_loop
-    from cdssl_dist.pretext import Denoising
+    from cdssl_dist.model.pretext import Denoising
+    from cdssl_dist.train import loop
 
     class Bad(Denoising):
         factor = 1.0
@@ -63,7 +63,7 @@ def spiked(content: dict[str, Any], last: int = SPIKES.stop, die: str = "") -> b
             squared.register_hook(lambda gradient: gradient * self.factor)
             return squared, figures
 
-    class Spiked(train_loop.Trainer):
+    class Spiked(loop.Trainer):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             self.task = Bad(self.task.expansion, self.task.sigma, self.task.seed)
@@ -83,8 +83,8 @@ def spiked(content: dict[str, Any], last: int = SPIKES.stop, die: str = "") -> b
                 raise Died(die)
             super()._roll_back()
 
-    train_loop.Trainer = Spiked  # type: ignore[misc]  # in this process, which ends with the run
-    complete = train_loop.train(Config.model_validate(content), echo=False)
+    loop.Trainer = Spiked  # type: ignore[misc]  # in this process, which ends with the run
+    complete = loop.train(Config.model_validate(content), echo=False)
     dist.destroy_process_group()
     return complete
 
@@ -275,17 +275,17 @@ def test_a_run_goes_on_from_the_mirror_where_its_folder_is_gone(
 
 def stopped(content: dict[str, Any], after: int) -> bool:
     """``spiked``, asked to stop once ``after`` steps are consumed."""
-    from cdssl_dist import train_loop
+    from cdssl_dist.train import loop
 
-    plain = train_loop.train
+    plain = loop.train
 
     def train(config: Config, **more: Any) -> bool:
         trainer: list[Any] = []
-        built = train_loop.Trainer.__init__
-        train_loop.Trainer.__init__ = lambda self, *a: (trainer.append(self), built(self, *a))[1]  # type: ignore
+        built = loop.Trainer.__init__
+        loop.Trainer.__init__ = lambda self, *a: (trainer.append(self), built(self, *a))[1]  # type: ignore
         return plain(config, stop_requested=lambda: trainer[0].cursor + 1 >= after, **more)
 
-    train_loop.train = train
+    loop.train = train
     return spiked(content)
 
 

@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 
-from cdssl_dist import tracking
 from cdssl_dist.config import Config, parse
-from cdssl_dist.mlflow_server import connect, redact, tracking_uri
-from cdssl_dist.runlog import RunLog, read_lines
-from cdssl_dist.tracking import Spool, follow
+from cdssl_dist.mlops import tracking
+from cdssl_dist.mlops.mlflow_server import connect, redact, tracking_uri
+from cdssl_dist.mlops.tracking import Spool, follow
+from cdssl_dist.train.runlog import RunLog, read_lines
 
 SECRET = "hunter2-correct-horse"
 
@@ -250,7 +250,7 @@ def serving(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
 def test_a_server_that_is_down_at_first(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from test_registry import write_encoder_to
 
-    from cdssl_dist import registry
+    from cdssl_dist.mlops import registry
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -17,14 +17,15 @@ from launch import launch
 from safetensors.torch import load_file
 from torch import nn
 
-from cdssl_dist import checkpoint, pretrain
-from cdssl_dist.checkpoint import Progress, Retention
+from cdssl_dist import pretrain
 from cdssl_dist.config import Config, ConfigError, parse
-from cdssl_dist.dataset import DataSet
-from cdssl_dist.engine import EngineSettings, deepspeed_config
-from cdssl_dist.guard import GuardState
-from cdssl_dist.replay import replay
-from cdssl_dist.runlog import Ledger, Rollback, read_lines
+from cdssl_dist.data.dataset import DataSet
+from cdssl_dist.train import checkpoint
+from cdssl_dist.train.checkpoint import Progress, Retention
+from cdssl_dist.train.engine import EngineSettings, deepspeed_config
+from cdssl_dist.train.guard import GuardState
+from cdssl_dist.train.replay import replay
+from cdssl_dist.train.runlog import Ledger, Rollback, read_lines
 from sharding.block import Budget, decode
 from sharding.pipeline import shard
 from sharding.settings import ShardSettings
@@ -63,7 +64,7 @@ def run_training(content: dict[str, Any], stop_after: int | None = None) -> bool
     """On each rank: train; with ``stop_after``, be asked to stop at that step."""
     import torch.distributed as dist
 
-    from cdssl_dist.train_loop import train
+    from cdssl_dist.train.loop import train
 
     asked = iter(range(10**9))
     complete = train(
@@ -113,7 +114,7 @@ def test_one_rank_with_accumulation_equals_two_ranks(undisturbed: Path, data_fol
 
 def watch(content: dict[str, Any]) -> None:
     """On each rank: train, and look at the update of the last step from outside."""
-    from cdssl_dist.train_loop import Trainer, init_distributed
+    from cdssl_dist.train.loop import Trainer, init_distributed
 
     class Watched(Trainer):
         def _step(self, step: Any) -> Any:
@@ -150,8 +151,8 @@ def test_blocks_and_updates_are_watched(stage: int, data_folder: Path, tmp_path:
 def test_dead_and_saturated_edges() -> None:
     from types import SimpleNamespace
 
-    from cdssl_dist.megnet import EdgeUpdate, shifted_softplus
-    from cdssl_dist.watch import slopes, watched_edges
+    from cdssl_dist.model.megnet import EdgeUpdate, shifted_softplus
+    from cdssl_dist.train.watch import slopes, watched_edges
 
     x = torch.linspace(-12, 12, 49, requires_grad=True)
     shifted_softplus(x).sum().backward()
@@ -174,7 +175,7 @@ def several(contents: list[dict[str, Any]]) -> None:
     """On each rank: train, one configuration after the other."""
     import torch.distributed as dist
 
-    from cdssl_dist.train_loop import train
+    from cdssl_dist.train.loop import train
 
     for content in contents:
         train(Config.model_validate(content), echo=False)
@@ -218,7 +219,7 @@ def test_recomputing_activations_changes_no_bit(undisturbed: Path, data_folder: 
 
 def follow_the_mean(content: dict[str, Any]) -> list[float]:
     """On each rank: train; return how far the mean of the weights is, after each step, from one that is kept apart."""
-    from cdssl_dist.train_loop import Trainer, init_distributed
+    from cdssl_dist.train.loop import Trainer, init_distributed
 
     class Followed(Trainer):
         mean: dict[str, torch.Tensor]
@@ -389,10 +390,10 @@ def spoil(contents: dict[str, dict[str, Any]]) -> dict[str, list[tuple[int, str]
     """
     import torch.distributed as dist
 
-    from cdssl_dist.engine import init_distributed
-    from cdssl_dist.guard import Judgement
-    from cdssl_dist.pretext import Denoising
-    from cdssl_dist.train_loop import Trainer
+    from cdssl_dist.model.pretext import Denoising
+    from cdssl_dist.train.engine import init_distributed
+    from cdssl_dist.train.guard import Judgement
+    from cdssl_dist.train.loop import Trainer
 
     class Bad(Denoising):
         how = ""

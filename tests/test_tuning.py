@@ -14,18 +14,18 @@ from ray import cloudpickle
 from scipy.stats import spearmanr
 from sklearn.linear_model import RidgeCV
 
-from cdssl_dist import tuning
-from cdssl_dist.baselines import ALPHAS, baselines
-from cdssl_dist.embedding import batch_of
-from cdssl_dist.experiment import PRETRAINED, SCRATCH, compare, new_encoder, predict
-from cdssl_dist.export import EncoderCard, read_encoder
-from cdssl_dist.labeled import volume_per_atom
-from cdssl_dist.megnet import MEGNet
-from cdssl_dist.predictor import network_of
-from cdssl_dist.splits import Split, folds_of_column, hold_out, k_folds, split_by_group, split_of_column
-from cdssl_dist.targets import Scaler, Target, Task
-from cdssl_dist.tuning import FineTuning, TuningError, fit, stages_of
-from cdssl_dist.uncertainty import factor, measured
+from cdssl_dist.data.labeled import volume_per_atom
+from cdssl_dist.finetune import tuning
+from cdssl_dist.finetune.baselines import ALPHAS, baselines
+from cdssl_dist.finetune.experiment import PRETRAINED, SCRATCH, compare, new_encoder, predict
+from cdssl_dist.finetune.predictor import network_of
+from cdssl_dist.finetune.splits import Split, folds_of_column, hold_out, k_folds, split_by_group, split_of_column
+from cdssl_dist.finetune.targets import Scaler, Target, Task
+from cdssl_dist.finetune.tuning import FineTuning, TuningError, fit, stages_of
+from cdssl_dist.finetune.uncertainty import factor, measured
+from cdssl_dist.model.embedding import batch_of
+from cdssl_dist.model.export import EncoderCard, read_encoder
+from cdssl_dist.model.megnet import MEGNet
 from sharding.crystal import Crystal
 from sharding.graph import Multigraphs, build
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cdssl_dist.batch import GraphBatch
-from cdssl_dist.megnet import EdgeUpdate, PretextModel, shifted_softplus
+from cdssl_dist.data.batch import GraphBatch
+from cdssl_dist.model.megnet import EdgeUpdate, PretextModel, shifted_softplus
 
 
 class ConcatenatingUpdate(EdgeUpdate):

@@ -23,15 +23,15 @@ import torch
 
 from cdssl_dist.bench import data
 from cdssl_dist.bench.common import BenchError, Figures, elsewhere, median
-from cdssl_dist.edges import GaussianExpansion
-from cdssl_dist.embedding import embed_graphs, embed_structures
-from cdssl_dist.export import PREFIX, EncoderCard, write_encoder
-from cdssl_dist.labeled import density
-from cdssl_dist.megnet import MEGNet
-from cdssl_dist.splits import Split
-from cdssl_dist.stream import stream
-from cdssl_dist.targets import Target, Task
-from cdssl_dist.tuning import FineTuning, fit
+from cdssl_dist.data.labeled import density
+from cdssl_dist.data.stream import stream
+from cdssl_dist.finetune.splits import Split
+from cdssl_dist.finetune.targets import Target, Task
+from cdssl_dist.finetune.tuning import FineTuning, fit
+from cdssl_dist.model.edges import GaussianExpansion
+from cdssl_dist.model.embedding import embed_graphs, embed_structures
+from cdssl_dist.model.export import PREFIX, EncoderCard, write_encoder
+from cdssl_dist.model.megnet import MEGNet
 from sharding.graph import Multigraphs, concatenate
 from sharding.pipeline import shard
 from sharding.settings import ShardSettings
@@ -43,7 +43,7 @@ EXPANSION: Final = GaussianExpansion(100, CUTOFF + 1.0, 0.5)
 # Says at its end how much it held at most, in kB: what the kernel tells a parent counts the parent itself, at the fork.
 EMBED: Final = """
 import sys
-from cdssl_dist.embed import main
+from cdssl_dist.look.embed import main
 code = main(sys.argv[1:])
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 sys.exit(code)

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cdssl_dist.batch import PackShape, RawPack, widen
 from cdssl_dist.bench import loader_others
 from cdssl_dist.bench.common import BenchError, Figures, data_folder, in_turns
-from cdssl_dist.dataset import DataSet
-from cdssl_dist.loader import Loader
-from cdssl_dist.plan import EpochPlan
+from cdssl_dist.data.batch import PackShape, RawPack, widen
+from cdssl_dist.data.dataset import DataSet
+from cdssl_dist.data.loader import Loader
+from cdssl_dist.data.plan import EpochPlan
 from sharding.block import decode_arrays
 
 RANKS: Final = (8, 16, 32, 64)

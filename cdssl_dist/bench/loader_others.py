@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from cdssl_dist.batch import collate, to_pyg, widen
 from cdssl_dist.bench.common import PYTHON, Figures, elsewhere
-from cdssl_dist.dataset import DataSet
+from cdssl_dist.data.batch import collate, to_pyg, widen
+from cdssl_dist.data.dataset import DataSet
 from sharding.block import decode, decode_arrays
 from sharding.graph import Multigraphs
 

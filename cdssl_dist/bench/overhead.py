@@ -24,16 +24,16 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from cdssl_dist.batch import RawPack, widen
 from cdssl_dist.bench.common import BenchError, Figures
-from cdssl_dist.dataset import DataSet
-from cdssl_dist.edges import GaussianExpansion
-from cdssl_dist.guard import Guard, GuardRules
-from cdssl_dist.loss import Baseline, fit_baseline
-from cdssl_dist.megnet import PretextModel
-from cdssl_dist.plan import EpochPlan
-from cdssl_dist.precision import bf16_twin, round_into
-from cdssl_dist.pretext import Denoising
+from cdssl_dist.data.batch import RawPack, widen
+from cdssl_dist.data.dataset import DataSet
+from cdssl_dist.data.plan import EpochPlan
+from cdssl_dist.model.edges import GaussianExpansion
+from cdssl_dist.model.loss import Baseline, fit_baseline
+from cdssl_dist.model.megnet import PretextModel
+from cdssl_dist.model.precision import bf16_twin, round_into
+from cdssl_dist.model.pretext import Denoising
+from cdssl_dist.train.guard import Guard, GuardRules
 
 SIZES: Final = {"small": {"width": 32, "hidden": 64, "blocks": 3}, "wide": {"width": 256, "hidden": 256, "blocks": 6}}
 METRICS_EVERY: Final = 20  # steps, the defaults of the config
@@ -135,7 +135,7 @@ def _engine(
     """One engine, with a gate that is always open, and with guard and metrics as in the training loop."""
     import torch.distributed as dist
 
-    from cdssl_dist.engine import Engine, EngineSettings, init_distributed
+    from cdssl_dist.train.engine import Engine, EngineSettings, init_distributed
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     init_distributed(device)
@@ -194,9 +194,9 @@ def _over(seconds: dict[str, list[float]], one: str, other: str) -> float:
 
 def _checkpoint(engine: Any, root: Path, repeat: int, step: float) -> Figures:
     """How long training stands still for a checkpoint, and what share of the time that is at the default cadence."""
-    from cdssl_dist.checkpoint import Progress, Retention, save
-    from cdssl_dist.guard import GuardState
-    from cdssl_dist.runlog import Ledger
+    from cdssl_dist.train.checkpoint import Progress, Retention, save
+    from cdssl_dist.train.guard import GuardState
+    from cdssl_dist.train.runlog import Ledger
 
     root.mkdir()
     stalls = []
@@ -223,7 +223,7 @@ def _restart(data: Path, run: Path, args: argparse.Namespace) -> float:
     }
     parse(content)
     code = (
-        "import json, sys; from cdssl_dist.config import parse; from cdssl_dist.train_loop import train; "
+        "import json, sys; from cdssl_dist.config import parse; from cdssl_dist.train.loop import train; "
         "train(parse(json.loads(sys.argv[1])), echo=False)"
     )
     environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}

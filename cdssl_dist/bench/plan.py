@@ -11,8 +11,8 @@ from typing import Final
 import torch
 
 from cdssl_dist.bench.common import Figures
-from cdssl_dist.megnet import PretextModel
-from cdssl_dist.perf import matmul_flops
+from cdssl_dist.model.megnet import PretextModel
+from cdssl_dist.train.perf import matmul_flops
 
 DEGREE: Final = 35.5  # directed edges of an atom, Materials Project at 5 Å
 

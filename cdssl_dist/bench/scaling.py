@@ -25,8 +25,8 @@ from typing import Final
 from cdssl_dist.bench.common import BenchError, Figures, data_folder
 from cdssl_dist.bench.step import CENTERS, SIZES, fresh
 from cdssl_dist.config import Config, parse
-from cdssl_dist.dataset import DataSet
-from cdssl_dist.plan import EpochPlan
+from cdssl_dist.data.dataset import DataSet
+from cdssl_dist.data.plan import EpochPlan
 
 GPUS: Final = (1, 8, 64, 512, 4096)
 PER_NODE: Final = 8
@@ -208,7 +208,7 @@ def _config(run: str, folder: str, packs: int, args: Namespace) -> Config:
 
 def rank(content: str) -> None:
     """One rank: train, and print its medians of a step, by the clock and in CPU time."""
-    from cdssl_dist.train_loop import train
+    from cdssl_dist.train.loop import train
 
     at: list[tuple[float, float]] = []
 

@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cdssl_dist.batch import PackShape, RawPack, collate, widen
 from cdssl_dist.bench.common import Figures, data_folder, in_turns
 from cdssl_dist.bench.concatenating import concatenating
 from cdssl_dist.bench.matgl_process import Matgl
-from cdssl_dist.compiled import CompiledDenoising, compile_model
-from cdssl_dist.dataset import DataSet
-from cdssl_dist.edges import GaussianExpansion
-from cdssl_dist.megnet import PretextModel
-from cdssl_dist.plan import EpochPlan
-from cdssl_dist.pretext import Denoising
+from cdssl_dist.data.batch import PackShape, RawPack, collate, widen
+from cdssl_dist.data.dataset import DataSet
+from cdssl_dist.data.plan import EpochPlan
+from cdssl_dist.model.compiled import CompiledDenoising, compile_model
+from cdssl_dist.model.edges import GaussianExpansion
+from cdssl_dist.model.megnet import PretextModel
+from cdssl_dist.model.pretext import Denoising
 from sharding.block import decode, decode_arrays, encode
 from sharding.graph import Multigraphs, concatenate
 
@@ -41,7 +41,7 @@ PACKS: Final = 4
 
 
 class Engine(Protocol):
-    """What a step needs of an engine; ``cdssl_dist.engine.Engine`` has it too."""
+    """What a step needs of an engine; ``cdssl_dist.train.engine.Engine`` has it too."""
 
     @property
     def module(self) -> nn.Module:
@@ -131,7 +131,7 @@ def measure(args: Namespace) -> Figures:
             kind = CompiledDenoising if name.endswith("compiled") else Denoising
             steps[f"{name}, {dtype}"] = Step(engine, kind(expansion, (0.3, 0.3), 0), packs, device)
         if device.type == "cuda" and args.size == "small":
-            from cdssl_dist.kernels.model import FusedPretextModel  # triton is where torch for CUDA is
+            from cdssl_dist.model.kernels.model import FusedPretextModel  # triton is where torch for CUDA is
 
             torch.manual_seed(0)
             fused = FusedPretextModel(expansion=expansion, **SIZES[args.size])

@@ -56,8 +56,10 @@ def accepted(entrypoint: str) -> argparse.Namespace:
     argparse.ArgumentParser.parse_args = parse  # type: ignore[assignment, method-assign]
     try:
         with contextlib.redirect_stderr(said):
-            name = module if module != "sharding" else "sharding.__main__"
-            importlib.import_module(name).main(argv)
+            found = importlib.import_module(module)
+            if hasattr(found, "__path__"):  # a package
+                found = importlib.import_module(f"{module}.__main__")
+            found.main(argv)
     except _Accepted as accepted_as:
         return accepted_as.found
     except ImportError as why:

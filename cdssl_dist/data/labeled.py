@@ -1,0 +1,250 @@
+"""Labeled crystals in memory, for everything downstream: from a data set of shards, or straight from a database."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import gemmi
+import numpy as np
+from numpy.typing import NDArray
+
+from cdssl_dist.data.dataset import DataSet, is_data_set
+from cdssl_dist.data.subset import read, select
+from cdssl_dist.data.tables import read_columns
+from sharding.crystal import SYMBOLS, Crystal, Refusal, reduced_formula
+from sharding.graph import Multigraphs, build, concatenate, offsets
+from sharding.manifest import DataSetError
+from sharding.progress import Progress
+from sharding.sources import ReadOptions, open_source, parse_records
+from sharding.sources.pieces import number
+
+DALTON_PER_CUBIC_ANGSTROM: Final = 1.66053906660  # in g/cm³ (CODATA 2018)
+CRYSTALS_AT_ONCE: Final = 512
+_ATOMIC_WEIGHT: Final = np.array([0.0] + [gemmi.Element(z).weight for z in range(1, len(SYMBOLS))])  # Da
+
+
+@dataclass(frozen=True)
+class Labeled:
+    """Crystals with labels."""
+
+    graphs: Multigraphs
+    targets: NDArray[np.float64]  # (n, T), NaN where missing
+    groups: list[str]  # crystals of one group never straddle a split
+    names: tuple[str, ...]  # of the targets
+    units: tuple[str, ...]
+    columns: dict[str, list[Any]]  # further columns that were asked for, (n,) each; None where a crystal has no value
+    sources: list[dict[str, str]]  # name, licence, cite
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def digest(self) -> str:
+        """SHA-256 of keys and labels."""
+        text = json.dumps([self.names, self.graphs.keys], ensure_ascii=False)
+        return hashlib.sha256(text.encode() + self.targets.tobytes()).hexdigest()
+
+
+def volume(graphs: Multigraphs) -> NDArray[np.float64]:
+    """Å³ of each cell: (G,)."""
+    return np.abs(np.linalg.det(graphs.lattice.astype(np.float64)))
+
+
+def density(graphs: Multigraphs) -> NDArray[np.float64]:
+    """Mass density of each crystal, g/cm³, from its cell and the standard atomic weights: (G,)."""
+    mass = _ATOMIC_WEIGHT[graphs.atomic_numbers]
+    starts = np.concatenate([[0], np.cumsum(graphs.n_atoms, dtype=np.int64)[:-1]])
+    return DALTON_PER_CUBIC_ANGSTROM * np.add.reduceat(mass, starts) / volume(graphs)
+
+
+def volume_per_atom(graphs: Multigraphs) -> NDArray[np.float64]:
+    """Å³ per atom: (G,)."""
+    return volume(graphs) / graphs.n_atoms
+
+
+def formulas_of(graphs: Multigraphs) -> list[str]:
+    """Reduced formula of each crystal."""
+    start = offsets(graphs.n_atoms)
+    return [reduced_formula(graphs.atomic_numbers[a:b]) for a, b in zip(start[:-1], start[1:], strict=True)]
+
+
+# Targets that need no label: name → how it is computed, and its unit.
+COMPUTED: Final[dict[str, tuple[Callable[[Multigraphs], NDArray[np.float64]], str]]] = {
+    "computed:density": (density, "g/cm³"),
+    "computed:volume_per_atom": (volume_per_atom, "Å³/atom"),
+}
+
+
+def load_labeled(
+    path: str,
+    targets: str | Sequence[str],
+    cutoff: float,
+    split: str | None = None,
+    *,
+    keys: Sequence[str] | None = None,
+    where: str | None = None,
+    columns: Sequence[str] = (),
+    table: str | None = None,
+    classes: bool = False,
+    unlabeled: bool = False,
+) -> Labeled:
+    """Crystals that have a target.
+
+    Args:
+        path: a data set of shards, a folder or a URL, or anything that ``cdssl shard`` reads.
+        targets: labels or columns, or some of ``COMPUTED``. A crystal needs one of them to be taken.
+        cutoff: of the encoder that will see them, Å.
+        split: which split of a data set of shards; all of them where left out.
+        keys: ids of crystals; the result is in this order, less those without a target.
+        where: a condition on columns of the graph table of a data set of shards; see ``subset.condition``.
+        columns: further columns to read, numbers or text: of the CSV or Parquet file itself, or of ``table``.
+        table: a CSV or Parquet file that holds labels and columns, by the ids of the crystals.
+        classes: the one target names a class, so it may be text; it is read like ``columns``, not as a number.
+        unlabeled: take crystals without any target, too.
+
+    Raises:
+        DataSetError: where a target, a column or a key does not exist, no crystal has a target, or the cutoff is
+            another one.
+    """
+    names = (targets,) if isinstance(targets, str) else tuple(targets)
+    if len(set(names)) != len(names):
+        raise DataSetError(f"a target is named twice: {', '.join(names)}")
+    looked_up = [n for n in names if n not in COMPUTED] if table or classes else []
+    stored = [n for n in names if n not in COMPUTED and n not in looked_up]
+    if Path(path).is_dir() or is_data_set(path):
+        having = [f"y.{stored[0]}"] if len(stored) == 1 and not unlabeled else []  # other blocks are not read
+        graphs, groups, units, sources = _from_shards(path, stored, having, cutoff, split, keys, where)
+    elif split or where:
+        raise DataSetError(f"{path}: not a data set of shards, so there is no split and no condition to choose by")
+    else:
+        graphs, groups, units, sources = _from_source(path, stored, cutoff, keys)
+    wanted = list(dict.fromkeys([*looked_up, *columns]))
+    found = read_columns(table or path, wanted, graphs.keys) if wanted else {}
+    values = np.full((len(graphs), len(names)), np.nan)
+    for t, name in enumerate(names):
+        if name in COMPUTED:
+            compute, units[name] = COMPUTED[name]
+            values[:, t] = compute(graphs)
+        elif classes:
+            order = {c: i for i, c in enumerate(class_names(found[name]))}
+            values[:, t] = [np.nan if (c := _class(v)) is None else order[c] for v in found[name]]
+        elif name in looked_up:
+            values[:, t] = [np.nan if (v := number(x)) is None else v for x in found[name]]
+        else:
+            values[:, t] = graphs.labels[name]
+    values[~np.isfinite(values)] = np.nan
+    known = np.flatnonzero(np.isfinite(values).any(axis=1))
+    if len(known) == 0:
+        raise DataSetError(
+            f"{path}: no crystal has a finite value of {' or '.join(map(repr, names))}; a column of text is for classes"
+        )
+    if unlabeled:
+        known = np.arange(len(graphs))
+    return Labeled(
+        graphs.take(known),
+        values[known],
+        [groups[i] for i in known],
+        names,
+        tuple(units.get(n, "") for n in names),
+        {name: [found[name][i] for i in known] for name in wanted},
+        sources,
+    )
+
+
+def class_names(column: Sequence[Any]) -> tuple[str, ...]:
+    """The classes of a column, in the order of their indices."""
+    return tuple(sorted({c for v in column if (c := _class(v)) is not None}))
+
+
+def _class(value: Any) -> str | None:
+    """The name of a class; 1, 1.0 and "1" are one."""
+    if value is None or value == "" or (isinstance(value, float) and np.isnan(value)):
+        return None
+    as_number = number(value) if not isinstance(value, bool) else None
+    return str(value).strip() if as_number is None else f"{as_number:g}"
+
+
+Loaded = tuple[Multigraphs, list[str], dict[str, str], list[dict[str, str]]]
+
+
+def _from_shards(
+    path: str,
+    targets: list[str],
+    having: list[str],
+    cutoff: float,
+    split: str | None,
+    keys: Sequence[str] | None,
+    where: str | None,
+) -> Loaded:
+    with DataSet(path) as data:
+        manifest = data.manifest
+        if abs(manifest.cutoff - cutoff) > 1e-6:
+            raise DataSetError(
+                f"{path}: graphs with a cutoff of {manifest.cutoff} Å, the encoder wants {cutoff} Å; "
+                f"shard again with --cutoff {cutoff}"
+            )
+        for target in targets:
+            if target not in manifest.labels:
+                raise DataSetError(f"{path}: no label {target!r}; {_known(manifest.labels)}")
+        rows = select(data, split=split, keys=keys, where=where, having=having, columns=["group"])
+        graphs = read(data, rows)
+    units = {t: manifest.labels[t].get("unit", "") for t in targets}
+    return graphs, rows["group"].to_pylist(), units, manifest.sources
+
+
+def _from_source(path: str, targets: list[str], cutoff: float, keys: Sequence[str] | None) -> Loaded:
+    source = open_source(path, ReadOptions(labels={t: t for t in targets}))
+    parts: list[Multigraphs] = []
+    groups: list[str] = []
+    refused = repeated = 0
+    seen: set[str] = set()
+    with Progress("read", "crystals") as progress:
+        for crystals, unreadable in in_batches(parse_records(source, source.records()), CRYSTALS_AT_ONCE):
+            new = [c for c in crystals if not (c.key in seen or seen.add(c.key))]  # type: ignore[func-returns-value]
+            graphs, bad = build(new, cutoff, tuple(targets))
+            refused += len(unreadable) + len(bad)
+            repeated += len(crystals) - len(new)
+            parts.append(graphs)
+            groups += [c.group or reduced_formula(c.atomic_numbers) for i, c in enumerate(new) if i not in bad]
+            progress.add(len(graphs))
+    if refused:
+        print(f"{path}: {refused} inputs cannot be used; `cdssl shard` lists them with their reasons", file=sys.stderr)
+    if repeated:
+        print(
+            f"{path}: {repeated} crystals have the id of an earlier one; the first of each id is taken", file=sys.stderr
+        )
+    if not parts or sum(len(p) for p in parts) == 0:
+        raise DataSetError(f"{path}: no crystal can be used ({refused} were refused)")
+    graphs = concatenate(parts)
+    if keys is not None:
+        place = {key: i for i, key in enumerate(graphs.keys)}
+        if absent := [key for key in keys if key not in place]:
+            raise DataSetError(f"{path}: {len(absent)} of {len(keys)} keys are not in it, as {absent[0]!r}")
+        graphs, groups = graphs.take(np.array([place[k] for k in keys])), [groups[place[k]] for k in keys]
+    about = {"name": source.name, "licence": source.licence, "cite": source.cite}
+    return graphs, groups, {t: source.units.get(t, "") for t in targets}, [about]
+
+
+def in_batches(items: Iterator[Crystal | Refusal], size: int) -> Iterator[tuple[list[Crystal], list[Refusal]]]:
+    """Crystals some at a time, and what was refused meanwhile."""
+    crystals: list[Crystal] = []
+    refused: list[Refusal] = []
+    for item in items:
+        if isinstance(item, Refusal):
+            refused.append(item)
+        else:
+            crystals.append(item)
+        if len(crystals) == size or len(refused) == size:
+            yield crystals, refused
+            crystals, refused = [], []
+    yield crystals, refused
+
+
+def _known(names: dict[str, dict[str, str]]) -> str:
+    listed = ", ".join([*names, *COMPUTED])
+    return f"known are {listed} (labels are carried along by cdssl shard --label NAME=COLUMN)"

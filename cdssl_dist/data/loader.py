@@ -1,0 +1,178 @@
+"""Shards → packs, in the order of the plan, read ahead in a thread.
+
+Every block is checked against its checksum before it is used. What goes wrong is raised in the loop that asks for the
+next pack, never swallowed in the thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Literal
+
+from cdssl_dist.data.batch import PackShape, RawPack
+from cdssl_dist.data.dataset import BadBlockError, DataSet
+from cdssl_dist.data.plan import EpochPlan
+from cdssl_dist.data.remote import is_remote
+from cdssl_dist.data.waiting import POLL, StoppedError, warn
+from sharding.manifest import DataSetError
+
+__all__ = ["BadBlocks", "DataSet", "Loader", "Step"]
+
+FEW: Final = 10  # bad blocks that ``skip`` always bears
+SHARE: Final = 0.01  # of the blocks read: beyond it the data are not spoiled in places but wrong
+
+BadBlocks = Literal["error", "skip"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one rank does in one step."""
+
+    number: int
+    edges: int  # scored edges of the whole step, all ranks, those of skipped blocks too
+    packs: list[RawPack]  # one for each micro-step; empty packs are all padding
+    skipped: tuple[int, ...] = ()  # blocks of this rank that were bad
+
+
+class Loader:
+    """The steps of one rank, from ``first`` to before ``last``, read ahead.
+
+    Args:
+        data: the data set.
+        plan: of the split.
+        shape: static shape of a pack.
+        rank, world_size: which lanes are read.
+        first, last: steps.
+        prefetch: packs read ahead. Of a remote data set, another thread loads the shards that come after them into the
+            cache: those that each lane mixes next.
+        pin: copy packs to pinned memory, for a GPU.
+        bad_blocks: what becomes of a block that is not what the block table says. ``error`` raises ``BadBlockError``.
+            ``skip`` leaves it out of its pack and out of nothing else: order, noise and ``Step.edges`` stay what the
+            plan says. All ranks know the same normaliser without a word between them; the loss of the step is that of
+            a model without error on the block, and its gradient is smaller by the block's share, about 1/(P·k).
+            A lost shard or a dead endpoint is an error always, and so are more than 1% bad blocks.
+
+    Raises:
+        DataSetError, BadBlockError: from ``next``; steps before the bad one are delivered.
+        RuntimeError: from ``next``, after the end of the ``with`` block.
+    """
+
+    def __init__(
+        self,
+        data: DataSet,
+        plan: EpochPlan,
+        shape: PackShape,
+        *,
+        rank: int,
+        world_size: int,
+        first: int,
+        last: int,
+        prefetch: int = 4,
+        pin: bool = False,
+        bad_blocks: BadBlocks = "error",
+    ) -> None:
+        self.data, self.plan, self.shape, self.bad_blocks = data, plan, shape, bad_blocks
+        self.lanes, self.micro = plan.lanes(rank, world_size), plan.micro_steps(world_size)
+        self.first, self.last, self.pin = first, last, pin
+        self._read, self._bad = 0, 0  # blocks
+        self._queue: queue.Queue[Step | BaseException | None] = queue.Queue(max(1, prefetch // self.micro))
+        self._stop = threading.Event()
+        self._at = first  # the step that is read now
+        self._threads = [threading.Thread(target=self._work, name="cdssl-loader", daemon=True)]
+        if is_remote(data.folder):
+            self._threads.append(threading.Thread(target=self._fetch, name="cdssl-loader-shards", daemon=True))
+
+    def __enter__(self) -> Iterator[Step]:
+        for thread in self._threads:
+            thread.start()
+        return self._steps()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _steps(self) -> Iterator[Step]:
+        while (item := self._get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def _get(self) -> Step | BaseException | None:
+        while not self._stop.is_set():
+            try:
+                return self._queue.get(timeout=POLL)
+            except queue.Empty:
+                continue
+        raise RuntimeError("a step was asked for after the end of the loader's with block")
+
+    def _work(self) -> None:
+        try:
+            for number in range(self.first, self.last):
+                self._at = number
+                self._put(self._step(number))
+                if self._stop.is_set():
+                    return
+            self._put(None)
+        except StoppedError:
+            pass
+        except BaseException as error:  # handed over: raised where the next step is asked for
+            self._put(error)
+
+    def _fetch(self) -> None:
+        """Load shards before they are read. Reading does not depend on it: what fails here is tried again there."""
+        reach = -(-self.plan.window // self.plan.blocks_per_pack)  # steps: the shards that are mixed next
+        try:
+            for number in range(self.first, self.last):
+                while number > self._at + reach:
+                    if self._stop.wait(POLL):
+                        return
+                for shard in self._shards(number) if number > self._at else ():
+                    with contextlib.suppress(DataSetError):
+                        self.data.fetch(shard, self._stop)
+        except StoppedError:
+            pass
+        except BaseException as error:
+            self._put(error)
+
+    def _shards(self, number: int) -> list[int]:
+        """The shards of a step, of this rank's lanes."""
+        packs = [self.plan.pack(number, lane) for lane in self.lanes]
+        return list(dict.fromkeys(int(self.plan.table.shard[e.index]) for pack in packs for e in pack))
+
+    def _step(self, number: int) -> Step:
+        skipped: list[int] = []
+
+        def read(block: int) -> bytes | None:
+            self._read += 1
+            try:
+                return self.data.read(block, self._stop)
+            except BadBlockError as why:
+                if self.bad_blocks == "error":
+                    raise
+                self._bad += 1
+                if self._bad > max(FEW, SHARE * self._read):
+                    raise DataSetError(f"{why}; {self._bad} of {self._read} blocks were bad, too many to skip") from why
+                warn(f"step {number}: {why}; it is skipped")
+                skipped.append(block)
+                return None
+
+        packs = [self.data.pack(self.plan.pack(number, lane), self.plan.table, self.shape, read) for lane in self.lanes]
+        packs += [self.data.pack([], self.plan.table, self.shape) for _ in range(self.micro - len(packs))]
+        packs = [pack.pin() for pack in packs] if self.pin else packs
+        return Step(number, self.plan.edges_of(number), packs, tuple(skipped))
+
+    def _put(self, item: Step | BaseException | None) -> None:
+        """Wait for room, but not once nobody takes any more."""
+        while not self._stop.is_set():
+            try:
+                return self._queue.put(item, timeout=POLL)
+            except queue.Full:
+                continue

@@ -1,0 +1,240 @@
+"""Fine-tune a pretrained encoder on labeled crystals, beside the same network from scratch on the same split.
+
+    cdssl finetune --encoder models:/cdssl-encoder@champion --data FILE --target COLUMN
+
+A plain torch loop: neither Ray nor DeepSpeed is started, but with ``--ray``, which gives each training to a Ray task.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cdssl_dist.commands import RUNS, Parser, command
+from cdssl_dist.data.labeled import COMPUTED, Labeled, class_names, load_labeled
+from cdssl_dist.encoder import CrystalEncoder
+from cdssl_dist.finetune.experiment import PRETRAINED, Map, compare
+from cdssl_dist.finetune.predictor import PropertyCard, property_card, write_property
+from cdssl_dist.finetune.results import digest, figures, told, write_results
+from cdssl_dist.finetune.splits import Split, folds_of_column, k_folds, split_by_group, split_of_column
+from cdssl_dist.finetune.targets import Target, Task
+from cdssl_dist.finetune.tuning import FineTuning, TuningError
+from cdssl_dist.look import report
+from cdssl_dist.look.encoder_map import map_of
+from cdssl_dist.mlops import registry
+from cdssl_dist.mlops.mlflow_server import tracking_uri
+from cdssl_dist.mlops.model_card import write_model_card
+from cdssl_dist.mlops.record import record
+from cdssl_dist.model.export import EncoderCard, read_encoder
+from sharding.executor import Executor
+from sharding.progress import Progress
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Pull an encoder, fine-tune it, compare, write what came out, record and register it where asked."""
+    args = parser().parse_args(argv)
+    began = time.time()
+    uri = tracking_uri(args.registry, RUNS)
+    pulled = registry.pull_version(args.encoder, uri)
+    encoder, card = read_encoder(pulled.folder)
+    data = read_data(args, card)
+    task = task_of(args, data)
+    splits = splits_of(args, data)
+    how = FineTuning(**{name: getattr(args, name) for name in asdict(FineTuning())})
+    scratch = None if args.no_scratch else replace(how, lr=args.scratch_lr, freeze=0, warmup=0, layer_decay=1.0)
+    trainings = args.members * len(splits) * (1 if scratch is None else 2)
+    with Progress("fine-tune", "epochs", how.epochs * trainings) as progress, on_ray(args, trainings) as elsewhere:
+        outcome = compare(
+            encoder,
+            card,
+            data.graphs,
+            data.targets,
+            task,
+            splits,
+            how,
+            scratch,
+            args.members,
+            tick=progress.add,
+            elsewhere=elsewhere,
+        )
+
+    out = Path(args.out)
+    members, settings = outcome.members[PRETRAINED], asdict(how) | about(args)
+    own = property_card(
+        card,
+        pulled.uri,
+        members,
+        task,
+        data.graphs,
+        settings,
+        data_digest=digest(data, outcome),
+        metrics=figures(task, outcome),
+        sources=data.sources,
+        uncertainty={name: u.factor for name, u in outcome.uncertainty.items() if np.isfinite(u.factor)},
+    )
+    write_property(out / "model", members, own)
+    write_model_card(out / "model")
+    results = write_results(out, data, task, splits, outcome, own)
+    colors = {name: data.targets[:, t] for t, name in enumerate(data.names)}
+    report.leave(
+        out,
+        lambda drawn: report.of_tuning(out, drawn),
+        lambda: map_of(CrystalEncoder(encoder, card), data.graphs, "its crystals, by the encoder as pulled", colors),
+    )
+    print(told(results, outcome, args.out))
+    run_id = None
+    if args.register or pulled.uri.startswith("models:"):
+        run_id = record_tuning(uri, args.experiment, out, own, began)
+    if args.register:
+        print(registry.register(out / "model", args.register, uri, run_id))
+    return 0
+
+
+@contextlib.contextmanager
+def on_ray(args: argparse.Namespace, trainings: int) -> Iterator[Map | None]:
+    """The trainings as tasks of a Ray cluster, where asked."""
+    if not (args.ray or args.address):
+        yield None
+        return
+    address = args.address or os.environ.get("RAY_ADDRESS") or "local"
+    with Executor(trainings, address, {"num_cpus": args.threads, "num_gpus": args.gpus}) as executor:
+        yield executor.map
+
+
+def parser() -> Parser:
+    """What can be said on the command line."""
+    default = FineTuning()
+    p = Parser(
+        "cdssl finetune", "Fine-tune a pretrained encoder on labeled crystals, beside the same network from scratch."
+    )
+    p.add_argument("--encoder", default="models:/cdssl-encoder@champion", help="models:/NAME@ALIAS, or a folder")
+    p.add_argument("--registry", help="MLflow URI; MLFLOW_TRACKING_URI, else runs/mlflow.db, where left out")
+    p.add_argument("--register", metavar="NAME", help="register the fine-tuned model under this name")
+    p.add_argument("--experiment", default="cdssl-finetune", help="of MLflow, which keeps a record of the work")
+    p.add_argument("--out", default="runs/finetune", help="folder for results")
+
+    g = p.add_argument_group("data")
+    g.add_argument("--data", required=True, help="a data set of shards, or a file or source that cdssl shard reads")
+    g.add_argument("--labels", metavar="FILE", help="CSV or Parquet with ids; targets and columns are read of it")
+    computed = ", ".join(COMPUTED)
+    g.add_argument("--target", required=True, nargs="+", help=f"labels or columns, or of {computed}; may have gaps")
+    g.add_argument("--unit", nargs="+", help="of each target, where the data do not say")
+    g.add_argument("--per-atom", nargs="*", default=[], metavar="TARGET", help="those that grow with the cell")
+    g.add_argument("--classify", action="store_true", help="the target names classes: numbers or text")
+    g.add_argument("--split", choices=("train", "val", "test"), help="use this split of a data set of shards only")
+    g.add_argument("--where", metavar="CONDITION", help="of a data set of shards, as in 'n_atoms <= 20'")
+    g.add_argument("--keys", metavar="FILE", help="use the crystals with these ids only, one a line")
+
+    g = p.add_argument_group("who tests")
+    g.add_argument("--train", type=float, default=0.8, help="share of the crystals to train on, by whole groups")
+    g.add_argument("--val", type=float, default=0.1, help="share for early stopping; with folds, of the training ones")
+    g.add_argument("--folds", type=int, metavar="K", help="each crystal tests once, in one of K folds")
+    g.add_argument("--fold-column", metavar="COLUMN", help="a fold for each value of a column")
+    g.add_argument("--split-column", metavar="COLUMN", help="a column that says train, val and test")
+    g.add_argument("--test-value", default="test", help="the value of --split-column that tests")
+
+    g = p.add_argument_group("training")
+    g.add_argument("--members", type=int, default=1, help="networks with seeds of their own, which answer together")
+    g.add_argument("--epochs", type=int, default=default.epochs, help="at most")
+    g.add_argument("--patience", type=int, default=default.patience, help="epochs without a better validation error")
+    g.add_argument("--batch-size", type=int, default=default.batch_size, help="crystals")
+    g.add_argument("--lr", type=float, default=default.lr, help="of the pretrained network")
+    g.add_argument(
+        "--scratch-lr", type=float, default=3e-3, help="of the network from scratch, which wants a higher one"
+    )
+    g.add_argument("--no-scratch", action="store_true", help="leave out the network from scratch")
+    g.add_argument("--warmup", type=int, default=default.warmup, help="epochs in which the readout alone learns")
+    g.add_argument("--freeze", type=int, default=default.freeze, help="stages kept: 1 input layers, 2 first block, …")
+    g.add_argument("--layer-decay", type=float, default=default.layer_decay, help="rate of a stage by that of the next")
+    g.add_argument("--weight-decay", type=float, default=default.weight_decay, help="of AdamW")
+    g.add_argument("--seed", type=int, default=default.seed, help="of the split, the readout and the order")
+    g.add_argument("--threads", type=int, default=default.threads, help="of torch, on CPU")
+
+    g = p.add_argument_group(
+        "on Ray", "Each training of a fold, a member and an arm is a task; the results are the same."
+    )
+    g.add_argument("--ray", action="store_true", help="train on a Ray cluster; on all cores of this machine if none")
+    g.add_argument("--address", help="of the cluster, as in ray://HEAD:10001 or auto; RAY_ADDRESS where left out")
+    g.add_argument("--gpus", type=float, default=0.0, help="of each task; may be a fraction")
+    return p
+
+
+def read_data(args: argparse.Namespace, card: EncoderCard) -> Labeled:
+    """The labeled crystals that the arguments name."""
+    if args.classify and len(args.target) > 1:
+        raise TuningError("--classify takes one target")
+    keys = None
+    if args.keys:
+        try:
+            keys = [line.strip() for line in Path(args.keys).read_text().splitlines() if line.strip()]
+        except OSError as why:
+            raise TuningError(f"--keys: {why}") from None
+    return load_labeled(
+        args.data,
+        args.target,
+        card.cutoff,
+        args.split,
+        keys=keys,
+        where=args.where,
+        columns=[c for c in (args.fold_column, args.split_column) if c],
+        table=args.labels,
+        classes=args.classify,
+    )
+
+
+def task_of(args: argparse.Namespace, data: Labeled) -> Task:
+    """What is learned."""
+    if strange := set(args.per_atom) - set(args.target):
+        raise TuningError(f"--per-atom {' '.join(sorted(strange))}: no target; those are {' '.join(args.target)}")
+    if args.unit and len(args.unit) != len(data.names):
+        raise TuningError(f"--unit says {len(args.unit)} units of {len(data.names)} targets")
+    names = zip(data.names, args.unit or data.units, strict=True)
+    if not args.classify:
+        return Task(tuple(Target(name, unit, name in args.per_atom) for name, unit in names))
+    classes = class_names(data.columns[args.target[0]])
+    if len(classes) < 2 or len(classes) > len(data) / 2:
+        raise TuningError(
+            f"{args.target[0]!r} names {len(classes)} classes in {len(data)} crystals: nothing to classify"
+        )
+    return Task((Target(args.target[0]),), classes)
+
+
+def splits_of(args: argparse.Namespace, data: Labeled) -> list[Split]:
+    """Who trains and who tests."""
+    if sum(map(bool, (args.folds, args.fold_column, args.split_column))) > 1:
+        raise TuningError("--folds, --fold-column and --split-column exclude one another")
+    if args.folds:
+        return k_folds(data.groups, args.folds, args.val, args.seed)
+    if args.fold_column:
+        return folds_of_column(data.columns[args.fold_column], data.groups, args.val, args.seed)
+    if args.split_column:
+        values = data.columns[args.split_column]
+        return [split_of_column(values, data.groups, args.val, args.seed, args.test_value)]
+    return [split_by_group(data.groups, args.train, args.val, args.seed)]
+
+
+def about(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings beside those of the training."""
+    return {name: getattr(args, name) for name in ("scratch_lr", "members", "folds")} | {"data": Path(args.data).name}
+
+
+def record_tuning(uri: str, experiment: str, out: Path, card: PropertyCard, began: float) -> str | None:
+    """The MLflow run of a fine-tuning that is done."""
+    params = card.settings | {"encoder": card.encoder["ref"], "targets": [t["name"] for t in card.task["targets"]]}
+    tags = {"encoder": card.encoder["ref"], "data_digest": card.data_digest, "code_version": card.code_version}
+    files = [p for p in out.iterdir() if p.is_file()]
+    return record(uri, experiment, out.resolve().name, params, card.metrics, tags, files, began)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

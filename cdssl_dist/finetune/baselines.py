@@ -1,0 +1,56 @@
+"""What needs no network, and stands beside every result: the median, and a linear model on element fractions."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression, RidgeCV
+
+from cdssl_dist.finetune.splits import Split
+from cdssl_dist.finetune.targets import Array, Task
+from cdssl_dist.model.megnet import N_ELEMENTS
+from sharding.graph import Multigraphs
+
+ALPHAS = np.logspace(-4, 2, 13)
+
+
+def element_fractions(graphs: Multigraphs) -> Array:
+    """Share of each element in each crystal: (n, 119)."""
+    graph = np.repeat(np.arange(len(graphs)), graphs.n_atoms)
+    counts = np.bincount(graph * N_ELEMENTS + graphs.atomic_numbers, minlength=len(graphs) * N_ELEMENTS)
+    return counts.reshape(len(graphs), N_ELEMENTS) / graphs.n_atoms[:, None]
+
+
+def baselines(task: Task, graphs: Multigraphs, targets: Array, split: Split) -> dict[str, Array]:
+    """Name → predictions for all crystals in the units of the targets, (n, T), or probabilities, (n, C)."""
+    fractions = element_fractions(graphs)
+    if task.classes:
+        return _of_classes(task, fractions, targets, split)
+    median, ridge = np.empty_like(targets), np.empty_like(targets)
+    for t, target in enumerate(task.targets):
+        atoms = graphs.n_atoms.astype(np.float64) if target.per_atom else np.ones(len(graphs))
+        values = targets[:, t] / atoms
+        known = _known(split.train, values)
+        median[:, t] = np.median(values[known]) * atoms
+        if len(known) < 3:  # too few to choose a penalty with
+            ridge[:, t] = median[:, t]
+        else:
+            ridge[:, t] = RidgeCV(alphas=ALPHAS).fit(fractions[known], values[known]).predict(fractions) * atoms
+    return {"median": median, "ridge on composition": ridge}
+
+
+def _of_classes(task: Task, fractions: Array, targets: Array, split: Split) -> dict[str, Array]:
+    known = _known(split.train, targets[:, 0])
+    right = targets[known, 0].astype(np.int64)
+    share = (np.bincount(right, minlength=len(task.classes)) + 0.5) / (len(right) + 0.5 * len(task.classes))
+    frequent = np.tile(share, (len(fractions), 1))
+    linear = frequent.copy()
+    if len(np.unique(right)) > 1:
+        model = LogisticRegression(C=100.0, max_iter=2000).fit(fractions[known], right)
+        linear[:] = 0.0
+        linear[:, model.classes_] = model.predict_proba(fractions)
+    return {"frequencies": frequent, "logistic on composition": linear}
+
+
+def _known(index: NDArray[np.int64], values: Array) -> NDArray[np.int64]:
+    return index[np.isfinite(values[index])]

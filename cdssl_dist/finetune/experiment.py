@@ -1,0 +1,194 @@
+"""A fine-tuning experiment: the pretrained network, the same from scratch, and baselines, on the same splits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cdssl_dist.finetune.baselines import baselines
+from cdssl_dist.finetune.predictor import network_of
+from cdssl_dist.finetune.splits import Split
+from cdssl_dist.finetune.targets import Array, Task
+from cdssl_dist.finetune.tuning import FineTuning, Member, fit, outputs
+from cdssl_dist.finetune.uncertainty import Uncertainty, factor, measured
+from cdssl_dist.model.export import EncoderCard
+from cdssl_dist.model.heads import PropertyModel
+from cdssl_dist.model.megnet import MEGNet
+from sharding.graph import Multigraphs
+
+PRETRAINED, SCRATCH = "pretrained", "from scratch"
+Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]  # as the builtin; ``Executor.map`` is one
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out. Only crystals that test have predictions: rows of the others are NaN."""
+
+    predictions: dict[str, Array]  # arm → (n, T) or (n, C): the mean of its members
+    deviations: dict[str, Array]  # arm with several members → the same shape
+    fold: NDArray[np.int64]  # (n,): the split in which a crystal tests, −1 for none
+    errors: dict[str, dict[str, float]]  # arm → metric → over all test crystals
+    fold_errors: list[dict[str, dict[str, float]]]  # the same of each split
+    members: dict[str, list[Member]]  # arm → its networks, over all splits
+    uncertainty: dict[str, Uncertainty] = field(default_factory=dict)  # of an ensemble, by target
+
+    def spread(self, arm: str, metric: str) -> float:
+        """Standard error of the mean of a metric over the splits; NaN for one split."""
+        values = [errors[arm][metric] for errors in self.fold_errors]
+        return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What all trainings of an experiment share; each of them is a call of ``train``, here or elsewhere."""
+
+    encoder: MEGNet
+    card: EncoderCard
+    graphs: Multigraphs
+    targets: Array
+    task: Task
+    splits: tuple[Split, ...]
+    arms: dict[str, FineTuning]
+
+    def train(self, which: tuple[int, str, int], tick: Callable[[], None] = lambda: None) -> tuple[Member, Array]:
+        """Train one network.
+
+        Args:
+            which: the number of the split, the arm, and the number of the member.
+            tick: called after each epoch.
+
+        Returns:
+            The network, and its predictions for the validation crystals of the split, then for those that test.
+        """
+        number, arm, i = which
+        split, settings = self.splits[number], self.arms[arm]
+        how = replace(settings, seed=settings.seed + i)
+        start = self.encoder if arm == PRETRAINED else new_encoder(self.card, how.seed)
+        member = fit(start, self.card.expansion, self.graphs, self.targets, split, self.task, how, tick)
+        held = [predict(member, self.card, self.graphs.take(part), self.task) for part in (split.val, split.test)]
+        return member, np.concatenate(held)
+
+
+def compare(
+    encoder: MEGNet,
+    card: EncoderCard,
+    graphs: Multigraphs,
+    targets: Array,
+    task: Task,
+    splits: Sequence[Split],
+    how: FineTuning,
+    scratch: FineTuning | None = None,
+    members: int = 1,
+    tick: Callable[[], None] = lambda: None,
+    elsewhere: Map | None = None,
+) -> Outcome:
+    """Train every arm on every split.
+
+    Args:
+        encoder, card: the pretrained network.
+        graphs, targets: see ``tuning.fit``.
+        task: what is learned.
+        splits: one, or folds; a crystal tests in one of them at most.
+        how: the training of the pretrained network; member i takes the seed ``how.seed + i``.
+        scratch: that of the same network from scratch; None leaves it out.
+        members: networks of an arm on each split, which differ by their seed.
+        tick: called after each epoch.
+        elsewhere: a map that trains in other processes, to the same result; one after the other here where left out.
+    """
+    arms = {PRETRAINED: how} | ({SCRATCH: scratch} if scratch else {})
+    fold = np.full(len(graphs), -1, np.int64)
+    for number, split in enumerate(splits):
+        if (fold[split.test] >= 0).any():
+            raise ValueError("a crystal tests in two splits")
+        fold[split.test] = number
+    problem = Problem(encoder, card, graphs, targets, task, tuple(splits), arms)
+    which = [(number, arm, i) for number in range(len(splits)) for arm in arms for i in range(members)]
+    trained: dict[str, list[Member]] = {name: [] for name in arms}
+    said: dict[tuple[int, str], list[Array]] = {}
+    for (number, arm, _), (member, predicted) in zip(which, _trained(problem, which, tick, elsewhere), strict=True):
+        trained[arm].append(member)
+        said.setdefault((number, arm), []).append(predicted)
+
+    predictions: dict[str, Array] = {}
+    deviations: dict[str, Array] = {}
+    for (number, arm), each in said.items():
+        split = splits[number]
+        _fill(predictions, arm, split, np.mean(each, axis=0)[len(split.val) :], len(graphs))
+        if members > 1:
+            _fill(deviations, arm, split, np.std(each, axis=0)[len(split.val) :], len(graphs))
+    for split in splits:
+        for name, values in baselines(task, graphs, targets, split).items():
+            _fill(predictions, name, split, values[split.test], len(graphs))
+    every = np.flatnonzero(fold >= 0)
+    errors = {arm: task.errors(targets[every], p[every]) for arm, p in predictions.items()}
+    each_fold = [{arm: task.errors(targets[s.test], p[s.test]) for arm, p in predictions.items()} for s in splits]
+    ensembles = [said[number, PRETRAINED] for number in range(len(splits))] if members > 1 and not task.classes else []
+    worth = _uncertainty(task, targets, splits, ensembles) if ensembles else {}
+    return Outcome(predictions, deviations, fold, errors, each_fold, trained, worth)
+
+
+def _trained(
+    problem: Problem, which: Sequence[tuple[int, str, int]], tick: Callable[[], None], elsewhere: Map | None
+) -> Iterator[tuple[Member, Array]]:
+    if elsewhere is None:
+        yield from (problem.train(one, tick) for one in which)
+        return
+    for member, predicted in elsewhere(problem.train, which):
+        for _ in member.history:
+            tick()
+        yield member, predicted
+
+
+def _uncertainty(
+    task: Task, targets: Array, splits: Sequence[Split], ensembles: Sequence[Sequence[Array]]
+) -> dict[str, Uncertainty]:
+    """What the deviations of the ensembles, one for each split, are worth."""
+    found = {}
+    for t, target in enumerate(task.targets):
+        held: list[tuple[Array, Array]] = []  # errors and deviations of validation crystals
+        tested: list[tuple[Array, Array, Array]] = []  # the same of test crystals, and the factor of their split
+        for split, each in zip(splits, ensembles, strict=True):
+            labels = targets[np.concatenate([split.val, split.test]), t]
+            off = np.abs(np.mean(each, axis=0)[:, t] - labels)
+            std, n = np.std(each, axis=0)[:, t], len(split.val)
+            held.append((off[:n], std[:n]))
+            tested.append((off[n:], std[n:], np.full(len(split.test), factor(*held[-1]))))
+        overall = factor(np.concatenate([off for off, _ in held]), np.concatenate([std for _, std in held]))
+        off, std, factors = (np.concatenate(parts) for parts in zip(*tested, strict=True))
+        found[target.name] = measured(off, std, factors, overall)
+    return found
+
+
+def new_encoder(card: EncoderCard, seed: int) -> MEGNet:
+    """A network of the same shape that has learned nothing."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return MEGNet(edge_features=card.centers, **card.model)
+
+
+def permuted(encoder: MEGNet, seed: int) -> MEGNet:
+    """A network with the weights of another, shuffled inside each tensor: their scale without what they learned."""
+    shuffled = copy.deepcopy(encoder)
+    source = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in shuffled.parameters():
+            weight.copy_(weight.flatten()[torch.randperm(weight.numel(), generator=source)].view_as(weight))
+    return shuffled
+
+
+def predict(member: Member, card: EncoderCard, graphs: Multigraphs, task: Task) -> Array:
+    """Predictions of one trained network, in the units of the targets."""
+    network: PropertyModel = network_of(card, task.outputs)
+    network.load_state_dict(member.weights)
+    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    return outputs(network, graphs, member.scaler, task)
+
+
+def _fill(into: dict[str, Array], arm: str, split: Split, values: Array, n: int) -> None:
+    into.setdefault(arm, np.full((n, values.shape[1]), np.nan))[split.test] = values

@@ -1,0 +1,185 @@
+"""A fine-tuned model as it is shared: one network or an ensemble, ``property.safetensors`` and ``property.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cdssl_dist import __version__
+from cdssl_dist.finetune.targets import Array, Scaler, Task
+from cdssl_dist.finetune.tuning import Member, outputs
+from cdssl_dist.model.edges import GaussianExpansion
+from cdssl_dist.model.export import EncoderCard, ExportError, Upgrade, read_content, read_weights, write_pair
+from cdssl_dist.model.heads import PropertyModel
+from cdssl_dist.model.megnet import MEGNet
+from sharding.graph import Multigraphs
+
+FORMAT: Final = "cdssl-property"
+VERSION: Final = 2
+STEM: Final = "property"
+
+# version → what makes the next one of it. 1 → 2: what the deviation of an ensemble is to be multiplied by.
+UPGRADES: Final[dict[int, Upgrade]] = {1: lambda content: content | {"uncertainty": {}}}
+
+
+@dataclass(frozen=True)
+class PropertyCard:
+    """Everything that is needed to predict, and where the weights come from."""
+
+    task: dict[str, Any]  # see targets.Task
+    scalers: list[dict[str, list[float]]]  # of each member: center, scale
+    cutoff: float  # Å
+    centers: int
+    end: float  # Å
+    gamma: float  # Å
+    model: dict[str, Any]  # of the encoder: width, hidden, blocks
+    elements: list[int]  # atomic numbers seen in pretraining or fine-tuning; empty where not known
+    encoder: dict[str, Any]  # ref, weights_sha256, data_digest of the encoder
+    data_digest: str  # of the labeled crystals: keys, labels and parts
+    settings: dict[str, Any]
+    metrics: dict[str, float]
+    sources: list[dict[str, str]]
+    code_version: str
+    uncertainty: dict[str, float] = field(default_factory=dict)  # target → see uncertainty.Uncertainty.factor
+    weights_sha256: str = ""
+    format: str = FORMAT
+    version: int = VERSION
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Prediction(NamedTuple):
+    """What an ensemble says."""
+
+    mean: Array  # (n, T) in the units of the targets, or (n, C) probabilities
+    std: Array  # the same shape: deviation between the members, 0 where there is one
+
+
+class Predictor:
+    """Fine-tuned networks that answer together.
+
+    Args:
+        networks: one or more, all of the same task.
+        scalers: theirs.
+        task: what they predict.
+        card: what is known of them.
+    """
+
+    def __init__(self, networks: Sequence[PropertyModel], scalers: Sequence[Scaler], task: Task, card: PropertyCard):
+        self.networks, self.scalers, self.task, self.card = list(networks), list(scalers), task, card
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        for network in self.networks:
+            network.to(device)
+
+    def predict(self, graphs: Multigraphs) -> Prediction:
+        """Predictions for graphs that were built with the card's cutoff."""
+        each = np.stack([outputs(n, graphs, s, self.task) for n, s in zip(self.networks, self.scalers, strict=True)])
+        return Prediction(each.mean(axis=0), each.std(axis=0))
+
+    def unseen(self, graphs: Multigraphs) -> list[list[int]]:
+        """Atomic numbers in each crystal that no training has seen: an answer there is a guess."""
+        return unseen_elements(self.card.elements, graphs)
+
+
+def unseen_elements(seen: Sequence[int], graphs: Multigraphs) -> list[list[int]]:
+    """Atomic numbers in each crystal that are not among those seen; none where it is not known what was seen."""
+    known = np.zeros(256, bool)
+    known[list(seen)] = True
+    strange = np.full(len(graphs.atomic_numbers), False) if not len(seen) else ~known[graphs.atomic_numbers]
+    found: list[list[int]] = [[] for _ in range(len(graphs))]
+    if strange.any():
+        graph = np.repeat(np.arange(len(graphs)), graphs.n_atoms)
+        for g, z in sorted({*zip(graph[strange].tolist(), graphs.atomic_numbers[strange].tolist(), strict=True)}):
+            found[g].append(z)
+    return found
+
+
+def network_of(card: EncoderCard | PropertyCard, outputs_: int) -> PropertyModel:
+    """An untrained network of the right shape."""
+    expansion = GaussianExpansion(card.centers, card.end, card.gamma)
+    return PropertyModel(MEGNet(edge_features=card.centers, **card.model), expansion, outputs_)
+
+
+def write_property(folder: Path, members: Sequence[Member], card: PropertyCard) -> None:
+    """Write both files; the JSON, which names the digest of the other, last."""
+    weights = {f"{i}.{name}": w for i, member in enumerate(members) for name, w in member.weights.items()}
+    write_pair(folder, STEM, weights, asdict(card))
+
+
+def property_card(
+    encoder: EncoderCard,
+    ref: str,
+    members: Sequence[Member],
+    task: Task,
+    graphs: Multigraphs,
+    settings: dict[str, Any],
+    **known: Any,
+) -> PropertyCard:
+    """What is known of networks that were trained from an encoder.
+
+    Args:
+        encoder: its card.
+        ref: what it was pulled as.
+        members: the networks.
+        task: what they predict.
+        graphs: the labeled crystals.
+        settings: of the training.
+        known: further fields of the card; where left out, there was no test, and nothing is said of the data.
+    """
+    seen = sorted({*encoder.elements, *np.unique(graphs.atomic_numbers).tolist()}) if encoder.elements else []
+    nothing: dict[str, Any] = {"data_digest": "", "metrics": {}, "sources": []}
+    return PropertyCard(
+        task=asdict(task),
+        scalers=[{"center": m.scaler.center.tolist(), "scale": m.scaler.scale.tolist()} for m in members],
+        cutoff=encoder.cutoff,
+        centers=encoder.centers,
+        end=encoder.end,
+        gamma=encoder.gamma,
+        model=encoder.model,
+        elements=seen,
+        encoder={"ref": ref, "weights_sha256": encoder.weights_sha256, "data_digest": encoder.data_digest},
+        settings=settings,
+        code_version=__version__,
+        **nothing | known,
+    )
+
+
+def read_property_card(folder: str | Path) -> PropertyCard:
+    """Read ``property.json``.
+
+    Raises:
+        ExportError: where it is missing, no card, or of a newer version.
+    """
+    path = Path(folder) / f"{STEM}.json"
+    try:
+        return PropertyCard(**read_content(path, FORMAT, VERSION, UPGRADES))
+    except (TypeError, KeyError) as why:
+        raise ExportError(f"{path}: a key is missing or unknown ({why})") from None
+
+
+def read_property(folder: str | Path) -> Predictor:
+    """Read a fine-tuned model: safetensors and JSON only, checked against the digest.
+
+    Raises:
+        ExportError: where a file is missing, damaged, or does not fit the card.
+    """
+    card = read_property_card(folder)
+    path = Path(folder) / f"{STEM}.safetensors"
+    weights = read_weights(path, card.weights_sha256)
+    try:
+        task = Task.read(card.task)
+        per_atom: NDArray[np.bool_] = np.array([t.per_atom for t in task.targets])
+        networks, scalers = [], []
+        for i, scaler in enumerate(card.scalers):
+            network = network_of(card, task.outputs)
+            network.load_state_dict({n.removeprefix(f"{i}."): w for n, w in weights.items() if n.startswith(f"{i}.")})
+            networks.append(network)
+            scalers.append(Scaler(np.array(scaler["center"]), np.array(scaler["scale"]), per_atom))
+    except (RuntimeError, TypeError, KeyError) as why:
+        raise ExportError(f"{path}: the weights do not fit the card ({' '.join(str(why).split())[:300]})") from None
+    return Predictor(networks, scalers, task, card)

@@ -1,0 +1,123 @@
+"""What a fine-tuning leaves: results, predictions, histories, a parity plot, and a few lines for people."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cdssl_dist.data.labeled import Labeled
+from cdssl_dist.finetune.experiment import PRETRAINED, Outcome
+from cdssl_dist.finetune.parity import plot_parity
+from cdssl_dist.finetune.predictor import PropertyCard
+from cdssl_dist.finetune.splits import Split
+from cdssl_dist.finetune.targets import Task
+from cdssl_dist.finetune.uncertainty import SHARE, Uncertainty
+
+
+def write_results(
+    out: Path, data: Labeled, task: Task, splits: Sequence[Split], outcome: Outcome, card: PropertyCard
+) -> dict[str, Any]:
+    """``predictions.parquet``, ``history.jsonl``, ``results.json`` and ``parity.png``; returns the results."""
+    out.mkdir(parents=True, exist_ok=True)
+    tested = np.flatnonzero(outcome.fold >= 0)
+    table: dict[str, Any] = {"key": [data.graphs.keys[i] for i in tested], "fold": outcome.fold[tested]}
+    for t, name in enumerate(data.names):
+        table[f"true:{name}"] = data.targets[tested, t]
+    for kind, arms in (("", outcome.predictions), (" std", outcome.deviations)):
+        for arm, values in arms.items():
+            table |= {f"{arm}{kind}:{name}": values[tested, c] for c, name in enumerate(task.columns)}
+    pq.write_table(pa.table(table), out / "predictions.parquet")
+    with open(out / "history.jsonl", "w") as file:
+        for arm, members in outcome.members.items():
+            for number, member in enumerate(members):
+                file.writelines(json.dumps({"arm": arm, "member": number} | line) + "\n" for line in member.history)
+    results = {
+        "encoder": card.encoder,
+        "settings": card.settings,
+        "sources": card.sources,
+        "task": card.task,
+        "data_digest": card.data_digest,
+        "crystals": [split.sizes() for split in splits],
+        "errors": outcome.errors,
+        "fold_errors": outcome.fold_errors,
+        "best_epochs": {arm: [m.best for m in members] for arm, members in outcome.members.items()},
+    }
+    if outcome.uncertainty:
+        results["uncertainty"] = {name: asdict(u) for name, u in outcome.uncertainty.items()}
+    (out / "results.json").write_text(json.dumps(_plain(results), indent=1))
+    if not task.classes:
+        plot_parity(out / "parity.png", task, data.targets, outcome)
+    return results
+
+
+def figures(task: Task, outcome: Outcome) -> dict[str, float]:
+    """The figures of the model's card: errors of all arms, the skill that models are compared by, its uncertainty."""
+    found = {f"test/{arm}/{name}": value for arm, own in outcome.errors.items() for name, value in own.items()}
+    for name, u in outcome.uncertainty.items():
+        found[f"test/covered/{name}"] = u.covered
+    return {k: v for k, v in (found | {"test/skill": skill(task, outcome)}).items() if np.isfinite(v)}
+
+
+def skill(task: Task, outcome: Outcome) -> float:
+    """1 − error / error of the baseline that knows nothing, mean over the targets: what models are compared by."""
+    dull = outcome.errors["frequencies" if task.classes else "median"]
+    ours = outcome.errors[PRETRAINED]
+    names = ["log_loss"] if task.classes else [t.name for t in task.targets]
+    return float(np.mean([1.0 - ours[n] / dull[n] if dull[n] > 0 else np.nan for n in names]))
+
+
+def told(results: dict[str, Any], outcome: Outcome, out: str) -> str:
+    """The errors as a few lines."""
+    sizes, task = results["crystals"], Task.read(results["task"])
+    parts = ", ".join(f"{sum(s[n] for s in sizes) // len(sizes)} {n}" for n in ("train", "val", "test"))
+    each = f"; {len(sizes)} folds of " if len(sizes) > 1 else "; "
+    lines: list[str] = []
+    for metric in outcome.errors[PRETRAINED]:
+        unit = next((t.unit for t in task.targets if t.name == metric), "")
+        what = f"mean absolute error of {metric}, {unit or 'no unit given'}" if not task.classes else metric
+        lines.append(f"{what}{each}{parts} crystals")
+        values = {arm: errors[metric] for arm, errors in outcome.errors.items()}
+        best = (max if metric == "accuracy" else min)(values.values())
+        for arm, value in values.items():
+            error = outcome.spread(arm, metric)
+            about = f" ± {error:.4f}" if np.isfinite(error) else ""
+            lines.append(f"  {arm:24} {value:9.4f}{about}{'   ← best' if value == best else ''}")
+        if u := outcome.uncertainty.get(metric):
+            lines.append(f"  {describe(u)}")
+    lines.append(f"  {out}/: results.json, predictions.parquet, history.jsonl, report.html, model/")
+    return "\n".join(lines)
+
+
+def digest(data: Labeled, outcome: Outcome) -> str:
+    """What makes errors comparable: the same crystals, labels and test sets."""
+    return hashlib.sha256(data.digest().encode() + outcome.fold.tobytes()).hexdigest()
+
+
+def describe(u: Uncertainty) -> str:
+    """What the deviation of an ensemble is worth, in a line."""
+    if not math.isfinite(u.factor):
+        return (
+            f"uncertainty: too few validation labels to scale the deviation; as it is, it covers {u.uncalibrated:.0%}"
+        )
+    return (
+        f"uncertainty: ±{u.factor:.3g} deviations of the ensemble were to cover {SHARE:.0%}, and cover {u.covered:.0%} "
+        f"of the test labels (one deviation: {u.uncalibrated:.0%}); rank correlation with the error {u.rank:.2f}"
+    )
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: null for what is not a number."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

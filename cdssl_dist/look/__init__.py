@@ -1,0 +1,1 @@
+"""Ways to look at an encoder and at a run: embeddings, probes, maps and reports."""

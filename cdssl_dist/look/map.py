@@ -1,0 +1,221 @@
+"""A map of crystals: their vectors in two dimensions, coloured by density or any number.
+
+    cdssl embed --data data/mp --out embeddings.parquet
+    cdssl map embeddings.parquet --out map
+
+Beside the picture stands a figure for what it is worth: how well a crystal's neighbours on the map tell its value.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from sklearn.neighbors import NearestNeighbors
+from sklearn.preprocessing import StandardScaler
+
+from cdssl_dist.commands import Parser, command
+from cdssl_dist.look.map_page import page
+
+NEIGHBOURS: Final = 10
+FEWEST: Final = NEIGHBOURS + 2  # crystals of a map
+METHODS: Final = ("umap", "tsne", "pca")
+
+
+class MapError(ValueError):
+    """Vectors that cannot be mapped: said in one line."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How well ten neighbours tell a value: 1 − error / error of the median; 0 is nothing."""
+
+    column: str
+    on_map: float
+    in_vectors: float  # the same before the dimensions were reduced
+
+
+@dataclass(frozen=True)
+class CrystalMap:
+    """n crystals in two dimensions."""
+
+    name: str  # of what is mapped
+    method: str
+    place: NDArray[np.float64]  # (n, 2)
+    keys: list[str]
+    formulas: list[str]
+    columns: dict[str, NDArray[np.float64]]  # name → (n,), NaN where unknown; the first one colours at first
+    kept: dict[str, Kept]
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read vectors, map them, draw."""
+    p = Parser("cdssl map", "Map the vectors of cdssl embed: a picture, a page that can be explored, and coordinates.")
+    p.add_argument("embeddings", help="Parquet file of cdssl embed, or one with columns key and embedding")
+    p.add_argument("--color", default="density", help="a column of numbers")
+    p.add_argument("--method", choices=METHODS, default="tsne", help="umap wants the package umap-learn")
+    p.add_argument("--sample", type=int, default=10_000, help="at most so many crystals, chosen at random")
+    p.add_argument("--seed", type=int, default=0, help="of the sample and of the map")
+    p.add_argument("--out", default="runs/map", help="folder for map.png, map.html and map.parquet")
+    args = p.parse_args(argv)
+
+    table, vectors = read_vectors(args.embeddings, args.sample, args.seed)
+    columns = numbers(table)
+    if args.color not in columns:
+        raise MapError(f"{args.embeddings}: no column of numbers {args.color!r}; there are {', '.join(columns)}")
+    columns = {args.color: columns[args.color]} | columns
+    names = table["key"].to_pylist()
+    formulas = table["formula"].to_pylist() if "formula" in table.column_names else [""] * len(names)
+    found = draw_map(Path(args.embeddings).name, names, formulas, columns, vectors, args.method, args.seed)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_map(out / "map.parquet", found, table)
+    draw(out / "map.png", found.place, args.color, columns[args.color])
+    (out / "map.html").write_text(page(found))
+    print(f"{len(names):,} crystals by {args.method}; how well {NEIGHBOURS} neighbours tell (1 all, 0 nothing):")
+    for k in found.kept.values():
+        print(f"  {k.column:20} on the map {k.on_map:.3f}, in the vectors {k.in_vectors:.3f}")
+    print(f"  {out}/map.png, map.html, map.parquet")
+    return 0
+
+
+def draw_map(
+    name: str,
+    keys: list[str],
+    formulas: list[str],
+    columns: dict[str, NDArray[np.float64]],
+    vectors: NDArray[np.float64],
+    method: str = "tsne",
+    seed: int = 0,
+) -> CrystalMap:
+    """Reduce standardised vectors (n, d), and see what their neighbourhoods tell of each column."""
+    place = reduced(vectors, method, seed)
+    kept = {column: neighbours_tell(column, values, place, vectors) for column, values in columns.items()}
+    return CrystalMap(name, method, place, keys, formulas, columns, kept)
+
+
+def write_map(path: Path, found: CrystalMap, table: pa.Table) -> None:
+    """The table with coordinates, x and y; method and figures go into its metadata."""
+    x, y = (pa.array(column) for column in found.place.T)
+    about = {"method": found.method, "kept": json.dumps([asdict(k) for k in found.kept.values()])}
+    pq.write_table(table.append_column("x", x).append_column("y", y).replace_schema_metadata(about), path)
+
+
+def read_map(folder: Path) -> CrystalMap:
+    """What ``cdssl map`` left in a folder.
+
+    Raises:
+        MapError: where that is nothing.
+    """
+    path = folder / "map.parquet"
+    try:
+        table = pq.read_table(path)
+        about = table.schema.metadata or {}
+        kept = {k["column"]: Kept(**k) for k in json.loads(about[b"kept"])}
+        columns = numbers(table)
+        place = np.column_stack([columns.pop("x"), columns.pop("y")])
+        names = table["key"].to_pylist()
+        formulas = table["formula"].to_pylist() if "formula" in table.column_names else [""] * len(names)
+    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as why:
+        raise MapError(f"{path}: no table of cdssl map that can be read ({why})") from None
+    return CrystalMap(
+        folder.name, about[b"method"].decode(), place, names, formulas, {c: columns[c] for c in kept}, kept
+    )
+
+
+def read_vectors(path: str, sample: int, seed: int) -> tuple[pa.Table, NDArray[np.float64]]:
+    """A sample of the crystals that have a vector, in the order of the file: their other columns, and (n, d)."""
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as why:
+        raise MapError(f"{path}: no Parquet file that can be read ({why})") from None
+    if not {"key", "embedding"} <= set(table.column_names):
+        raise MapError(f"{path}: no columns key and embedding; cdssl embed makes such a file")
+    table = table.filter(pa.compute.is_valid(table["embedding"]))
+    if len(table) < FEWEST:
+        raise MapError(f"{path}: {len(table)} vectors are too few for a map")
+    if len(table) > sample:
+        table = table.take(np.sort(np.random.default_rng(seed).choice(len(table), sample, replace=False)))
+    vectors = np.array(table["embedding"].to_pylist(), np.float64)
+    return table.drop_columns(["embedding"]), StandardScaler().fit_transform(vectors)
+
+
+def numbers(table: pa.Table) -> dict[str, NDArray[np.float64]]:
+    """The columns of numbers that are not all the same."""
+    names = [n for n in table.column_names if pa.types.is_floating(table[n].type) or pa.types.is_integer(table[n].type)]
+    return varied({n: np.array(table[n].to_pylist(), np.float64) for n in names})
+
+
+def varied(columns: dict[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
+    """Those that are not all the same."""
+    return {n: values for n, values in columns.items() if np.unique(values[np.isfinite(values)]).size > 1}
+
+
+def reduced(vectors: NDArray[np.float64], method: str, seed: int) -> NDArray[np.float64]:
+    """(n, d) → (n, 2).
+
+    Raises:
+        MapError: where a method is asked for that is not installed.
+    """
+    if method == "pca":
+        from sklearn.decomposition import PCA
+
+        return PCA(2, random_state=seed).fit_transform(vectors)
+    if method == "tsne":
+        from sklearn.manifold import TSNE
+
+        perplexity = min(30.0, (len(vectors) - 1) / 3)
+        return TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(vectors).astype(np.float64)
+    try:
+        from umap import UMAP
+    except ImportError:
+        raise MapError("umap is not installed: pip install umap-learn, or take --method tsne") from None
+    return UMAP(n_components=2, random_state=seed, n_jobs=1).fit_transform(vectors).astype(np.float64)
+
+
+def neighbours_tell(
+    column: str, values: NDArray[np.float64], place: NDArray[np.float64], vectors: NDArray[np.float64]
+) -> Kept:
+    """Tell each value by the mean of its neighbours', on the map and in the vectors."""
+    known = np.isfinite(values)
+    v = values[known]
+    dull = np.abs(v - np.median(v)).mean()
+
+    def skill(points: NDArray[np.float64]) -> float:
+        k = min(NEIGHBOURS, len(v) - 1)
+        if k < 1 or dull == 0:
+            return float("nan")
+        near = NearestNeighbors(n_neighbors=k).fit(points[known]).kneighbors(return_distance=False)  # not itself
+        return float(1.0 - np.abs(v[near].mean(axis=1) - v).mean() / dull)
+
+    return Kept(column, skill(place), skill(vectors))
+
+
+def draw(path: Path, place: NDArray[np.float64], name: str, values: NDArray[np.float64]) -> None:
+    """The picture; colours span the middle 96% of the values."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    low, high = np.nanpercentile(values, [2, 98])
+    figure, axes = plt.subplots(figsize=(6.4, 5.4), constrained_layout=True)
+    size = float(np.clip(20_000 / len(place), 2, 25))
+    shown = axes.scatter(place[:, 0], place[:, 1], c=values, s=size, vmin=low, vmax=high, linewidths=0, alpha=0.8)
+    axes.set(xticks=[], yticks=[], title=f"{len(place):,} crystals")
+    figure.colorbar(shown, label=name)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

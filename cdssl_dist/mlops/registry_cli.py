@@ -1,0 +1,117 @@
+"""``cdssl registry``: what is registered, and which version is the champion."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from cdssl_dist.commands import RUNS, Parser, command
+from cdssl_dist.mlops import registry
+from cdssl_dist.mlops.mlflow_server import tracking_uri
+from cdssl_dist.mlops.model_card import write_model_card
+from cdssl_dist.mlops.models import KINDS
+from cdssl_dist.mlops.registry import Version
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """One action on the registry."""
+    p = Parser("cdssl registry", "Look at registered models, pull them, and choose the champion.")
+    p.add_argument("--registry", help="MLflow URI; MLFLOW_TRACKING_URI, else runs/mlflow.db, where left out")
+    actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
+    name: dict[str, Any] = {"nargs": "?", "default": "cdssl-encoder"}
+    ref: dict[str, Any] = {"nargs": "?", "default": "models:/cdssl-encoder@champion"}
+    actions.add_parser("list", help="all versions, newest first").add_argument("name", **name)
+    actions.add_parser("show", help="everything that is known of a version").add_argument("ref", **ref)
+    pull = actions.add_parser("pull", help="download a model, verified, and print where it is")
+    pull.add_argument("ref", **ref)
+    pull.add_argument("--out", metavar="FOLDER", help="copy it there, with its MODEL_CARD.md")
+    promote = actions.add_parser("promote", help="make a version the champion")
+    promote.add_argument("version", type=int)
+    promote.add_argument("name", **name)
+    actions.add_parser("rollback", help="make the previous champion the champion again").add_argument("name", **name)
+    diff = actions.add_parser("diff", help="in what two versions differ")
+    diff.add_argument("first", help="models:/NAME@ALIAS or models:/NAME/VERSION")
+    diff.add_argument("second")
+    delete = actions.add_parser("delete", help="delete a version that is neither champion nor previous")
+    delete.add_argument("version", type=int)
+    delete.add_argument("name", **name)
+    args = p.parse_args(argv)
+    ACTIONS[args.action](args, tracking_uri(args.registry, RUNS))
+    return 0
+
+
+def _list(args: argparse.Namespace, uri: str) -> None:
+    for version in registry.list_versions(args.name, uri):
+        print(line(version))
+
+
+def _show(args: argparse.Namespace, uri: str) -> None:
+    version = registry.show(args.ref, uri)
+    print(line(version), *(f"  {key:24} {value}" for key, value in sorted(version.tags.items())), sep="\n")
+    if version.run_id:
+        print(f"  {'run':24} {version.run_id}")
+
+
+def _pull(args: argparse.Namespace, uri: str) -> None:
+    folder = registry.pull(args.ref, uri)
+    if args.out:
+        folder = Path(shutil.copytree(folder, args.out, dirs_exist_ok=True))
+        write_model_card(folder)
+    print(folder)
+
+
+def _promote(args: argparse.Namespace, uri: str) -> None:
+    print(line(registry.promote(args.name, args.version, uri)))
+
+
+def _rollback(args: argparse.Namespace, uri: str) -> None:
+    print(line(registry.rollback(args.name, uri)))
+
+
+def _diff(args: argparse.Namespace, uri: str) -> None:
+    found = registry.diff(args.first, args.second, uri)
+    for key, (first, second) in found.items():
+        print(f"{key}\n  - {first or '(none)'}\n  + {second or '(none)'}")
+    if not found:
+        print("they do not differ")
+
+
+def _delete(args: argparse.Namespace, uri: str) -> None:
+    print(f"deleted {registry.delete(args.name, args.version, uri).uri}; copies that were pulled stay")
+
+
+ACTIONS: Final = {
+    "list": _list,
+    "show": _show,
+    "pull": _pull,
+    "promote": _promote,
+    "rollback": _rollback,
+    "diff": _diff,
+    "delete": _delete,
+}
+
+
+def line(version: Version) -> str:
+    """One version in a line."""
+    made = datetime.datetime.fromtimestamp(version.created / 1000).isoformat(" ", "minutes")
+    aliases = ", ".join(version.aliases)
+    scores = [f"{k.score} {_rounded(version.tags[k.score])}" for k in KINDS if k.score in version.tags]
+    return f"{version.uri:28} {made}  {' '.join(scores) or 'not made by cdssl'}  {aliases}".rstrip()
+
+
+def _rounded(score: str) -> str:
+    """Four places; a tag may hold anything."""
+    try:
+        return f"{float(score):.4f}"
+    except ValueError:
+        return score
+
+
+if __name__ == "__main__":
+    sys.exit(main())

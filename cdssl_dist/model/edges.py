@@ -1,0 +1,46 @@
+"""Distances along edges and their Gaussian expansion, always in f32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cdssl_dist.data.batch import GraphBatch
+
+
+def distances(batch: GraphBatch, positions: Tensor) -> Tensor:
+    """Distances d = ‖x_dst + n·L − x_src‖ of every half edge: an edge and its reverse have one length, computed once.
+
+    ``distances(…).index_select(0, batch.half)`` are those of the directed edges.
+
+    Args:
+        batch: half edges, shifts and lattices.
+        positions: (N, 3) f32, Å; clean or displaced.
+
+    Returns:
+        (H,) f32, Å.
+    """
+    lattice = batch.lattice.index_select(0, batch.graph_of_half)
+    image = torch.einsum("hi,hij->hj", batch.shift, lattice)
+    vector = positions.index_select(0, batch.dst) + image - positions.index_select(0, batch.src)
+    return torch.sqrt((vector * vector).sum(dim=1))
+
+
+@dataclass(frozen=True)
+class GaussianExpansion:
+    """e_m(d) = exp(−(d − μ_m)² / γ²), as in MEGNet (Chen et al. 2019).
+
+    No module and no buffer: an engine that casts a model to bf16 must not touch the centres.
+    """
+
+    centers: int  # M, spread evenly over [0, end]
+    end: float  # Å
+    gamma: float  # Å
+
+    def __call__(self, distance: Tensor) -> Tensor:
+        """(n,) f32, Å → (n, M) f32. Distances carry no gradient, so it is computed in place."""
+        mu = torch.linspace(0.0, self.end, self.centers, device=distance.device)
+        scaled = (distance / self.gamma)[:, None] - mu / self.gamma
+        return scaled.square_().neg_().exp_()

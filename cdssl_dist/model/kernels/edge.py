@@ -1,0 +1,291 @@
+"""The edge path of a block in one kernel: dense layers, edge update, residual; backward with recompute.
+
+For edge e from v' to v: u₁ = dense(u), z₁ = W_e u₁ + r[v] + t[v'], and u' = φ(W₃ φ(W₂ φ(z₁) + b₂) + b₃), where r and t
+are the projections of nodes (and state, and bias), made once for each atom. What is kept for the backward pass is u.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cdssl_dist.data.batch import GraphBatch
+from cdssl_dist.model.kernels.common import (
+    back,
+    linear,
+    outer,
+    partial,
+    programs,
+    rows_per_tile,
+    softplus,
+    store_matrix,
+    store_vector,
+    tiles_of,
+    total,
+)
+from cdssl_dist.model.kernels.segment import sum_rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which atoms an edge joins, and which edges and atoms belong together, as 32-bit integers."""
+
+    receiver: Tensor  # (E,)
+    sender: Tensor  # (E,)
+    row_ptr: Tensor  # (N + 1,)
+    mirror: Tensor  # (E,)
+    edges: Tensor  # () | that are no padding: padding lies behind them
+    graph_ptr: Tensor  # (G + 1,) | atoms of graph g are graph_ptr[g] : graph_ptr[g + 1]
+    atoms: Tensor  # () | all, padding included
+
+    @staticmethod
+    def of(batch: GraphBatch) -> Rows:
+        """Of a batch, on its device, without waiting for it."""
+        graph_ptr = torch.zeros(batch.n_graphs + 1, dtype=torch.int32, device=batch.positions.device)
+        graph_ptr[1:] = torch.cumsum(batch.atoms_of_graph, 0)
+        return Rows(
+            receiver=batch.receiver.int(),
+            sender=batch.sender.int(),
+            row_ptr=batch.row_ptr.int(),
+            mirror=batch.mirror.int(),
+            edges=batch.row_ptr[-1].int() - batch.edges_of_graph[-1].int(),
+            graph_ptr=graph_ptr,
+            atoms=graph_ptr[-1],
+        )
+
+
+@triton.jit
+def _before(u: Any, w: Any, b: Any, v: Any, c: Any, WIDTH: tl.constexpr, HIDDEN: tl.constexpr) -> Any:
+    """The dense layers: (B, WIDTH) → z of both, and φ of the first."""
+    z1 = linear(u, w, WIDTH, HIDDEN) + tl.load(b + tl.arange(0, HIDDEN)).to(tl.float32)[None, :]
+    h1 = softplus(z1).to(u.dtype)
+    z2 = linear(h1, v, HIDDEN, WIDTH) + tl.load(c + tl.arange(0, WIDTH)).to(tl.float32)[None, :]
+    return z1, h1, z2
+
+
+@triton.jit
+def _update(
+    u: Any,
+    row: Any,
+    live: Any,
+    received: Any,
+    sent: Any,
+    receiver: Any,
+    sender: Any,
+    we: Any,
+    w2: Any,
+    b2: Any,
+    w3: Any,
+    b3: Any,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+) -> Any:
+    """The edge update: (B, WIDTH) → z of the three layers, φ of the first two."""
+    h = tl.arange(0, HIDDEN)
+    v = tl.load(receiver + row, mask=live, other=0).to(tl.int64)
+    s = tl.load(sender + row, mask=live, other=0).to(tl.int64)
+    z1 = linear(u, we, WIDTH, HIDDEN)
+    z1 += tl.load(received + v[:, None] * HIDDEN + h[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+    z1 += tl.load(sent + s[:, None] * HIDDEN + h[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+    h1 = softplus(z1).to(u.dtype)
+    z2 = linear(h1, w2, HIDDEN, HIDDEN) + tl.load(b2 + h).to(tl.float32)[None, :]
+    h2 = softplus(z2).to(u.dtype)
+    z3 = linear(h2, w3, HIDDEN, WIDTH) + tl.load(b3 + tl.arange(0, WIDTH)).to(tl.float32)[None, :]
+    return z1, h1, z2, h2, z3
+
+
+@triton.jit
+def _forward(
+    u: Any,
+    received: Any,
+    sent: Any,
+    receiver: Any,
+    sender: Any,
+    we: Any,
+    w2: Any,
+    b2: Any,
+    w3: Any,
+    b3: Any,
+    dw1: Any,
+    db1: Any,
+    dw2: Any,
+    db2: Any,
+    out: Any,
+    update: Any,
+    n: Any,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    TILE: tl.constexpr,
+    DENSE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    live = row < n
+    at = row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    u0 = tl.load(u + at, mask=live[:, None], other=0.0)
+    u1 = u0
+    if DENSE:
+        _, _, z = _before(u0, dw1, db1, dw2, db2, WIDTH, HIDDEN)
+        u1 = softplus(z).to(u0.dtype)
+    _, _, _, _, z3 = _update(u1, row, live, received, sent, receiver, sender, we, w2, b2, w3, b3, WIDTH, HIDDEN)
+    u2 = softplus(z3)
+    if RESIDUAL:
+        tl.store(update + at, u2.to(u0.dtype), mask=live[:, None])
+        u2 += u0.to(tl.float32)
+    tl.store(out + at, u2.to(u0.dtype), mask=live[:, None])
+
+
+@triton.jit
+def _backward(
+    u: Any,
+    received: Any,
+    sent: Any,
+    receiver: Any,
+    sender: Any,
+    we: Any,
+    w2: Any,
+    b2: Any,
+    w3: Any,
+    b3: Any,
+    dw1: Any,
+    db1: Any,
+    dw2: Any,
+    db2: Any,
+    g_out: Any,
+    g_sum: Any,
+    du: Any,
+    dz: Any,
+    g_we: Any,
+    g_w2: Any,
+    g_b2: Any,
+    g_w3: Any,
+    g_b3: Any,
+    g_dw1: Any,
+    g_db1: Any,
+    g_dw2: Any,
+    g_db2: Any,
+    n: Any,
+    tiles: Any,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    TILE: tl.constexpr,
+    DENSE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+) -> None:
+    c = tl.arange(0, WIDTH)
+    h = tl.arange(0, HIDDEN)
+    a_we = tl.zeros([HIDDEN, WIDTH], tl.float32)
+    a_w2 = tl.zeros([HIDDEN, HIDDEN], tl.float32)
+    a_b2 = tl.zeros([HIDDEN], tl.float32)
+    a_w3 = tl.zeros([WIDTH, HIDDEN], tl.float32)
+    a_b3 = tl.zeros([WIDTH], tl.float32)
+    a_dw1 = tl.zeros([HIDDEN, WIDTH], tl.float32)
+    a_db1 = tl.zeros([HIDDEN], tl.float32)
+    a_dw2 = tl.zeros([WIDTH, HIDDEN], tl.float32)
+    a_db2 = tl.zeros([WIDTH], tl.float32)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        row = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
+        live = row < n
+        at = row[:, None] * WIDTH + c[None, :]
+        u0 = tl.load(u + at, mask=live[:, None], other=0.0)
+        u1 = u0
+        if DENSE:
+            zd1, hd1, zd2 = _before(u0, dw1, db1, dw2, db2, WIDTH, HIDDEN)
+            u1 = softplus(zd2).to(u0.dtype)
+        z1, h1, z2, h2, z3 = _update(u1, row, live, received, sent, receiver, sender, we, w2, b2, w3, b3, WIDTH, HIDDEN)
+        g0 = tl.load(g_out + at, mask=live[:, None], other=0.0).to(tl.float32)
+        g = g0
+        if RESIDUAL:
+            v = tl.load(receiver + row, mask=live, other=0).to(tl.int64)
+            g += tl.load(g_sum + v[:, None] * WIDTH + c[None, :], mask=live[:, None], other=0.0)
+        gz3 = (g * tl.sigmoid(z3)).to(u0.dtype)
+        a_w3 += outer(gz3, h2)
+        a_b3 += tl.sum(gz3.to(tl.float32), 0)
+        gz2 = (back(gz3, w3, HIDDEN, WIDTH) * tl.sigmoid(z2)).to(u0.dtype)
+        a_w2 += outer(gz2, h1)
+        a_b2 += tl.sum(gz2.to(tl.float32), 0)
+        gz1 = (back(gz2, w2, HIDDEN, HIDDEN) * tl.sigmoid(z1)).to(u0.dtype)
+        a_we += outer(gz1, u1)
+        tl.store(dz + row[:, None] * HIDDEN + h[None, :], gz1, mask=live[:, None])
+        gu = back(gz1, we, WIDTH, HIDDEN)
+        if DENSE:
+            gd2 = (gu * tl.sigmoid(zd2)).to(u0.dtype)
+            a_dw2 += outer(gd2, hd1)
+            a_db2 += tl.sum(gd2.to(tl.float32), 0)
+            gd1 = (back(gd2, dw2, HIDDEN, WIDTH) * tl.sigmoid(zd1)).to(u0.dtype)
+            a_dw1 += outer(gd1, u0)
+            a_db1 += tl.sum(gd1.to(tl.float32), 0)
+            gu = back(gd1, dw1, WIDTH, HIDDEN)
+        if RESIDUAL:
+            gu += g0
+        tl.store(du + at, gu.to(u0.dtype), mask=live[:, None])
+    store_matrix(g_we, a_we, HIDDEN, WIDTH)
+    store_matrix(g_w2, a_w2, HIDDEN, HIDDEN)
+    store_vector(g_b2, a_b2, HIDDEN)
+    store_matrix(g_w3, a_w3, WIDTH, HIDDEN)
+    store_vector(g_b3, a_b3, WIDTH)
+    if DENSE:
+        store_matrix(g_dw1, a_dw1, HIDDEN, WIDTH)
+        store_vector(g_db1, a_db1, HIDDEN)
+        store_matrix(g_dw2, a_dw2, WIDTH, HIDDEN)
+        store_vector(g_db2, a_db2, WIDTH)
+
+
+class EdgeStep(torch.autograd.Function):
+    """u, projections of nodes and weights → what the edges are after the step, and Σ u' over the edges of each atom.
+
+    Without ``residual`` (the head), u' itself, and no sums.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, received: Tensor, sent: Tensor, rows: Rows, residual: bool, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(E, W), twice (N, H) → (E, W), (N, W) f32.
+
+        ``weights``: W_e (H, W), W₂ (H, H), b₂, W₃ (W, H), b₃, and of dense layers, if any, (H, W), (H,), (W, H), (W,).
+        """
+        u, received, sent = (t.contiguous() for t in (u, received, sent))
+        held = [w.contiguous() for w in weights]
+        n, width, hidden = len(u), u.shape[1], received.shape[1]
+        dense = len(held) == 9
+        tile = rows_per_tile(max(width, hidden))
+        out = torch.empty_like(u)
+        update = torch.empty_like(u) if residual else out
+        _forward[(tiles_of(n, tile),)](
+            *(u, received, sent, rows.receiver, rows.sender, *_filled(held), out, update, n),
+            *(width, hidden, tile, dense, residual),
+        )
+        sums = sum_rows(update, rows.row_ptr, rows.edges) if residual else update.new_empty(0, dtype=torch.float32)
+        ctx.save_for_backward(u, received, sent, *held)
+        ctx.rows, ctx.residual, ctx.tile = rows, residual, tile
+        return out, sums
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        """Everything is computed again, tile by tile."""
+        u, received, sent, *held = ctx.saved_tensors
+        rows, tile = ctx.rows, ctx.tile
+        n, width, hidden = len(u), u.shape[1], received.shape[1]
+        tiles = tiles_of(n, tile)
+        count = programs(tiles, u.device)
+        du, dz = torch.empty_like(u), torch.empty(n, hidden, dtype=u.dtype, device=u.device)
+        parts = [partial(count, w) for w in held]
+        g_out, g_sum = gradients[0].contiguous(), gradients[1].contiguous()
+        _backward[(count,)](
+            *(u, received, sent, rows.receiver, rows.sender, *_filled(held), g_out, g_sum, du, dz),
+            *(*_filled(parts), n, tiles, width, hidden, tile, len(held) == 9, ctx.residual),
+        )
+        d_received = sum_rows(dz, rows.row_ptr, rows.edges).to(received.dtype)
+        d_sent = sum_rows(dz, rows.row_ptr, rows.edges, rows.mirror).to(sent.dtype)
+        return du, d_received, d_sent, None, None, *(total(p, w) for p, w in zip(parts, held, strict=True))
+
+
+def _filled(weights: list[Tensor]) -> list[Tensor]:
+    """Nine pointers; those of dense layers that are not there are never read."""
+    return weights + weights[:1] * (9 - len(weights))

@@ -1,0 +1,91 @@
+"""The pretext model with its edge path in kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cdssl_dist.data.batch import GraphBatch
+from cdssl_dist.model.edges import GaussianExpansion
+from cdssl_dist.model.kernels.common import check_width
+from cdssl_dist.model.kernels.edge import EdgeStep, Rows
+from cdssl_dist.model.kernels.ends import Expand, Loss
+from cdssl_dist.model.kernels.segment import Gather, SegmentSum
+from cdssl_dist.model.megnet import Dense, EdgeUpdate, PretextModel
+
+
+class FusedPretextModel(PretextModel):
+    """``PretextModel`` with the same parameters under the same names, from distances to the loss.
+
+    Args:
+        expansion: of distances.
+        width, hidden: each a power of two from 16 to 128.
+
+    Raises:
+        ValueError: where the sizes are others.
+    """
+
+    def __init__(self, *, expansion: GaussianExpansion, width: int = 32, hidden: int = 64, **encoder: Any) -> None:
+        check_width("width", width)
+        check_width("hidden size", hidden)
+        super().__init__(edge_features=expansion.centers, width=width, hidden=hidden, **encoder)
+        self.expansion = expansion
+
+    def forward(self, displaced: Tensor, batch: GraphBatch, clean: Tensor | None = None) -> Tensor:
+        """Σ (ê − e)² over scored edges, f32, from distances (H,) f32, Å, of the displaced and of the true crystal.
+
+        Without the latter ê, (E, M) f32, by the reference: what metrics and validation want.
+        """
+        if clean is None:
+            return super().forward(self.expansion(displaced), batch)
+        encoder, rows = self.encoder, Rows.of(batch)
+        x = encoder.input_x(encoder.element(batch.atomic_numbers))
+        u = Expand.apply(displaced.index_select(0, batch.half), self.expansion, *_weights(encoder.input_u))
+        s = encoder.input_s(encoder.initial_state.expand(batch.n_graphs, -1))
+        for block in encoder.blocks:
+            x, u, s = _block(block, x, u, s, batch, rows)
+        u, _ = _edge_step(self.head, None, x, u, s, batch, rows)
+        return Loss.apply(
+            u, clean.index_select(0, batch.half), batch.scored, self.expansion, self.out.weight, self.out.bias
+        )
+
+
+def _weights(dense: Any) -> list[Tensor]:
+    """Weight and bias of each layer; none of an identity."""
+    found: list[Tensor] = []
+    for layer in dense.layers if isinstance(dense, Dense) else []:
+        found += [layer.weight, layer.bias]  # type: ignore[list-item]
+    return found
+
+
+def _edge_step(
+    update: EdgeUpdate, dense: nn.Module | None, x: Tensor, u: Tensor, s: Tensor, batch: GraphBatch, rows: Rows
+) -> tuple[Tensor, Tensor]:
+    """An edge update; with ``dense``, the layers before it, the residual and the sums of a block."""
+    of_receiver, of_sender, of_edge, of_state = update.first.joint.weight.chunk(4, dim=1)
+    of_graph = nn.functional.linear(s, of_state, update.first.joint.bias)
+    state = Gather.apply(of_graph, rows.graph_ptr, rows.atoms, batch.graph_of_atom)
+    received = nn.functional.linear(x, of_receiver) + state
+    sent = nn.functional.linear(x, of_sender)
+    weights = [of_edge, *_weights(update.rest), *(_weights(dense) if dense is not None else [])]
+    return EdgeStep.apply(u, received, sent, rows, dense is not None, *weights)
+
+
+def _block(block: Any, x: Tensor, u: Tensor, s: Tensor, batch: GraphBatch, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """``Block.forward``: nodes and state, of which there are few, in torch; their sums by ``row_ptr``."""
+    x1, s1 = block.dense_x(x), block.dense_s(s)
+    u, edge_sum = _edge_step(block.edge, block.dense_u, x1, u, s1, batch, rows)
+    degree = batch.row_ptr.diff().clamp(min=1)[:, None]
+    edge_mean = (edge_sum / degree).to(x.dtype)
+    state = Gather.apply(s1, rows.graph_ptr, rows.atoms, batch.graph_of_atom)
+    x2 = block.node(torch.cat([edge_mean, x1, state], dim=1))
+
+    def of_graphs(values: Tensor, counts: Tensor) -> Tensor:
+        total = SegmentSum.apply(values, rows.graph_ptr, rows.atoms, batch.graph_of_atom)
+        return (total / counts.clamp(min=1)[:, None]).to(x.dtype)
+
+    edges, nodes = of_graphs(edge_sum, batch.edges_of_graph), of_graphs(x2, batch.atoms_of_graph)
+    s2 = block.state(torch.cat([edges, nodes, s1], dim=1))
+    return x + x2, u, s + s2

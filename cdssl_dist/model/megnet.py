@@ -1,0 +1,187 @@
+"""MEGNet (Chen et al., Chem. Mater. 2019), the encoder, and the pretext head of CDSSL (New et al. 2024).
+
+Shapes: G graphs, N atoms, H half edges, E = 2H directed edges, W width. Weights may be bf16; every mean is
+summed in f32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cdssl_dist.data.batch import GraphBatch
+
+LOG_2 = math.log(2.0)
+N_ELEMENTS = 119  # row z is the element of atomic number z; row 0 is padding
+ELEMENT_WIDTH = 16
+
+
+def shifted_softplus(x: Tensor) -> Tensor:
+    """softplus(x) − ln 2: zero at zero."""
+    return F.softplus(x).sub_(LOG_2)  # in place: the gradient of softplus needs x alone
+
+
+class Dense(nn.Module):
+    """Linear layers, each followed by the shifted softplus."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, first size) → (n, last size)."""
+        for layer in self.layers:
+            x = shifted_softplus(layer(x))
+        return x
+
+
+class SplitLinear(nn.Module):
+    """A linear layer on concatenated inputs, applied to each input by itself.
+
+    W·[a; b; …] + bias = W_a·a + W_b·b + … + bias, so that what belongs to atoms or graphs is multiplied once for each
+    of them and gathered afterwards, not once for each edge.
+    """
+
+    def __init__(self, parts: int, width: int, out: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.joint = nn.Linear(parts * width, out)
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        """The contribution of each input, in order; the bias is in the last."""
+        weights = self.joint.weight.chunk(self.parts, dim=1)
+        biases = [None] * (self.parts - 1) + [self.joint.bias]
+        return [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
+
+
+def segment_sum(values: Tensor, index: Tensor, segments: int) -> Tensor:
+    """Sum of the rows of each segment, in f32: (n, W), (n,) → (segments, W)."""
+    out = torch.zeros(segments, values.shape[1], dtype=torch.float32, device=values.device)
+    return out.index_add(0, index, values.to(torch.float32))
+
+
+class EdgeUpdate(nn.Module):
+    """φ_e: (x_v, x_v', u, s) → u', equation 1 of the paper."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.first = SplitLinear(4, width, hidden)
+        self.rest = Dense(hidden, hidden, width)
+
+    def forward(self, x: Tensor, u: Tensor, s: Tensor, batch: GraphBatch) -> Tensor:
+        """(N, W), (E, W), (G, W) → (E, W)."""
+        receiving, sending, edge, state = self.first(x, x, u, s)
+        # The state of a graph is added to its atoms first: one gather fewer over the edges.
+        receiving = receiving + state.index_select(0, batch.graph_of_atom)
+        h = edge.add_(receiving.index_select(0, batch.receiver)).add_(sending.index_select(0, batch.sender))
+        return self.rest(shifted_softplus(h))
+
+
+class Block(nn.Module):
+    """One MEGNet block: dense layers on each input, edge, node and state update, and skip connections.
+
+    Args:
+        width: of node, edge and state vectors.
+        hidden: of the layers inside.
+        dense: whether dense layers come before the updates; the first block stands behind the input layers instead.
+    """
+
+    def __init__(self, width: int, hidden: int, dense: bool) -> None:
+        super().__init__()
+        before: Callable[[], nn.Module] = lambda: Dense(width, hidden, width) if dense else nn.Identity()  # noqa: E731
+        self.dense_x, self.dense_u, self.dense_s = before(), before(), before()
+        self.edge = EdgeUpdate(width, hidden)
+        self.node = Dense(3 * width, hidden, hidden, width)
+        self.state = Dense(3 * width, hidden, hidden, width)
+
+    def forward(self, x: Tensor, u: Tensor, s: Tensor, batch: GraphBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, W), (E, W), (G, W) → the same shapes."""
+        x1, u1, s1 = self.dense_x(x), self.dense_u(u), self.dense_s(s)
+        u2 = self.edge(x1, u1, s1, batch)
+
+        edge_sum = segment_sum(u2, batch.receiver, batch.n_atoms)
+        degree = batch.row_ptr.diff().clamp(min=1)[:, None]
+        edge_mean = (edge_sum / degree).to(x.dtype)
+        x2 = self.node(torch.cat([edge_mean, x1, s1.index_select(0, batch.graph_of_atom)], dim=1))
+
+        edge_mean = segment_sum(edge_sum, batch.graph_of_atom, batch.n_graphs)
+        edge_mean = (edge_mean / batch.edges_of_graph.clamp(min=1)[:, None]).to(x.dtype)
+        node_mean = segment_sum(x2, batch.graph_of_atom, batch.n_graphs)
+        node_mean = (node_mean / batch.atoms_of_graph.clamp(min=1)[:, None]).to(x.dtype)
+        s2 = self.state(torch.cat([edge_mean, node_mean, s1], dim=1))
+        return x + x2, u + u2, s + s2
+
+
+class MEGNet(nn.Module):
+    """The encoder.
+
+    Args:
+        edge_features: number of Gaussians M.
+        width, hidden, blocks: sizes; the paper's are 32, 64 and 3.
+        recompute: recompute the inside of each block in the backward pass instead of keeping it.
+    """
+
+    def __init__(
+        self, *, edge_features: int, width: int = 32, hidden: int = 64, blocks: int = 3, recompute: bool = False
+    ) -> None:
+        super().__init__()
+        self.width, self.recompute = width, recompute
+        self.element = nn.Embedding(N_ELEMENTS, ELEMENT_WIDTH)
+        self.initial_state = nn.Parameter(torch.randn(1, ELEMENT_WIDTH))  # not 0: what it is multiplied with must learn
+        self.input_x = Dense(ELEMENT_WIDTH, hidden, width)
+        self.input_u = Dense(edge_features, hidden, width)
+        self.input_s = Dense(ELEMENT_WIDTH, hidden, width)
+        self.blocks = nn.ModuleList(Block(width, hidden, dense=i > 0) for i in range(blocks))
+
+    def forward(self, edge_features: Tensor, batch: GraphBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode.
+
+        Args:
+            edge_features: (H, M) f32, the Gaussian expansion of the distances of half edges. What is made of them alone
+                is the same in both directions of an edge.
+            batch: the graphs.
+
+        Returns:
+            x̂ (N, W), û (E, W) and ŝ (G, W), after the last block.
+        """
+        dtype = self.element.weight.dtype
+        x = self.input_x(self.element(batch.atomic_numbers))
+        u = self.input_u(edge_features.to(dtype)).index_select(0, batch.half)
+        s = self.input_s(self.initial_state.expand(batch.n_graphs, -1))
+        for block in self.blocks:
+            if self.recompute and torch.is_grad_enabled():
+                x, u, s = checkpoint(block, x, u, s, batch, use_reentrant=False)
+            else:
+                x, u, s = block(x, u, s, batch)
+        return x, u, s
+
+
+class PretextModel(nn.Module):
+    """Encoder and head: recovers the embedding of the clean distance of every edge from a displaced crystal.
+
+    The head is one more edge update, on nodes, edges and state, so that every parameter of every block is trained.
+    """
+
+    def __init__(self, *, edge_features: int, width: int = 32, hidden: int = 64, **encoder: Any) -> None:
+        super().__init__()
+        self.encoder = MEGNet(edge_features=edge_features, width=width, hidden=hidden, **encoder)
+        self.head = EdgeUpdate(width, hidden)
+        self.out = nn.Linear(width, edge_features)
+
+    def forward(self, edge_features: Tensor, batch: GraphBatch) -> Tensor:
+        """(H, M) of the displaced crystal → ê, (E, M) f32, of the true one."""
+        x, u, s = self.encoder(edge_features, batch)
+        return self.out(self.head(x, u, s, batch)).to(torch.float32)
+
+
+def pooled(x: Tensor, u: Tensor, s: Tensor, batch: GraphBatch) -> Tensor:
+    """The representation of a crystal for probes and maps: mean x̂, mean û and ŝ, (G, 3W) f32."""
+    nodes = segment_sum(x, batch.graph_of_atom, batch.n_graphs) / batch.atoms_of_graph.clamp(min=1)[:, None]
+    edges = segment_sum(u, batch.graph_of_edge, batch.n_graphs) / batch.edges_of_graph.clamp(min=1)[:, None]
+    return torch.cat([nodes, edges, s.float()], dim=1)

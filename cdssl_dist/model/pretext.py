@@ -1,0 +1,63 @@
+"""The pretext task on one pack: displace, expand, predict, compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from cdssl_dist.data.batch import GraphBatch
+from cdssl_dist.model.edges import GaussianExpansion, distances
+from cdssl_dist.model.loss import Baseline, SquaredError, baseline_sums, figures
+from cdssl_dist.model.noise import gaussian, sigma_of
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """How crystals are displaced and what is recovered; plain numbers, no state."""
+
+    expansion: GaussianExpansion
+    sigma: tuple[float, float]  # Å; log-uniform per graph between the two
+    seed: int
+
+    def displaced(self, batch: GraphBatch) -> Tensor:
+        """x̃ = x + σε: (N, 3), Å."""
+        sigma = sigma_of(batch.graph_counter, *self.sigma, self.seed).index_select(0, batch.graph_of_atom)
+        return batch.positions + sigma[:, None] * gaussian(batch.noise_counter, self.seed)
+
+    def lengths(self, batch: GraphBatch) -> tuple[Tensor, Tensor]:
+        """Of half edges, Å: d̃, (H,), whose embedding is the input, and d, (H,), which the model never sees."""
+        return distances(batch, self.displaced(batch)), distances(batch, batch.positions)
+
+    def loss(
+        self, model: nn.Module, batch: GraphBatch, baseline: Baseline | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sum of squared errors of a pack, and with a baseline the sums behind all metrics."""
+        displaced, clean = self.lengths(batch)
+        noisy = self.embed(displaced)
+        predicted = model(noisy, batch)
+        squared = self.squared_error(predicted, clean, batch)
+        if baseline is None:
+            return squared, None
+        target = self.embed(clean).index_select(0, batch.half)
+        noisy, displaced = noisy.index_select(0, batch.half), displaced.index_select(0, batch.half)
+        return squared, figures(predicted.detach(), target, noisy, displaced, batch.scored, baseline)
+
+    def embed(self, distance: Tensor) -> Tensor:
+        """e(d): (n,) Å → (n, M)."""
+        return self.expansion(distance)
+
+    def squared_error(self, predicted: Tensor, clean: Tensor, batch: GraphBatch) -> Tensor:
+        """Σ over scored edges and features of (ê − e(d))², of (E, M) and d of half edges, (H,) Å."""
+        target = self.embed(clean).index_select(0, batch.half)
+        return SquaredError.apply(predicted, target, batch.scored)  # type: ignore[no-untyped-call]
+
+    def fused_loss(self, model: nn.Module, batch: GraphBatch) -> Tensor:
+        """``loss`` of a ``kernels.model.FusedPretextModel``, which makes both embeddings of the distances itself."""
+        displaced, clean = self.lengths(batch)
+        return model(displaced, batch, clean)
+
+    def baseline_sums(self, batch: GraphBatch, end: float) -> Tensor:
+        """See ``loss.baseline_sums``."""
+        displaced, clean = (d.index_select(0, batch.half) for d in self.lengths(batch))
+        return baseline_sums(self.embed(clean), displaced, batch.scored, end)

@@ -1,0 +1,1 @@
+"""Does pretraining pay? Cells, samples, statistics and tables of a study."""

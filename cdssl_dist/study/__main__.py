@@ -1,0 +1,253 @@
+"""Does pretraining pay? Data sets × train sizes × seeds × {pretrained, from scratch, controls}, as Ray tasks.
+
+    cdssl study --config configs/study/paper.yaml --data jarvis=FILE [section.key=value ...]
+
+Every training is a cell that leaves one file; the same command again does what is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import yaml
+
+from cdssl_dist import __version__
+from cdssl_dist.commands import DONE, FAILED, RUNS, Parser, command
+from cdssl_dist.config import ConfigError, packaged, read
+from cdssl_dist.mlops import registry
+from cdssl_dist.mlops.mlflow_server import say, tracking_uri
+from cdssl_dist.mlops.tracking import followed
+from cdssl_dist.model.export import read_card
+from cdssl_dist.study.cells import Cell, Job, Plan, Pulled, StudyError, choose_rates
+from cdssl_dist.study.config import StudyConfig
+from cdssl_dist.study.data import open_crystals, prepare, pretraining_formulas
+from cdssl_dist.study.run import Result, read_results, run
+from cdssl_dist.study.tables import Findings, write_all
+from cdssl_dist.train.runlog import append_metrics
+from sharding.executor import Executor, Failed
+from sharding.manifest import write_atomically
+from sharding.progress import Progress
+
+ARTIFACTS: Final = ("study.yaml", "table.md", "changes.png", "results.parquet", "metrics.jsonl")
+EDGES_PER_SECOND: Final = 60_000.0  # directed, of one core in training: what an estimate begins with
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what is missing, then write the tables."""
+    p = Parser("cdssl study", "Data sets × train sizes × seeds × arms: what an encoder is worth.")
+    p.add_argument("--config", help="YAML file; the packaged study/paper.yaml where left out")
+    p.add_argument(
+        "--data", action="append", default=[], metavar="NAME=PATH", help="where a data set of the config lies"
+    )
+    p.add_argument("--encoder", metavar="REF", help="models:/NAME@ALIAS or a folder, in place of the config's")
+    p.add_argument("--out", help="folder of the study, in place of the config's; to be shared by all workers")
+    p.add_argument("--pretraining-shards", metavar="DIR", help="tell formulas seen in pretraining from others")
+    p.add_argument("--registry", help="MLflow URI; MLFLOW_TRACKING_URI, else runs/mlflow.db, where left out")
+    p.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="cells at a time; 0: in this process, no Ray"
+    )
+    p.add_argument("--address", help="of a Ray cluster; one of this machine's where left out")
+    p.add_argument("--dry-run", action="store_true", help="tell how many cells there are, and what they cost")
+    p.add_argument("--sweeps-only", action="store_true", help="to choose a budget by, on crystals of no report")
+    p.add_argument("override", nargs="*", metavar="section.key=value", help="changes to the config")
+    args = p.parse_args(argv)
+
+    overrides = list(args.override)
+    overrides += [f"{key}={value}" for key, value in (("encoder", args.encoder), ("out", args.out)) if value]
+    config = read(StudyConfig, Path(args.config) if args.config else packaged("study/paper.yaml"), overrides)
+    seen = pretraining_formulas(args.pretraining_shards) if args.pretraining_shards else None
+    if config.unseen_only and seen is None:
+        raise ConfigError("unseen_only wants --pretraining-shards DIR, the data set that the encoder was trained on")
+    left_out = seen if seen and config.unseen_only else ()
+    plan = plan_of(config, args.data, tracking_uri(args.registry, RUNS), left_out)
+    if args.dry_run:
+        print(estimate(plan, max(args.workers, 1)))
+        return DONE
+
+    folder, about, failures = plan.folder, about_of(plan), dict[str, str]()
+    write_atomically(folder / "study.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+    uri, params = tracking_uri(config.tracking.uri, folder.parent), config.model_dump(mode="json")
+    with followed(folder, uri, config.tracking.experiment, params, about, ARTIFACTS):
+        try:
+            with Executor(max(args.workers, 1), None if args.workers == 0 else args.address or "local") as executor:
+                work(plan, executor, failures, args.sweeps_only)
+        finally:  # of a study that was interrupted, too
+            findings = gather(plan, about, failures, seen)
+            written = write_all(folder, findings)
+            append_metrics(folder, len(findings.results), summary(findings))
+    print(said(findings, written))
+    return FAILED if failures else DONE
+
+
+def plan_of(config: StudyConfig, named: Sequence[str], registry_uri: str, seen: Collection[str]) -> Plan:
+    """Pull the encoders, turn the data into graphs where that is not done, and lay out the cells.
+
+    Raises:
+        StudyError: where a data set is not named, or encoders do not go together.
+    """
+    folder = Path(config.out).absolute()  # workers may stand elsewhere
+    encoders = {name: _pulled(arm.encoder or config.encoder, registry_uri, folder) for name, arm in config.arms.items()}
+    cutoffs = {pulled.card.cutoff for pulled in encoders.values()}
+    if len(cutoffs) > 1:
+        raise StudyError(
+            f"encoders with cutoffs of {sorted(cutoffs)} Å: what they learn from differs; study them apart"
+        )
+    paths = _paths(named, config)
+    cutoff = cutoffs.pop()
+    crystals = {name: prepare(config, name, paths[name], cutoff, folder / "graphs") for name in config.data}
+    return Plan(config, encoders, crystals, folder, seen)
+
+
+def work(plan: Plan, executor: Executor, failures: dict[str, str], sweeps_only: bool = False) -> None:
+    """Compute the cells that are missing: the sweeps, then with the rates that they chose what is reported."""
+    _finish(plan, "sweep", [plan.job(cell) for cell in plan.sweeps()], executor, failures)
+    if sweeps_only:
+        return
+    jobs = [plan.job(cell) for cell in plan.with_rates(_rates(_swept(plan)))]
+    for cell in {c.name(): c for c in plan.cells()}.keys() - {job.cell.name() for job in jobs}:
+        failures[cell] = "no learning rate: no training of its sweep came to an end"
+    _finish(plan, "study", jobs, executor, failures)
+
+
+def gather(plan: Plan, about: dict[str, str], failures: dict[str, str], seen: Collection[str] | None) -> Findings:
+    """What there is on disk."""
+    sweeps = _swept(plan)
+    rates = _rates(sweeps)
+    results = read_results(plan.job(cell) for cell in plan.with_rates(rates))
+    keys = None
+    if seen is not None:
+        keys = {
+            target: frozenset(
+                key for key, formula in zip(s.crystals.graphs.keys, s.crystals.formulas, strict=True) if formula in seen
+            )
+            for target, s in plan.samples.items()
+        }
+    planned = len(plan.cells())
+    return Findings(plan.config, about, list(sweeps.values()), list(results.values()), planned, failures, rates, keys)
+
+
+def summary(findings: Findings) -> dict[str, float]:
+    """The figures of all cases, for MLflow."""
+    found: dict[str, float] = {"cells/done": len(findings.results), "cells/failed": len(findings.failures)}
+    for part, cases in findings.comparisons.items():
+        for case in cases:
+            name = f"{case.target}/{case.size}/{case.arm}"
+            found |= {f"{name}/change_{part}": case.change, f"{name}/p_crystals_{part}": case.p_crystals}
+    for arm in findings.arms():
+        wins = findings.wins(arm)
+        found |= {f"{arm}/won": wins.won, f"{arm}/lost": wins.lost, f"{arm}/median_change": wins.median_change}
+    return found
+
+
+def estimate(plan: Plan, workers: int) -> str:
+    """How many cells there are, how many are missing, and what these cost; by the finished ones where there are any."""
+    sweeps = [plan.job(cell) for cell in plan.sweeps()]
+    done = _swept(plan)
+    rates = _rates(done)
+    first = {name: arm.rates[0] for name, arm in plan.config.arms.items()}
+    known = {cell.name(): cell for cell in plan.with_rates(rates)}
+    jobs = [plan.job(known.get(c.name()) or replace(c, lr=first.get(c.arm, 0.0))) for c in plan.cells()]
+    done |= read_results(jobs)
+    cost = {job.cell: _work(job) for job in sweeps + jobs}
+    seconds = sum(result.about["seconds"] for cell, result in done.items() if cost[cell])
+    speed = sum(cost[cell] for cell in done) / seconds if seconds else EDGES_PER_SECOND
+    left = sum(cost[job.cell] for job in sweeps + jobs if job.cell not in done) / speed
+    how = f"{len(done)} finished ones" if seconds else f"a guess of {EDGES_PER_SECOND:,.0f} edges/s"
+    count = f"{len(sweeps)} cells of sweeps and {len(jobs)} that are reported"
+    return (
+        f"{count}; {len(sweeps) + len(jobs) - len(done)} are missing\nat most {left / 3600:.2f} h of CPU, by {how}; "
+        f"{left / 3600 / workers:.2f} h with {workers} workers. Early stopping makes it less"
+    )
+
+
+def about_of(plan: Plan) -> dict[str, str]:
+    """Where the results come from."""
+    config = plan.config
+    found = {"seeds": f"{list(config.seeds)}; of the sweeps {list(config.sweep.seeds)}", "code": __version__}
+    for name, arm in config.arms.items():
+        ref = "" if arm.start == "random" else f" {arm.encoder or config.encoder}, weights"
+        digest = "" if arm.start == "random" else f" {plan.encoders[name].card.weights_sha256[:16]}"
+        found[f"arm {name}"] = f"{arm.start}{ref}{digest}{', frozen' if arm.frozen else ''}"
+    for name, place in plan.crystals.items():
+        found[f"data {name}"] = f"digest {open_crystals(place).source[:16]}"
+    return found
+
+
+def said(findings: Findings, written: Sequence[Path]) -> str:
+    """What came out, in a few lines."""
+    lines = [f"{len(findings.results)} of {findings.planned} cells"]
+    for arm in findings.arms():
+        wins = findings.wins(arm)
+        if wins.won + wins.lost:
+            text = f"{arm}: better than {findings.config.reference} in {wins.won} of {wins.won + wins.lost} cases"
+            lines.append(f"{text} (p = {wins.p:.2g}), median change {wins.median_change:+.1%}")
+    lines += [f"failed: {name}: {why}" for name, why in findings.failures.items()]
+    return "\n".join([*lines, *map(str, written)])
+
+
+def _swept(plan: Plan) -> dict[Cell, Result]:
+    return read_results(plan.job(cell) for cell in plan.sweeps())
+
+
+def _rates(sweeps: dict[Cell, Result]) -> dict[tuple[str, int, str], float]:
+    return choose_rates({cell: result.mae for cell, result in sweeps.items()})
+
+
+def _finish(plan: Plan, what: str, jobs: Sequence[Job], executor: Executor, failures: dict[str, str]) -> None:
+    """Compute those that are not there."""
+    there = read_results(jobs)
+    missing = [job for job in jobs if job.cell not in there]
+    if not missing:
+        return
+    with Progress(what, "thousand edges", round(sum(map(_work, missing)) / 1000)) as progress:
+        for number, (job, end) in enumerate(zip(missing, executor.attempt(run, missing), strict=True)):
+            progress.what = f"{what} ({len(there) + number + 1} of {len(jobs)} cells)"
+            progress.add(round(_work(job) / 1000))
+            if isinstance(end, Failed):
+                failures[job.cell.name()] = end.why
+                say(f"{job.cell.name()} failed: {end.why}")
+            elif job.cell.kind != "sweep":
+                cell = job.cell
+                append_metrics(plan.folder, cell.seed, {f"{cell.target}/{cell.size}/{cell.arm}/mae": end})
+
+
+def _work(job: Job) -> float:
+    return job.work(open_crystals(job.crystals).graphs.n_edges)
+
+
+def _pulled(ref: str, registry_uri: str, folder: Path) -> Pulled:
+    """An encoder, copied into the study, where every worker finds it."""
+    found = registry.pull(ref, registry_uri)
+    card = read_card(found)
+    place = folder / "encoders" / card.weights_sha256[:16]
+    if not (place / "encoder.json").exists():
+        place.mkdir(parents=True, exist_ok=True)
+        for name in ("encoder.safetensors", "encoder.json"):
+            write_atomically(place / name, (found / name).read_bytes())
+    return Pulled(place, card)
+
+
+def _paths(named: Sequence[str], config: StudyConfig) -> dict[str, str]:
+    """Where the data sets lie."""
+    found = {
+        name: os.environ[variable] for name in config.data if (variable := f"CDSSL_DATA_{name.upper()}") in os.environ
+    }
+    for text in named:
+        name, equals, path = text.partition("=")
+        if not equals or name not in config.data:
+            raise StudyError(f"--data {text}: must be NAME=PATH with NAME of {', '.join(config.data)}")
+        found[name] = path
+    if missing := config.data.keys() - found.keys():
+        name = min(missing)
+        raise StudyError(f"where does data set {name!r} lie? say --data {name}=PATH, or CDSSL_DATA_{name.upper()}=PATH")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""The data of a study: read and turned into graphs once, then mapped into memory by every process that needs them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from sklearn.model_selection import KFold
+
+from cdssl_dist.data import subset
+from cdssl_dist.data.dataset import DataSet, is_data_set
+from cdssl_dist.data.labeled import formulas_of, load_labeled
+from cdssl_dist.finetune.targets import Array
+from cdssl_dist.study.config import Folds, SplitColumn, StudyConfig
+from sharding.graph import ARRAYS, Multigraphs
+from sharding.manifest import DataSetError, write_atomically
+
+VERSION: Final = 1  # of the cached form
+
+
+@dataclass(frozen=True)
+class StudyCrystals:
+    """The crystals of one data set, with all that a study reads of it; (n,) each."""
+
+    graphs: Multigraphs  # arrays mapped into memory
+    groups: list[str]
+    formulas: list[str]  # reduced
+    labels: dict[str, Array]  # target → NaN where missing; per atom where the target is extensive
+    parts: dict[str, NDArray[np.int64]]  # target → TRAIN, EVALUATE, PREDICT or NONE; of folds, the number of the fold
+    source: str  # digest of what was read
+
+
+TRAIN, EVALUATE, PREDICT, NONE = 0, 1, 2, -1
+
+
+def prepare(config: StudyConfig, name: str, path: str, cutoff: float, folder: Path) -> Path:
+    """Read a data set and leave its graphs below ``folder``; what is there already is kept.
+
+    Args:
+        config: the study; of it, what it says of this data set.
+        name: of the data set.
+        path: anything that ``cdssl finetune --data`` takes.
+        cutoff: of the encoder, Å.
+        folder: of all graphs.
+
+    Returns:
+        The folder of this one, for ``open_crystals``.
+
+    Raises:
+        DataSetError: where a column is missing, or nothing can be read.
+    """
+    data = config.data[name]
+    targets = {t: about for t, about in config.targets.items() if about.data == name}
+    columns = {t: about.column or data.column.format(target=t) for t, about in targets.items()}
+    split = data.split
+    texts = {t: split.column.format(target=t) for t in targets} if isinstance(split, SplitColumn) else {}
+    source = _digest_of(path)
+    extensive = sorted(t for t, about in targets.items() if about.extensive)
+    about = {"version": VERSION, "source": source, "cutoff": cutoff, "columns": columns, "extensive": extensive}
+    about["split"] = split.model_dump(mode="json")
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    place = folder / f"{name}-{key[:16]}"
+    if (place / "about.json").exists():
+        return place
+
+    found = load_labeled(
+        path, list(columns.values()), cutoff, columns=list(dict.fromkeys(texts.values())), unlabeled=True
+    )
+    per_atom = found.graphs.n_atoms.astype(np.float64)
+    table: dict[str, Any] = {
+        "key": found.graphs.keys,
+        "group": found.groups,
+        "formula": formulas_of(found.graphs),
+    }
+    for t, column in columns.items():
+        values = found.targets[:, found.names.index(column)]
+        if isinstance(split, Folds):
+            table[f"part.{t}"] = _folds(path, found.graphs.keys, split)
+        else:
+            names = {split.train: TRAIN, split.evaluate: EVALUATE, split.predict: PREDICT}
+            table[f"part.{t}"] = [names.get(str(v).strip(), NONE) for v in found.columns[texts[t]]]
+            if not {TRAIN, EVALUATE} <= set(table[f"part.{t}"]):
+                raise DataSetError(
+                    f"{path}: of {split.train!r} and {split.evaluate!r} one is never in column {texts[t]!r}"
+                )
+            values = np.where(np.isin(table[f"part.{t}"], (TRAIN, EVALUATE)), values, np.nan)  # others stay secret
+        table[f"y.{t}"] = values / per_atom if t in extensive else values
+    temporary = folder / f".{place.name}.{os.getpid()}.tmp"
+    temporary.mkdir(parents=True)
+    for array, content in found.graphs.arrays().items():
+        np.save(temporary / f"{array}.npy", content)
+    pq.write_table(pa.table(table), temporary / "crystals.parquet")
+    write_atomically(temporary / "about.json", json.dumps(about | {"sources": found.sources}, indent=1).encode())
+    shutil.rmtree(place, ignore_errors=True)  # what a kill left
+    temporary.rename(place)
+    return place
+
+
+@functools.lru_cache(maxsize=4)
+def open_crystals(place: Path) -> StudyCrystals:
+    """What ``prepare`` left; arrays are mapped, so that processes of one machine share them."""
+    arrays = {name: np.asarray(np.load(place / f"{name}.npy", mmap_mode="r")) for name in ARRAYS}
+    table = pq.read_table(place / "crystals.parquet")
+    targets = [name[2:] for name in table.column_names if name.startswith("y.")]
+    return StudyCrystals(
+        graphs=Multigraphs(keys=table["key"].to_pylist(), labels={}, **arrays),
+        groups=table["group"].to_pylist(),
+        formulas=table["formula"].to_pylist(),
+        labels={t: np.array(table[f"y.{t}"], np.float64) for t in targets},
+        parts={t: np.array(table[f"part.{t}"], np.int64) for t in targets},
+        source=json.loads((place / "about.json").read_text())["source"],
+    )
+
+
+def pretraining_formulas(path: str) -> set[str]:
+    """Reduced formulas of the crystals that a data set of shards trains with."""
+    with DataSet(path) as data:
+        return subset.formulas(data, "train")
+
+
+def _folds(path: str, keys: list[str], folds: Folds) -> NDArray[np.int64]:
+    """The fold that each crystal is evaluated in, by the number of its row, with which its key ends."""
+    of_row = np.empty(folds.rows, np.int64)
+    for number, (_, rows) in enumerate(KFold(folds.k, shuffle=True, random_state=folds.seed).split(of_row)):
+        of_row[rows] = number
+    try:
+        rows_of = [int(key.rpartition("#")[2]) for key in keys]
+        return of_row[rows_of]
+    except (ValueError, IndexError):
+        raise DataSetError(
+            f"{path}: folds are told by the numbers of rows, and ids are as {keys[-1]!r} where {folds.rows} rows are "
+            "announced; give the file in its official order, with its number of rows"
+        ) from None
+
+
+def _digest_of(path: str) -> str:
+    """SHA-256 of a file, or the digest of a data set of shards; of other sources, their name is all that is known."""
+    if Path(path).is_dir() or is_data_set(path):
+        with DataSet(path) as data:
+            return data.manifest.digest
+    if not Path(path).is_file():
+        return hashlib.sha256(path.encode()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,144 @@
+"""Computing one cell of a study, in whatever process, and the file that it leaves."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from cdssl_dist.finetune.baselines import baselines
+from cdssl_dist.finetune.experiment import new_encoder, permuted, predict
+from cdssl_dist.finetune.splits import Split
+from cdssl_dist.finetune.targets import Array, Target, Task
+from cdssl_dist.finetune.tuning import TuningError, fit
+from cdssl_dist.model.export import EncoderCard, read_encoder
+from cdssl_dist.model.megnet import MEGNet
+from cdssl_dist.study.cells import Cell, Job
+from cdssl_dist.study.config import BASELINES
+from cdssl_dist.study.data import open_crystals
+
+ABOUT: Final = b"cell"  # in the metadata of a cell's file
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished cell."""
+
+    cell: Cell
+    keys: list[str]  # of the crystals that were evaluated
+    true: Array  # in the target's unit, per atom where it is extensive; NaN where it is not known
+    predicted: Array
+    atoms: NDArray[np.int64]  # of each crystal
+    about: dict[str, Any]  # mae, rmse, n, train, val, epochs, best, seconds
+
+    @property
+    def mae(self) -> float:
+        """In the target's unit; infinite where the training diverged."""
+        return float(self.about["mae"])
+
+
+def run(job: Job) -> float:
+    """Compute a cell and leave its file; a seed gives one result.
+
+    Returns:
+        The mean absolute error.
+
+    Raises:
+        TuningError: where the training failed. In a sweep, a rate that is too high is a result: an infinite error.
+    """
+    torch.set_num_threads(job.how.threads)
+    began = time.process_time()
+    crystals = open_crystals(job.crystals)
+    part = np.concatenate([job.split.train, job.split.val, job.split.test])  # their graphs alone are copied
+    graphs = crystals.graphs.take(part)
+    ends = np.cumsum([len(job.split.train), len(job.split.val)])
+    split = Split(*np.split(np.arange(len(part)), ends))
+    true = crystals.labels[job.cell.target][part][:, None]
+    task = Task((Target(job.cell.target, job.unit),))
+    about: dict[str, Any] = {"epochs": 0, "best": 0}
+    if not job.start:
+        predicted = baselines(task, graphs, true, split_of_all(split))[BASELINES[job.cell.arm]][split.test]
+    else:
+        encoder, card = _encoder(job.encoder.folder)
+        network = _start(job, encoder, card)
+        try:
+            member = fit(network, card.expansion, graphs, true, split, task, job.how)
+        except TuningError:
+            if job.cell.kind != "sweep":
+                raise
+            predicted = np.full((len(split.test), 1), np.nan)
+        else:
+            predicted = predict(member, card, graphs.take(split.test), task)
+            about = {"epochs": len(member.history), "best": member.best}
+    keys = [crystals.graphs.keys[i] for i in job.split.test]
+    seconds = time.process_time() - began
+    about |= errors(true[split.test, 0], predicted[:, 0])
+    about |= {"train": len(split.train), "val": len(split.val), "seconds": seconds, "digest": job.digest}
+    atoms = graphs.n_atoms[split.test].astype(np.int64)
+    write_result(job.out, Result(job.cell, keys, true[split.test, 0], predicted[:, 0], atoms, about))
+    return float(about["mae"])
+
+
+def split_of_all(split: Split) -> Split:
+    """A baseline stops nothing early: it learns from the crystals held out for that, too."""
+    return Split(np.concatenate([split.train, split.val]), split.val[:0], split.test)
+
+
+def errors(true: Array, predicted: Array) -> dict[str, float]:
+    """``mae``, ``rmse`` and ``n``, over the crystals with a label; infinite where a prediction is not finite."""
+    off = (predicted - true)[np.isfinite(true)]
+    if not np.isfinite(off).all():
+        return {"mae": math.inf, "rmse": math.inf, "n": len(off)}
+    return {"mae": float(np.abs(off).mean()), "rmse": float(np.sqrt((off**2).mean())), "n": len(off)}
+
+
+def write_result(path: Path, result: Result) -> None:
+    """Leave a cell's file: whole, or not at all."""
+    about = {"cell": asdict(result.cell), **result.about}
+    columns = {"key": result.keys, "true": result.true, "predicted": result.predicted, "atoms": result.atoms}
+    table = pa.table(columns).replace_schema_metadata({ABOUT: json.dumps(about).encode()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    pq.write_table(table, temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_results(jobs: Iterable[Job]) -> dict[Cell, Result]:
+    """The results that are there already; a file that is damaged or of another digest is as if it were not."""
+    found = {}
+    for job in jobs:
+        try:
+            table = pq.read_table(job.out)
+            about = json.loads(table.schema.metadata[ABOUT])
+            if about.pop("digest") == job.digest:
+                about.pop("cell")
+                columns = {name: table[name].to_numpy() for name in ("true", "predicted", "atoms")}
+                found[job.cell] = Result(job.cell, keys=table["key"].to_pylist(), **columns, about=about)
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+            continue
+    return found
+
+
+def _start(job: Job, encoder: MEGNet, card: EncoderCard) -> MEGNet:
+    if job.start == "random":
+        return new_encoder(card, job.cell.seed)
+    return permuted(encoder, job.cell.seed) if job.start == "permuted" else encoder
+
+
+@functools.lru_cache(maxsize=4)
+def _encoder(folder: Path) -> tuple[MEGNet, EncoderCard]:
+    return read_encoder(folder)

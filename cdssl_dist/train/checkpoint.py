@@ -1,0 +1,259 @@
+"""Checkpoints: a uniquely named folder, written by all ranks, and a marker with checksums last.
+
+The marker alone decides what is resumed. A folder without one is what a crash left, and is removed. What is saved are
+full tensors by name, in safetensors, each by one of the ranks: so a run goes on at any number of ranks and any ZeRO
+stage without a conversion, and nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import uuid
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch.distributed as dist
+import xxhash
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cdssl_dist.config import Config
+from cdssl_dist.train.engine import EMA, Engine
+from cdssl_dist.train.guard import GuardState
+from cdssl_dist.train.runlog import Ledger
+from sharding.manifest import write_atomically
+
+VERSION: Final = 2
+MARKER: Final = "COMMITTED"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not fit the run, or is damaged: said in one line."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """All of a run's state that is not weights: everything else follows from the config."""
+
+    cursor: int  # consumed steps: the next step to take
+    guard: GuardState
+    data_digest: str
+    config_digest: str
+    config: dict[str, Any]  # to print what differs
+    world_size: int
+    data: dict[str, Any]  # counts of the data set, to print what differs
+    loss: float | None = None  # val/loss of these weights, where they were validated
+    saved: float = 0.0  # seconds since the epoch
+    version: int = VERSION
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints are kept beside the newest that is known to be good, the one to roll back to."""
+
+    keep: int = 2  # the newest
+    quiet: int = 50  # steps after which a checkpoint is known to be good
+    best: bool = True  # the one with the lowest validation loss
+    hours: float | None = None  # one of each such span
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint."""
+
+    folder: Path
+    progress: Progress
+
+
+def save(root: Path, engine: Engine, progress: Progress, retention: Retention, ledger: Ledger) -> Path:
+    """Save, commit, and remove what is not kept; a collective. Returns the folder of the checkpoint."""
+    rank = dist.get_rank()
+    name = [f"step-{progress.cursor:09d}-w{progress.world_size}-{uuid.uuid4().hex[:8]}"]
+    dist.broadcast_object_list(name, src=0)
+    folder = root / name[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    mine = {}
+    for i, (tensor_name, tensor) in enumerate(engine.tensors()):
+        if i % progress.world_size == rank:
+            mine[tensor_name] = tensor.cpu().contiguous()
+    path = folder / f"state-{rank:05d}-of-{progress.world_size:05d}.safetensors"
+    save_file(mine, str(path))
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+    dist.barrier()
+    if rank == 0:
+        write_atomically(folder / "progress.json", json.dumps(asdict(progress), indent=1).encode())
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        sums = {str(p.relative_to(folder)): _checksum(p) for p in files}
+        write_atomically(folder / MARKER, json.dumps(sums, indent=1).encode())
+        _retain(root, retention, ledger, progress.cursor)
+    dist.barrier()
+    return folder
+
+
+def load(found: Checkpoint, engine: Engine) -> None:
+    """Read a checkpoint into an engine, whatever number of ranks wrote it; a collective."""
+    with ExitStack() as opened:
+        where: dict[str, Any] = {}
+        for path in sorted(found.folder.glob("state-*.safetensors")):
+            file = opened.enter_context(safe_open(str(path), framework="pt"))
+            where |= dict.fromkeys(file.keys(), file)
+
+        def read(name: str) -> Tensor:
+            if name not in where and name.startswith(f"{EMA}/"):  # saved without: the mean begins here
+                name = name.replace(f"{EMA}/", "weight/", 1)
+            return where[name].get_tensor(name)
+
+        engine.set_tensors(read, found.progress.guard.applied)
+
+
+def newest(root: Path, ledger: Ledger, before: int | None = None) -> Checkpoint | None:
+    """The committed checkpoint with the highest cursor, verified.
+
+    Args:
+        root: folder of the checkpoints.
+        ledger: checkpoints that a roll-back has passed over are left out.
+        before: the highest cursor allowed.
+
+    Raises:
+        CheckpointError: where a file of it is not what its marker says.
+    """
+    found = [
+        folder
+        for folder in _committed(root)
+        if ledger.resume_point(_cursor(folder)) is not None and (before is None or _cursor(folder) <= before)
+    ]
+    if not found:
+        return None
+    verified(found[-1])
+    return Checkpoint(found[-1], read_progress(found[-1]))
+
+
+def last(root: Path) -> Checkpoint | None:
+    """The committed checkpoint with the highest cursor, to see what its run began with: its weights are not read."""
+    found = _committed(root)
+    return Checkpoint(found[-1], read_progress(found[-1])) if found else None
+
+
+def verified(folder: Path) -> None:
+    """Check every file of a committed checkpoint.
+
+    Raises:
+        CheckpointError: where a file is not what the marker says.
+    """
+    for name, expected in json.loads((folder / MARKER).read_text()).items():
+        if not (folder / name).exists() or _checksum(folder / name) != expected:
+            raise CheckpointError(
+                f"{folder / name}: missing, or not what {MARKER} says; remove {folder} to resume from the one before it"
+            )
+
+
+def read_progress(folder: Path) -> Progress:
+    """What a checkpoint says of its run, upgraded to this version.
+
+    Raises:
+        CheckpointError: where a newer version wrote it.
+    """
+    content = json.loads((folder / "progress.json").read_text())
+    if content["version"] > VERSION:
+        raise CheckpointError(f"{folder}: written by a newer version of this program; update it")
+    for version in range(content["version"], VERSION):
+        content = UPGRADES[version](content)
+    content["guard"] = GuardState(**content["guard"])
+    return Progress(**content)
+
+
+def _upgrade_1(content: dict[str, Any]) -> dict[str, Any]:
+    """Version 2 knows the loss, counts of the data set, when it was saved, and a guard that looks for new levels."""
+    level = {"loss": 0.0, "level_steps": 0, "level_low": 0.0, "level_high": 0.0, "level_sum": 0.0}
+    new: dict[str, Any] = {"data": {}, "loss": None, "saved": 0.0, "version": 2}
+    return content | new | {"guard": content["guard"] | level}
+
+
+UPGRADES: Final = {1: _upgrade_1}  # version → to the next
+
+
+def check_fits(checkpoint: Checkpoint, config: Config, progress: Progress) -> list[str]:
+    """Refuse to continue another run.
+
+    Args:
+        checkpoint: to go on from.
+        config: of now; ``checkpoint.allow_changed`` names what may differ.
+        progress: of now.
+
+    Returns:
+        What differs and is allowed to: ``section.key: old → new``.
+
+    Raises:
+        CheckpointError: where anything else differs; says what.
+    """
+    old = checkpoint.progress
+    # Through the typed config, so that what an older version did not know has its default.
+    before = Config.model_validate(old.config).decisive()
+    changes = dict(_differences(before, config.decisive()))
+    if old.data_digest != progress.data_digest:
+        counts = "".join(f", {key}: {change}" for key, change in _differences(old.data, progress.data))
+        changes["data"] = f"digest {old.data_digest[:12]} → {progress.data_digest[:12]}{counts}"
+    refused = {key: change for key, change in changes.items() if key not in config.checkpoint.allow_changed}
+    if refused:
+        raise CheckpointError(
+            f"{checkpoint.folder}: this run began with something else: "
+            + "; ".join(f"{key}: {change}" for key, change in refused.items())
+            + f"; use another run folder, or go on nevertheless with --allow-changed {','.join(refused)}"
+        )
+    return [f"{key}: {change}" for key, change in changes.items()]
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """``section.key`` and ``old → new`` for each difference."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append((f"{prefix}{key}", f"{a} → {b}"))
+    return found
+
+
+def _cursor(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
+
+
+def _committed(root: Path) -> list[Path]:
+    """Committed checkpoints, oldest first."""
+    return sorted((p.parent for p in root.glob(f"*/{MARKER}")), key=lambda p: (_cursor(p), p.stat().st_mtime_ns))
+
+
+def _retain(root: Path, retention: Retention, ledger: Ledger, cursor: int) -> None:
+    """Remove what is not kept, markers first, and what crashes left."""
+    found = _committed(root)
+    good = [f for f in found if _cursor(f) <= cursor - retention.quiet]
+    kept = {*found[-retention.keep :], *good[-1:], *found[len(good) :]}  # the last have yet to become good
+    about = {f: read_progress(f) for f in found if ledger.resume_point(_cursor(f)) is not None}
+    validated = [(p.loss, f) for f, p in about.items() if p.loss is not None and math.isfinite(p.loss)]
+    if retention.best and validated:
+        kept.add(min(validated, key=lambda pair: pair[0])[1])
+    if retention.hours:
+        spans: dict[int, Path] = {}
+        for folder, progress in about.items():
+            spans.setdefault(int(progress.saved // (3600 * retention.hours)), folder)
+        kept |= set(spans.values())
+    for folder in root.iterdir():
+        if folder not in kept:
+            (folder / MARKER).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

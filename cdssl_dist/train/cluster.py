@@ -1,0 +1,222 @@
+"""Ray, as the driver sees it: a group of workers that run the training loop, restarted when one dies.
+
+Checkpoints are ours, in the run folder; Ray's book-keeping of them is not used, so that what is resumed is decided by
+one marker alone. The run folder must be visible to the driver and to every worker. What runs in a worker is ``rank``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from cdssl_dist.config import Config
+from cdssl_dist.train import rank
+from cdssl_dist.train.runlog import append_event, read_status, write_status
+from sharding.ray_start import LOCAL, start_ray
+
+POLL: Final = 0.5  # s
+PREEMPTED: Final = 75  # the exit code of a run that was stopped: run it again
+
+
+class ClusterError(RuntimeError):
+    """The cluster could not run the job, or the guard stopped it; said in a few lines."""
+
+
+class RunError(ValueError):
+    """A run folder that belongs to another run."""
+
+
+class _TooLateError(Exception):
+    """Workers did not save and stop in time."""
+
+
+def launch(config: Config) -> bool:
+    """Run ``train.loop.train`` on the workers of a Ray cluster.
+
+    Starts Ray in this process, with token authentication, or joins the cluster at ``cluster.address`` (inside a
+    submitted job, the cluster it was submitted to). When Ray says that a node will be taken away, the group saves its
+    state and starts again on the nodes that are left.
+
+    Returns:
+        True when the run is complete, False when it was stopped: its state is saved, or its last checkpoint stands.
+
+    Raises:
+        ClusterError: where workers failed more often than allowed, or the guard stopped the run.
+        RunError: where the run folder holds another run.
+    """
+    folder = Path(config.run)
+    (folder / rank.STOP_FILE).unlink(missing_ok=True)
+    rank.forget_empty_stacks(folder)
+    write_status(folder, **{**read_status(folder), "state": "starting", "reason": ""})
+    _start_ray(config)
+    state, reason = "moved", ""
+    try:
+        with _stop_on_signal(folder / rank.STOP_FILE) as asked:  # after Ray has started, which takes SIGTERM for itself
+            while state == "moved":
+                state, reason = _fit(config, asked)
+    except ClusterError as why:
+        state, reason = "failed", str(why)
+    except _TooLateError as why:
+        state, reason = "stopped", str(why)
+    finally:
+        import ray
+
+        if state == "stopped" and reason:
+            # A thread still waits inside Ray, which aborts the process where it is shut down under it, now or at exit.
+            atexit.register(_leave)
+        else:
+            ray.shutdown()
+    if reason:
+        write_status(folder, **{**read_status(folder), "state": state, "reason": reason})
+    if state in ("failed", "refused"):
+        raise (ClusterError if state == "failed" else RunError)(reason)
+    return state == "done"
+
+
+def _fit(config: Config, asked: Callable[[], float]) -> rank.Outcome:
+    """One life of a worker group with its restarts.
+
+    Args:
+        config: of the run.
+        asked: for how many seconds a stop has been asked for; 0 where it has not.
+
+    Raises:
+        ClusterError: where workers failed more often than allowed.
+        _TooLateError: where state is not saved ``cluster.stop_within`` seconds after a stop was asked for.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    cluster, folder = config.cluster, Path(config.run)
+    gpu = cluster.gpus_per_worker > 0
+    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if gpu else {})
+    trainer = TorchTrainer(
+        rank.run,
+        train_loop_config=config.model_dump(mode="json"),
+        # A collective must outlast the watchdog, which knows more about a hang.
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(2 * cluster.hang_after + 60)),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers,
+            elastic_resize_monitor_interval_s=cluster.resize_every,
+            use_gpu=gpu,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=str(folder),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            callbacks=[_failures_told(folder)],
+        ),
+    )
+    found: list[Any] = []
+
+    def fit() -> None:
+        try:
+            found.append(trainer.fit().return_value)
+        except Exception as why:  # Ray's errors of many kinds, and those of workers
+            found.append(why)
+
+    # In a thread, so that Ray leaves Ctrl-C to us; a daemon, so that it cannot keep us when we go.
+    thread = threading.Thread(target=fit, name="cdssl-fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL)
+        if asked() > cluster.stop_within:
+            raise _TooLateError(f"not saved within {cluster.stop_within:.0f} s: the checkpoint before it stands")
+    (answer,) = found
+    if isinstance(answer, Exception):
+        failures = getattr(answer, "worker_failures", None)
+        raise ClusterError(_told(failures, folder) if failures else _last_line(answer)) from None
+    return answer
+
+
+def _leave() -> None:
+    """End this process without a word to Ray; what belongs to it, workers too, ends with it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(PREEMPTED)
+
+
+def _failures_told(folder: Path) -> Any:
+    """A callback in Ray's controller that writes what befell workers, whether or not they are restarted."""
+    from ray.train import UserCallback
+
+    class Failures(UserCallback):  # type: ignore[misc]  # Ray ships no types that mypy follows
+        def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+            what = _told(worker_exceptions, folder)
+            append_event(folder, None, "workers failed", what=what)
+            with open(folder / "train.log", "a") as log:
+                log.write(f"{what}; unless that was once too often, the group starts again from its last checkpoint\n")
+
+    return Failures()
+
+
+def _told(failures: Mapping[int, Exception], folder: Path) -> str:
+    """One line on why workers failed: a hang where one was found, else the cause, not what it led to on other ranks."""
+    if hangs := rank.hung(folder, since=time.time() - 60.0):
+        return "; ".join(hangs)
+    lines = {number: _last_line(why) for number, why in failures.items()}
+    consequences = ("Connection closed by peer", "Connection reset", "DistBackendError", "NCCL")
+    causes = {n: line for n, line in lines.items() if not any(c in line for c in consequences)} or lines
+    return "; ".join(f"worker {number}: {line}" for number, line in causes.items())
+
+
+def _last_line(error: Exception) -> str:
+    """What is said at the end of a trace; of a worker that died, how."""
+    text = str(error).strip()
+    if "connection error code 2" in text:  # Ray's words for a process that ended without its own
+        return "was killed, by hand or because its machine ran out of memory"
+    if "exit detail:" in text:
+        text = text.partition("exit detail:")[2]
+        return "died: " + " ".join(text.split())[:200]
+    return text.splitlines()[-1] if text else type(error).__name__
+
+
+def _start_ray(config: Config) -> None:
+    """Connect, or start a cluster of this machine's that has room for the workers."""
+    needed = int(config.cluster.max_workers * config.cluster.cpus_per_worker) + 1
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS") or LOCAL
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    start_ray(address, num_cpus=max(os.cpu_count() or 1, needed))
+
+
+@contextlib.contextmanager
+def _stop_on_signal(stop: Path) -> Iterator[Callable[[], float]]:
+    """SIGTERM and Ctrl-C ask the workers to save and stop; a second one ends the driver at once.
+
+    Yields:
+        A function that tells for how many seconds they have been asked to, by a signal or by the file itself.
+    """
+    since: list[float] = []
+
+    def ask(number: int, _frame: Any) -> None:
+        print("asked to stop: saving a checkpoint first (once more to end at once)", file=sys.stderr, flush=True)
+        stop.touch()
+        since.append(time.monotonic())
+        signal.signal(number, before[number])
+
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGINT) if main else ()
+    before = {int(number): signal.getsignal(number) for number in numbers}
+    for number in before:
+        signal.signal(number, ask)
+
+    def asked() -> float:
+        if not since and stop.exists():  # made by somebody else
+            since.append(time.monotonic())
+        return time.monotonic() - since[0] if since else 0.0
+
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

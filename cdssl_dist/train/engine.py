@@ -1,0 +1,345 @@
+"""DeepSpeed, and the only file that knows it.
+
+DeepSpeed reduces the gradients, takes their global norm, clips, and then calls ``step`` of the optimizer that it was
+given, at every ZeRO stage and precision. That call is the gate: ours asks what to do with the norm, and leaves the
+weights and its own state untouched when told to skip. Where DeepSpeed finds a non-finite norm by itself, it does not
+call the optimizer at all; the question is then asked afterwards. Either way it is asked once a step, on all ranks.
+
+What the optimizer keeps for each weight, it keeps sharded as DeepSpeed shards the weights: Adam's moments, and the
+running mean of the weights, which is one more of them. So it needs no place of its own at any stage, a skipped step
+cannot move it, and it travels in checkpoints as the moments do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor, nn
+
+# What DeepSpeed is told that it would otherwise find out by compiling or guessing; before its import.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
+
+import deepspeed  # noqa: E402
+from deepspeed.ops import __compatible_ops__  # noqa: E402
+from deepspeed.utils import (  # noqa: E402
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+
+from cdssl_dist.model.precision import bf16_twin, round_into  # noqa: E402
+
+MOMENTS: Final = ("exp_avg", "exp_avg_sq")  # Adam's, for each parameter
+EMA: Final = "ema"  # the running mean of the weights, beside them
+
+# norm of the step → learning rate to apply it with, or None to skip it; a collective, called on all ranks
+Decide = Callable[[float], float | None]
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What decides how a step is computed."""
+
+    stage: Literal[0, 1, 2, 3]
+    precision: Literal["fp32", "bf16"]
+    micro_steps: int
+    clip: float  # largest norm, 0 for none
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    ema: float = 0.0  # decay of the running mean of the weights, 0 for none
+    extra: dict[str, Any] = field(default_factory=dict)  # the raw deepspeed section
+
+
+class GatedAdamW(torch.optim.AdamW):
+    """AdamW that asks before it updates."""
+
+    gate: Callable[[], float | None] | None = None
+    ema: float = 0.0
+    watched: Tensor | None = None  # while it is a vector: Σ Δw² and Σ w² of what this rank updates are added to it
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update, with the learning rate that the gate gives; nothing changes when it gives None."""
+        if self.gate is not None:
+            lr = self.gate()
+            if lr is None:
+                return None
+            for group in self.param_groups:
+                group["lr"] = lr
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        before = [p.clone() for p in params] if self.watched is not None else []
+        super().step(closure)
+        for p, old in zip(params, before):  # noqa: B905  nothing before unless watched
+            assert self.watched is not None
+            self.watched += torch.stack([(p - old).square().sum(), old.square().sum()])
+        for p in params if self.ema else []:
+            state = self.state[p]
+            # 1 − min(decay, (1 + n) / (10 + n)): the first weights, which are noise, are soon forgotten.
+            rate = (9.0 / (10.0 + state["step"])).clamp(min=1.0 - self.ema)
+            state[EMA].lerp_(p, rate.to(p.device))
+        return None
+
+
+def init_distributed(device: torch.device) -> None:
+    """Join the process group that the launcher described in the environment."""
+    # DeepSpeed would compile its shared-memory all-reduce at first use: 95 s, and a compiler needed.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+class Engine:
+    """One model under DeepSpeed.
+
+    Args:
+        model: on any device, in f32.
+        settings: how.
+        device: of this rank.
+        decide: asked once a step with the global gradient norm.
+    """
+
+    def __init__(self, model: nn.Module, settings: EngineSettings, device: torch.device, decide: Decide) -> None:
+        self.settings, self.device, self._decide = settings, device, decide
+        self._answer: list[float | None] = []
+        self._block_norms: dict[str, float] = {}
+        self._optimizer = GatedAdamW(
+            model.parameters(),
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=device.type == "cuda",
+        )
+        self._optimizer.ema = settings.ema
+        model = model.to(device)
+        # DeepSpeed's own bf16 at stage 0 would accumulate in bf16.
+        self._twin = bf16_twin(model) if settings.stage == 0 and settings.precision == "bf16" else None
+        self.ds, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=self._optimizer,
+            config=deepspeed_config(settings),
+            dist_init_required=False,
+        )
+        self._make_moments()
+        self._optimizer.gate = self._ask  # from here on: DeepSpeed may have stepped once to make its state
+
+    @property
+    def module(self) -> nn.Module:
+        """The model, to be called: under ZeRO-3 its weights are gathered as it runs."""
+        return self.ds
+
+    @property
+    def computing(self) -> nn.Module:
+        """The model itself, whose modules are called as it computes."""
+        return self.ds.module if self._twin is None else self._twin
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate one micro-step and, after the last of a step, decide and update.
+
+        DeepSpeed divides by the number of micro-steps and averages over ranks; the loss must be scaled for both.
+        """
+        boundary = self.ds.is_gradient_accumulation_boundary()
+        self._answer.clear()
+        self.ds.backward(loss)
+        if boundary and self._optimizer.watched is not None:
+            self._block_norms = self._norms_by_block()
+        self.ds.step()
+        if boundary and not self._answer:
+            self._decide(float("inf"))
+        if boundary and self._twin is not None:
+            round_into(self._twin, self.ds.module)
+
+    def _ask(self) -> float | None:
+        """Asked by each parameter group or sub-group of a step; decided once."""
+        if not self._answer:
+            self._answer.append(self._decide(self._norm()))
+        return self._answer[0]
+
+    def _norm(self) -> float:
+        wrapper = self.ds.optimizer
+        if wrapper is not self._optimizer:
+            return float(wrapper._global_grad_norm)
+        # ZeRO 0 has neither norm nor clipping of its own that could be seen before it acts
+        grads = [p.grad for p in self.ds.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if self.settings.clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.ds.module.parameters(), self.settings.clip, norm)
+        return float(norm)
+
+    # -- what is watched every now and then ---------------------------------------------------------------------------
+
+    def watch(self) -> None:
+        """Look closely at the next step."""
+        self._optimizer.watched = torch.zeros(2, dtype=torch.float32, device=self.device)
+        self._block_norms = {}
+
+    def watched(self) -> dict[str, float]:
+        """Gradient norms by block and ‖Δw‖ / ‖w‖ of the watched step (0 where it was skipped); a collective."""
+        sums = self._optimizer.watched
+        assert sums is not None, "nothing was watched"
+        self._optimizer.watched = None
+        if self.settings.stage > 0:  # each rank updated its share
+            torch.distributed.all_reduce(sums)
+        change, size = (float(v) ** 0.5 for v in sums)
+        return {"watch/update_ratio": change / size if size else 0.0, **self._block_norms}
+
+    def _norms_by_block(self) -> dict[str, float]:
+        """‖gradient‖ of each block and of what stands before and after; a collective, before the update clears them."""
+        squares: dict[str, Tensor] = {}
+        for name, p in self.ds.module.named_parameters():
+            gradient = p.grad if self.settings.stage == 0 else safe_get_full_grad(p)
+            if gradient is not None:
+                key = _block_of(name)
+                squares[key] = squares.get(key, torch.zeros((), device=self.device)) + gradient.float().square().sum()
+        return {f"watch/grad_norm/{key}": float(value) ** 0.5 for key, value in squares.items()}
+
+    # -- state: full tensors by name, whatever the stage and the number of ranks --------------------------------------
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """``weight/…``, ``exp_avg/…``, ``exp_avg_sq/…`` and with it ``ema/…`` of every parameter, f32.
+
+        A collective, one at a time.
+        """
+        for name, p, master in self._parameters():
+            yield f"weight/{name}", master.detach().float() if master is not None else safe_get_full_fp32_param(p)
+            for kept in self._kept:
+                yield f"{kept}/{name}", self._state(p, master, kept)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Full f32 weights by name, on CPU: their running mean where one is kept; a collective."""
+        prefix = f"{EMA}/" if self.settings.ema else "weight/"
+        found = ((name.removeprefix(prefix), t) for name, t in self.tensors() if name.startswith(prefix))
+        return {name: tensor.cpu().clone() for name, tensor in found}
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model computes with the running mean of the weights, where one is kept; a collective."""
+        if not self.settings.ema:
+            yield
+            return
+        saved = []
+        for _, p, master in self._parameters():
+            mean = self._state(p, master, EMA)
+            with self._whole(p), torch.no_grad():
+                saved.append(p.detach().clone())
+                p.copy_(mean)
+        yield
+        for (_, p, _), value in zip(self._parameters(), saved, strict=True):
+            with self._whole(p), torch.no_grad():
+                p.copy_(value)
+
+    def set_tensors(self, read: Callable[[str], Tensor], applied: int) -> None:
+        """Take over what ``tensors`` gave, at any stage and number of ranks; a collective.
+
+        Args:
+            read: name → full tensor, on CPU.
+            applied: updates made, which Adam counts for itself.
+        """
+        for name, p, master in self._parameters():
+            weight = read(f"weight/{name}").to(self.device)
+            kept = {what: read(f"{what}/{name}").to(self.device) for what in self._kept}
+            with torch.no_grad():
+                if master is not None:
+                    master.copy_(weight)
+                    for what, value in kept.items():
+                        self._optimizer.state[master][what].copy_(value)
+                else:
+                    safe_set_full_fp32_param(p, weight)
+                    for what, value in kept.items():
+                        safe_set_full_optimizer_state(p, value, what)
+                # The weights that the model computes with stand beside the f32 ones that the optimizer updates.
+                with self._whole(p):
+                    p.copy_(weight)
+        for state in self._optimizer.state.values():
+            state["step"].fill_(applied)
+
+    @property
+    def _kept(self) -> tuple[str, ...]:
+        return (*MOMENTS, EMA) if self.settings.ema else MOMENTS
+
+    def _state(self, p: nn.Parameter, master: Tensor | None, what: str) -> Tensor:
+        """Full f32 state of one parameter; a collective."""
+        if master is not None:
+            return self._optimizer.state[master][what].float()
+        return safe_get_full_optimizer_state(p, what)
+
+    def _whole(self, p: nn.Parameter) -> Any:
+        """A context in which all of a parameter is here and can be changed."""
+        return deepspeed.zero.GatheredParameters([p], modifier_rank=0, enabled=self.settings.stage == 3)
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter, Tensor | None]]:
+        """Name, parameter, and at stage 0 the f32 tensor that the optimizer updates, which is whole there."""
+        masters = list(self.ds.module.parameters()) if self.settings.stage == 0 else None
+        for i, (name, p) in enumerate(self.computing.named_parameters()):
+            yield name, p, masters[i] if masters else None
+
+    def _make_moments(self) -> None:
+        """Adam's state as before its first step, at every stage.
+
+        DeepSpeed makes it at the first update: then a checkpoint could not be read into a new engine, and a first step
+        that is skipped would leave it half made.
+        """
+        wrapper = self.ds.optimizer
+        masters = getattr(wrapper, "fp32_partitioned_groups_flat", None)  # ZeRO-3, which lends them for each step
+        for p in masters or [p for group in self._optimizer.param_groups for p in group["params"]]:
+            state = self._optimizer.state[p]
+            fused = self._optimizer.defaults["fused"]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
+            for moment in MOMENTS:
+                state[moment] = torch.zeros_like(p)
+            if self.settings.ema:
+                state[EMA] = p.detach().clone()
+        if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
+            wrapper._lazy_init_hp_params_optimizer_state()
+
+
+def _block_of(name: str) -> str:
+    """``encoder.blocks.1.edge.…`` → ``block1``; what is not in a block is ``input`` or ``head``."""
+    parts = name.split(".")
+    if "blocks" in parts:
+        return f"block{parts[parts.index('blocks') + 1]}"
+    return "input" if parts[0] == "encoder" else "head"
+
+
+def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
+    """The JSON that DeepSpeed wants.
+
+    Raises:
+        ValueError: where the raw section contradicts what the typed config says.
+    """
+    bf16 = settings.precision == "bf16" and settings.stage > 0
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": settings.micro_steps,
+        "gradient_clipping": settings.clip if settings.stage > 0 else 0.0,  # see Engine._norm
+        "zero_optimization": {"stage": settings.stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": bf16},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    if bf16:
+        # Sums over micro-steps and ranks in f32; ZeRO-2 and 3 still round the sum over ranks of one micro-step.
+        config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    for key, value in settings.extra.items():
+        if isinstance(value, dict) and isinstance(config.get(key), dict):
+            clash = [k for k in value if k in config[key] and config[key][k] != value[k]]
+            config[key] = value | config[key]
+        else:
+            clash = [key] if key in config and config[key] != value else []
+            config.setdefault(key, value)
+        if clash:
+            raise ValueError(
+                f"engine.deepspeed.{key} contradicts the typed configuration ({', '.join(clash)}): "
+                "say it in one place, the typed one"
+            )
+    return config

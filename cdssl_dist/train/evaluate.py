@@ -1,0 +1,137 @@
+"""Sums over many packs without training: the reference of skill_edge, and validation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Final
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cdssl_dist.data.batch import GraphBatch, widen
+from cdssl_dist.data.loader import BadBlocks, DataSet, Loader
+from cdssl_dist.data.plan import EpochPlan
+from cdssl_dist.model.loss import BINS, SUMS, Baseline, fit_baseline, metrics_of
+from cdssl_dist.model.pretext import Denoising
+from sharding.manifest import DataSetError
+
+VALIDATION_SEED: Final = 0  # one noise for all validations of all runs, so that their figures compare
+
+
+def sum_over_split(
+    data: DataSet,
+    plan: EpochPlan,
+    split: str,
+    packs: int | None,
+    function: Callable[[GraphBatch], Tensor],
+    zero: Tensor,
+    bad_blocks: BadBlocks,
+) -> tuple[Tensor, list[int]]:
+    """Σ function(batch) over the first packs of a plan with ``last='pad'``, all ranks together; a collective.
+
+    Returns:
+        The sum, and the numbers of the bad blocks that it goes without.
+
+    Raises:
+        DataSetError: where no block is left; and what ``Loader`` raises.
+    """
+    steps = plan.steps_before(1)
+    if packs is not None:
+        steps = min(steps, -(-packs // plan.packs_per_step))
+    shape = data.shape(split, plan.blocks_per_pack)
+    total = zero.clone()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    loader = Loader(data, plan, shape, rank=rank, world_size=world_size, first=0, last=steps, bad_blocks=bad_blocks)
+    skipped: list[int] = []
+    with torch.no_grad(), loader as found:
+        for step in found:
+            skipped += step.skipped
+            for raw in step.packs:
+                total += function(widen(raw.to(zero.device)))
+    dist.all_reduce(total)
+    skipped = gathered(skipped)
+    if skipped and len(skipped) == sum(len(pack) for step in range(steps) for pack in plan.step(step)):
+        raise DataSetError(f"{data.name}: all blocks of the split {split!r} that were asked for are bad")
+    return total, skipped
+
+
+def gathered(numbers: Sequence[int]) -> list[int]:
+    """The numbers of all ranks, ascending; a collective."""
+    found: list[Sequence[int]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(found, list(numbers))
+    return sorted(number for rank in found for number in rank)
+
+
+def fit_reference(
+    data: DataSet, plan: EpochPlan, task: Denoising, packs: int, device: torch.device, bad_blocks: BadBlocks
+) -> Baseline:
+    """Fit what can be said without messages, on the training packs that can be read; a collective."""
+    end = task.expansion.end
+    zero = torch.zeros(BINS, task.expansion.centers + 1, dtype=torch.float64, device=device)
+    sums, _ = sum_over_split(data, plan, "train", packs, lambda b: task.baseline_sums(b, end), zero, bad_blocks)
+    return fit_baseline(sums, end)
+
+
+class Validation:
+    """The validation split of a data set, always with the noise of epoch 0.
+
+    Args:
+        data: the data set.
+        task: of the training; only the noise seed is replaced.
+        reference: for skill_edge.
+        blocks_per_pack, packs_per_step: as in training.
+        packs: how many of them, all where None.
+        device: of this rank.
+        bad_blocks: ``skip`` gives figures of the blocks that can be read, with a digest of their own.
+
+    Attributes:
+        skipped: the bad blocks that the last figures go without.
+    """
+
+    def __init__(
+        self,
+        data: DataSet,
+        task: Denoising,
+        reference: Baseline,
+        blocks_per_pack: int,
+        packs_per_step: int,
+        packs: int | None,
+        device: torch.device,
+        bad_blocks: BadBlocks,
+    ) -> None:
+        self.data, self.reference, self.packs, self.device = data, reference, packs, device
+        self.bad_blocks, self.skipped = bad_blocks, list[int]()
+        self.task = replace(task, seed=VALIDATION_SEED)
+        self.plan = EpochPlan(data.table("val"), VALIDATION_SEED, blocks_per_pack, packs_per_step, last="pad")
+
+    def run(self, model: nn.Module) -> dict[str, float]:
+        """The metrics of a model; a collective."""
+
+        def figures(batch: GraphBatch) -> Tensor:
+            _, sums = self.task.loss(model, batch, self.reference)
+            assert sums is not None
+            return sums
+
+        zero = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)
+        model.eval()
+        sums, self.skipped = sum_over_split(self.data, self.plan, "val", self.packs, figures, zero, self.bad_blocks)
+        model.train()
+        return metrics_of(sums, self.task.expansion.centers)
+
+    def digest(self) -> str:
+        """Figures of two encoders may be compared where this is equal: same blocks, σ, noise, cutoff and expansion."""
+        block = self.plan.table.block
+        blocks = self.data.checksums[block[~np.isin(block, self.skipped)]].tobytes()
+        shape = None if self.packs is None else [self.packs, self.plan.blocks_per_pack, self.plan.packs_per_step]
+        about = {
+            "task": asdict(self.task),
+            "graph": self.data.manifest.graph,
+            "blocks": hashlib.sha256(blocks).hexdigest(),
+            "subset": shape,
+        }
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,411 @@
+"""The training loop of one rank: the same code under Ray, under a bare launcher and in tests."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from cdssl_dist import __version__
+from cdssl_dist.config import Config
+from cdssl_dist.data.batch import widen
+from cdssl_dist.data.dataset import BadBlockError
+from cdssl_dist.data.loader import DataSet, Loader, Step
+from cdssl_dist.data.plan import EpochPlan
+from cdssl_dist.data.subset import elements
+from cdssl_dist.model.compiled import CompiledDenoising, compile_model
+from cdssl_dist.model.edges import GaussianExpansion
+from cdssl_dist.model.export import EncoderCard, write_encoder
+from cdssl_dist.model.loss import SUMS, metrics_of
+from cdssl_dist.model.megnet import PretextModel
+from cdssl_dist.model.pretext import Denoising
+from cdssl_dist.train import checkpoint
+from cdssl_dist.train.checkpoint import Checkpoint, Progress, Retention
+from cdssl_dist.train.engine import Engine, EngineSettings, init_distributed
+from cdssl_dist.train.evaluate import Validation, fit_reference, gathered
+from cdssl_dist.train.guard import Guard, GuardRules, GuardStop
+from cdssl_dist.train.mirror import Mirror, restore
+from cdssl_dist.train.perf import Meter
+from cdssl_dist.train.runlog import Ledger, Rollback, RunLog
+from cdssl_dist.train.schedule import learning_rate
+from cdssl_dist.train.system import memory_errors
+from cdssl_dist.train.watch import watched_edges
+from sharding.block import decode
+
+
+def train(
+    config: Config,
+    *,
+    stop_requested: Callable[[], bool] = lambda: False,
+    report: Callable[[int, dict[str, float]], None] = lambda step, values: None,
+    echo: bool = True,
+) -> bool:
+    """Train, from the newest checkpoint of the run folder where there is one.
+
+    Rank, world size and rendezvous come from the environment (``RANK``, ``WORLD_SIZE``, …).
+
+    Args:
+        config: of the run.
+        stop_requested: asked once a step on every rank; when any says yes, all save and return.
+        report: called on rank 0 with each line of metrics.
+        echo: print progress, beside writing it to ``train.log``.
+
+    Returns:
+        True when the run is complete, False when it was asked to stop.
+
+    Raises:
+        GuardStop: where the guard gives up.
+        CheckpointError: where the run folder holds another run.
+        OutOfMemory: names the packs that it was met in.
+    """
+    device = _device(config)
+    torch.set_num_threads(config.engine.threads)
+    init_distributed(device)
+    if config.checkpoint.mirror:
+        if dist.get_rank() == 0:
+            restore(config.checkpoint.mirror, Path(config.run))
+        dist.barrier()
+    trainer = Trainer(config, device, stop_requested, echo)
+    trainer.report = report
+    trainer.resume()
+    with memory_errors(trainer.where):
+        trainer.run()
+    return trainer.finish()
+
+
+class Trainer:
+    """One rank of a run: everything that a step needs, and what changes from step to step.
+
+    Attributes:
+        cursor: consumed steps.
+        guard: judges the gradient norm of each step, on all ranks alike.
+        stopping: some rank was asked to stop.
+    """
+
+    def __init__(
+        self, config: Config, device: torch.device, stop_requested: Callable[[], bool], echo: bool = True
+    ) -> None:
+        self.config, self.device, self.stop_requested, self.echo = config, device, stop_requested, echo
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.folder = Path(config.run)
+        self.checkpoints = self.folder / "checkpoints"
+
+        self.data = DataSet(config.data_path, cache_gb=config.data.cache_gb)
+        k, per_step = config.data.blocks_per_pack, config.data.packs_per_step
+        self.plan = EpochPlan(self.data.table("train"), config.noise.seed, k, per_step)
+        end = self.data.manifest.cutoff + config.graph.margin
+        expansion = GaussianExpansion(config.graph.centers, end, config.graph.gamma)
+        task = CompiledDenoising if config.engine.compile else Denoising
+        self.task = task(expansion, config.noise.range, config.noise.seed)
+        packs, bad_blocks = config.tracking.baseline_packs, config.data.bad_blocks
+        fitted = replace(self.plan, last="pad")
+        self.reference = fit_reference(self.data, fitted, self.task, packs, device, bad_blocks)
+        packs_of_val = config.data.val_packs
+        self.validation = Validation(
+            self.data, self.task, self.reference, k, per_step, packs_of_val, device, bad_blocks
+        )
+
+        torch.manual_seed(config.model.seed)
+        self.size = config.model.model_dump(exclude={"seed"})
+        settings = EngineSettings(
+            stage=config.engine.stage,
+            precision=config.engine.precision,
+            micro_steps=self.plan.micro_steps(self.world_size),
+            extra=config.engine.deepspeed,
+            **config.optim.model_dump(exclude={"lr"}),
+        )
+        model = PretextModel(edge_features=expansion.centers, recompute=config.engine.recompute, **self.size)
+        if config.engine.compile:
+            compile_model(model)
+        self.engine = Engine(model, settings, device, self._decide)
+        self.meter = Meter(device, config.engine.precision)
+
+        self.cursor = 0
+        self.ledger = Ledger.read(self.folder)
+        self.guard = Guard(GuardRules(**config.guard.model_dump()))
+        self.stopping = False
+        self.skipped: tuple[int, ...] = ()  # bad blocks that this rank left out of the step
+        self.lr = 0.0
+        self.metrics: dict[str, float] = {}  # of the last validation
+        self.validated = -1  # the cursor then
+        self.report: Callable[[int, dict[str, float]], None] = lambda step, values: None
+
+    # -- the story of a run -------------------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint, if there is one."""
+        if found := checkpoint.newest(self.checkpoints, self.ledger):
+            self._load(found)
+        self.log = RunLog(self.folder, self.cursor, self.echo, self.report) if self.rank == 0 else None
+        if self.log and found:
+            self.log.say(f"resumed from step {self.cursor} on {self.world_size} ranks")
+            for change in self.changes:
+                self.log.event(self.cursor, "changed", what=change)
+        if self.log:
+            for line in self.plan.about(self.world_size):
+                self.log.say(line)
+        mirror = self.config.checkpoint.mirror
+        self.mirror = Mirror(mirror, self.folder, self._tell_mirror) if self.log and mirror else None
+
+    def run(self) -> None:
+        """Step until the end, a stop request, or the guard's word; after a roll-back the loader starts anew."""
+        while self.cursor < self.config.schedule.steps and not self.stopping:
+            with self._loader() as steps:
+                for step in self.meter.timed(steps):
+                    sums = self._step(step)
+                    self.cursor = step.number + 1
+                    if self.guard.last.verdict != "apply":
+                        self._tell(step)
+                    if self.guard.last.verdict == "rollback":
+                        self._roll_back()
+                        break
+                    self._after(sums)
+                    if self.stopping:
+                        break
+
+    def finish(self) -> bool:
+        """Export the encoder, or say that the run was stopped; returns whether it is complete."""
+        complete = not self.stopping
+        if complete and not self.metrics:  # a finished run, started again
+            self._validate()
+        weights = self.engine.weights()
+        if self.log:
+            if complete:
+                write_encoder(self.folder, weights, self._card())
+            if self.mirror and not self.mirror.close(self.config.checkpoint.mirror_wait):
+                self.log.say("the last checkpoint is not copied yet, and is left to the next start")
+            self._status("done" if complete else "stopped", self.metrics)
+            self.log.close()
+        dist.barrier()
+        return complete
+
+    def where(self) -> str:
+        """The step that this rank is at, with the packs that it takes in it, for the reports of errors."""
+        table, lanes = self.plan.table, self.plan.lanes(self.rank, self.world_size)
+        packs = [[e.index for e in self.plan.pack(self.cursor, lane)] for lane in lanes]
+        said = (f"blocks {table.block[p].tolist()} with {table.edges[p].sum()} scored edges" for p in packs if p)
+        return f"step {self.cursor} on rank {self.rank} of {self.world_size}, pack of " + ", or of ".join(said)
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def _step(self, step: Step) -> torch.Tensor | None:
+        """Forward and backward over this rank's packs; returns the sums behind the metrics when they are due."""
+        due = (step.number + 1) % self.config.tracking.every == 0
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device) if due else None
+        compiled = self.config.engine.compile  # compiled code would be compiled anew for each hook
+        if watched := self._watched(step.number):
+            self.engine.watch()
+        edges = torch.zeros(3, dtype=torch.float64, device=self.device)
+        # DeepSpeed divides by micro-steps and averages over ranks; the loss is per scored edge of the whole step.
+        scale = self.world_size * len(step.packs) / max(step.edges, 1)
+        self.loss = torch.zeros((), device=self.device)  # this rank's part of the loss of the step
+        self.pack_losses: list[torch.Tensor] = []
+        self.skipped = step.skipped
+        for raw in step.packs:
+            batch = widen(raw.to(self.device))
+            reference = self.reference if due else None
+            with watched_edges(self.engine.computing, edges) if watched and not compiled else contextlib.nullcontext():
+                squared, figures = self.meter.counted(self.task.loss, self.engine.module, batch, reference)
+            if sums is not None and figures is not None:
+                sums += figures
+            self.pack_losses.append(squared.detach() / max(step.edges, 1))
+            self.loss += self.pack_losses[-1]
+            self.engine.backward(squared * scale)
+            self.meter.add(raw)
+        if watched:
+            self._report_watched(edges)
+        return sums
+
+    def _watched(self, step: int) -> bool:
+        every = self.config.tracking.watch_every
+        return every > 0 and (step + 1) % every == 0
+
+    def _report_watched(self, edges: torch.Tensor) -> None:
+        """A line of what is looked at every ``watch_every`` steps; a collective."""
+        dist.all_reduce(edges)
+        found = self.engine.watched()
+        messages, dead, saturated = (float(v) for v in edges)
+        if self.log:
+            if messages:
+                found |= {"watch/dead_edges": dead / messages, "watch/saturated_edges": saturated / messages}
+            self.log.metrics(self.cursor + 1, found)
+
+    def _decide(self, norm: float) -> float | None:
+        """The engine's question, once a step on all ranks: the learning rate to apply it with, or None."""
+        # The norm was reduced already, so all ranks judge alike; what they do not share yet is the loss of their packs,
+        # who was asked to stop, and who met bad blocks.
+        mine = torch.tensor([float(self.stop_requested()), float(len(self.skipped))], device=self.device)
+        shared = torch.cat([self.loss[None], mine])
+        dist.all_reduce(shared)
+        loss, asked, skipped = shared.tolist()
+        self.stopping = asked > 0
+        if skipped:
+            self._tell_skipped(self.cursor, "train", gathered(self.skipped))
+        applied = self.guard.state.applied
+        rate = learning_rate(applied, peak=self.config.optim.lr, **self.config.schedule.model_dump())
+        self.lr = rate * self.config.guard.rollback_lr ** len(self.ledger.rollbacks)
+        self.guard.judge(norm, rollbacks=len(self.ledger.rollbacks), loss=loss)
+        return self.lr if self.guard.last.verdict in ("apply", "clip") else None
+
+    def _after(self, sums: torch.Tensor | None) -> None:
+        """What is due after a consumed step: metrics, validation, checkpoint."""
+        config = self.config
+        if sums is not None:
+            self._report(sums)
+        if self.cursor % config.tracking.validate_every == 0 or self.cursor == config.schedule.steps:
+            self._validate()
+        if self.cursor % config.checkpoint.every == 0 or self.cursor == config.schedule.steps or self.stopping:
+            c = config.checkpoint
+            # A row of bad steps may have begun before this one, and asks for a checkpoint that was quiet before it.
+            retention = Retention(c.keep, c.quiet + config.guard.rollback_after, c.best, c.hours)
+            folder = checkpoint.save(self.checkpoints, self.engine, self._progress(), retention, self.ledger)
+            if self.mirror:
+                self.mirror.copy(folder)
+            if self.log:
+                self.log.event(self.cursor, "checkpoint")
+            self.meter.restart()
+
+    def _report(self, sums: torch.Tensor) -> None:
+        """A line of training metrics: of this step, over all ranks."""
+        dist.all_reduce(sums)
+        figures = {f"train/{name}": v for name, v in metrics_of(sums, self.task.expansion.centers).items()}
+        rates = self.meter.rates(self.world_size)
+        guard = {"guard/norm": self.guard.norm, "guard/z": self.guard.last.z, "guard/verdict": self.guard.last.code}
+        if self.log:
+            self.log.metrics(self.cursor, {**figures, **guard, **rates, "lr": self.lr})
+            self._status("training", {**figures, **rates})
+            self.log.say(
+                f"step {self.cursor}/{self.config.schedule.steps}"
+                f"  loss {figures['train/loss']:.4f}  skill {figures['train/skill']:+.3f}"
+                f"  skill_edge {figures['train/skill_edge']:+.3f}  norm {self.guard.norm:.3g}"
+                f"  {rates['perf/edges_s']:,.0f} edges/s"
+                f"  {(self.config.schedule.steps - self.cursor) * self.meter.seconds_per_step:.0f} s left"
+            )
+
+    def _validate(self) -> None:
+        with self.engine.averaged():
+            found = self.validation.run(self.engine.module)
+        self.metrics, self.validated = {f"val/{name}": v for name, v in found.items()}, self.cursor
+        if self.log:
+            self.log.metrics(self.cursor, self.metrics)
+            self.log.say(f"step {self.cursor}  " + "  ".join(f"{n} {v:.4f}" for n, v in self.metrics.items()))
+        self._tell_skipped(self.cursor, "val", self.validation.skipped)
+        self.meter.restart()
+
+    def _tell_skipped(self, step: int, split: str, blocks: list[int]) -> None:
+        """An event for the bad blocks that a step or a validation went without, on whatever rank."""
+        if self.log and blocks:
+            self.log.event(step, "bad blocks", within=split == "train", split=split, blocks=blocks)
+
+    def _tell(self, step: Step) -> None:
+        """An event for each verdict that is not plainly to apply; a stop ends the run."""
+        last = self.guard.last
+        losses = self._losses_of_packs()
+        if self.log:
+            packs = [[int(self.plan.table.block[e.index]) for e in pack] for pack in self.plan.step(step.number)]
+            worst = max(range(len(packs)), key=lambda p: losses[p] if math.isfinite(losses[p]) else math.inf)
+            about = {"norm": self.guard.norm, "z": last.z, "reason": last.reason, "packs": packs, "losses": losses}
+            graphs: list[str] = []
+            for block in packs[worst]:
+                with contextlib.suppress(BadBlockError):  # left out of the step too
+                    graphs += decode(self.data.read(block)).keys
+            self.log.event(step.number, last.verdict, within=True, **about, pack=worst, graphs=graphs)
+        if last.verdict == "stop":
+            raise GuardStop(f"step {step.number}: {last.reason}")
+
+    def _losses_of_packs(self) -> list[float]:
+        """Each pack's part of the loss of the step: the largest names the pack that is looked at; a collective."""
+        lanes = list(self.plan.lanes(self.rank, self.world_size))
+        losses = torch.zeros(self.plan.packs_per_step, device=self.device)
+        losses[lanes] = torch.stack(self.pack_losses[: len(lanes)])
+        dist.all_reduce(losses)
+        return [float(v) for v in losses]
+
+    def _roll_back(self) -> None:
+        """Weights back to the newest checkpoint from before the trouble; data goes on. The ledger first."""
+        trouble = self.cursor - self.config.guard.rollback_after
+        good = checkpoint.newest(self.checkpoints, self.ledger, before=trouble - self.config.checkpoint.quiet)
+        reason = self.guard.last.reason
+        if good is None:
+            raise GuardStop(f"{reason}; there is no good checkpoint to go back to")
+        self.ledger = self.ledger.with_rollback(Rollback(good.progress.cursor, self.cursor, reason))
+        if self.rank == 0:
+            self.ledger.write(self.folder)
+        dist.barrier()
+        self._load(good)
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def _load(self, found: Checkpoint) -> None:
+        self.changes = checkpoint.check_fits(found, self.config, self._progress())
+        checkpoint.load(found, self.engine)
+        self.guard.state = found.progress.guard
+        self.cursor = self.ledger.resume_point(found.progress.cursor) or found.progress.cursor
+
+    def _progress(self) -> Progress:
+        config = self.config
+        return Progress(
+            cursor=self.cursor,
+            guard=self.guard.state,
+            data_digest=self.data.manifest.digest,
+            config_digest=config.digest(),
+            config=config.model_dump(mode="json"),
+            world_size=self.world_size,
+            data={"name": self.data.name, **self.data.manifest.splits},
+            loss=self.metrics["val/loss"] if self.validated == self.cursor else None,
+            saved=time.time(),
+        )
+
+    def _tell_mirror(self, kind: str, what: str) -> None:
+        if self.log:
+            self.log.event(self.cursor, kind, what=what)
+
+    def _loader(self) -> Loader:
+        return Loader(
+            self.data,
+            self.plan,
+            self.data.shape("train", self.plan.blocks_per_pack),
+            rank=self.rank,
+            world_size=self.world_size,
+            first=self.cursor,
+            last=self.config.schedule.steps,
+            prefetch=self.config.data.prefetch,
+            pin=self.device.type == "cuda",
+            bad_blocks=self.config.data.bad_blocks,
+        )
+
+    def _status(self, state: str, figures: dict[str, float]) -> None:
+        assert self.log is not None
+        steps = self.config.schedule.steps
+        self.log.status(state=state, step=self.cursor, steps=steps, world_size=self.world_size, **figures)
+
+    def _card(self) -> EncoderCard:
+        expansion = self.task.expansion
+        return EncoderCard(
+            cutoff=self.data.manifest.cutoff,
+            centers=expansion.centers,
+            end=expansion.end,
+            gamma=expansion.gamma,
+            model=self.size,
+            sigma=self.task.sigma,
+            precision=self.config.engine.precision,
+            data_digest=self.data.manifest.digest,
+            validation_digest=self.validation.digest(),
+            config_digest=self.config.digest(),
+            metrics=self.metrics,
+            sources=self.data.manifest.sources,
+            code_version=__version__,
+            elements=elements(self.data, "train"),
+        )
+
+
+def _device(config: Config) -> torch.device:
+    cuda = config.engine.device == "cuda" or (config.engine.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")

@@ -1,0 +1,151 @@
+"""A copy of the newest checkpoint on shared storage, made beside training, and fetched where none is left here.
+
+Training hands over a folder and goes on: that is all it waits for. A copy that is not done when the next checkpoint is
+committed is followed by the newest one only. What was copied is committed there by the marker too, uploaded last. A
+dead endpoint costs the copy, which is said in the events, and never the run.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from cdssl_dist.train.checkpoint import MARKER, verified
+from sharding.manifest import DataSetError
+from sharding.sources.streams import filesystem, redacted
+
+BESIDE: Final = ("guard-ledger.json", "metrics.jsonl", "events.jsonl")  # of the run folder, before the marker
+KEEP: Final = 2  # copies there
+
+
+class Mirror:
+    """Copies checkpoints of a run in a thread; of rank 0.
+
+    Args:
+        url: where to; a run has a place of its own.
+        run: the run folder.
+        tell: called from the thread with what went wrong, or with what was copied.
+    """
+
+    def __init__(self, url: str, run: Path, tell: Callable[[str, str], None]) -> None:
+        self.run, self._tell = run, tell
+        self._system, self._root = _place(url)
+        self.name = redacted(url)
+        self._next: Path | None = None
+        self._changed = threading.Condition()
+        self._closed = self._busy = False
+        self._thread = threading.Thread(target=self._work, name="cdssl-mirror", daemon=True)
+        self._thread.start()
+
+    def copy(self, folder: Path) -> None:
+        """Have a committed checkpoint copied; returns at once."""
+        staged = self.run / "mirror" / folder.name
+        shutil.rmtree(staged.parent / f"{staged.name}.tmp", ignore_errors=True)
+        with self._changed:
+            if self._next is not None:
+                shutil.rmtree(self._next, ignore_errors=True)
+            shutil.copytree(folder, staged, copy_function=_link, dirs_exist_ok=True)  # retention cannot take these away
+            self._next = staged
+            self._changed.notify_all()
+
+    def close(self, wait: float) -> bool:
+        """Wait for the copy under way, at most so many seconds; returns whether it is done."""
+        deadline = time.monotonic() + wait
+        with self._changed:
+            while (self._next is not None or self._busy) and (left := deadline - time.monotonic()) > 0:
+                self._changed.wait(left)
+            done = self._next is None and not self._busy
+            self._closed = True
+            self._changed.notify_all()
+        return done
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._next is not None)
+                if self._closed:
+                    return
+                folder, self._next, self._busy = self._next, None, True
+            assert folder is not None
+            try:
+                begin = time.monotonic()
+                self._upload(folder)
+                self._tell("copied", f"{folder.name} to {self.name} in {time.monotonic() - begin:.1f} s")
+            except Exception as why:  # each kind of storage has errors of its own, and none may end the run
+                self._tell("not copied", f"{folder.name} to {self.name}: {' '.join(str(why).split())[:300]}")
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+                with self._changed:
+                    self._busy = False
+                    self._changed.notify_all()
+
+    def _upload(self, folder: Path) -> None:
+        there = f"{self._root}/{folder.name}"
+        self._system.makedirs(there, exist_ok=True)
+        for path in sorted(folder.iterdir()):
+            if path.name != MARKER:
+                self._system.put_file(str(path), f"{there}/{path.name}")
+        for name in BESIDE:
+            if (self.run / name).exists():
+                self._system.pipe_file(f"{self._root}/{name}", (self.run / name).read_bytes())
+        self._system.pipe_file(f"{there}/{MARKER}", (folder / MARKER).read_bytes())
+        for name in _found(self._system, self._root)[:-KEEP]:
+            self._system.rm(f"{self._root}/{name}/{MARKER}")
+            self._system.rm(f"{self._root}/{name}", recursive=True)
+
+
+def restore(url: str, run: Path) -> str | None:
+    """Fetch the newest copy where the run folder has no committed checkpoint; returns its name.
+
+    Raises:
+        DataSetError: where the endpoint cannot be read, or the copy is damaged: a run must not begin anew over it.
+    """
+    checkpoints = run / "checkpoints"
+    if any(checkpoints.glob(f"*/{MARKER}")):
+        return None
+    system, root = _place(url)
+    try:
+        names = _found(system, root)
+        if not names:
+            return None
+        temporary = checkpoints / f"{names[-1]}.{uuid.uuid4().hex[:8]}.tmp"
+        temporary.mkdir(parents=True)
+        for path in system.ls(f"{root}/{names[-1]}", detail=False):
+            (temporary / path.rsplit("/", 1)[-1]).write_bytes(system.cat_file(path))
+        for name in BESIDE:
+            if not (run / name).exists() and system.exists(f"{root}/{name}"):
+                (run / name).write_bytes(system.cat_file(f"{root}/{name}"))
+    except Exception as why:
+        text = " ".join(str(why).split())[:300] or type(why).__name__
+        raise DataSetError(
+            f"{redacted(url)}: the copy of the checkpoints cannot be read ({text}); run the same command again, or "
+            "without checkpoint.mirror to begin anew"
+        ) from None
+    verified(temporary)
+    temporary.rename(checkpoints / names[-1])
+    return names[-1]
+
+
+def _place(url: str) -> tuple[Any, str]:
+    system, root = filesystem(url.rstrip("/") if "://" in url else f"file://{Path(url).resolve()}")
+    return system, root.rstrip("/")
+
+
+def _found(system: Any, root: str) -> list[str]:
+    """Names of the committed copies, oldest first."""
+    system.invalidate_cache()
+    if not system.exists(root):
+        return []
+    names = [path.rsplit("/", 1)[-1] for path in system.ls(root, detail=False)]
+    return sorted(n for n in names if n.startswith("step-") and system.exists(f"{root}/{n}/{MARKER}"))
+
+
+def _link(source: str, target: str) -> None:
+    """A hard link: no byte is copied."""
+    Path(target).unlink(missing_ok=True)
+    Path(target).hardlink_to(source)

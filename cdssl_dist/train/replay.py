@@ -1,0 +1,159 @@
+"""One step of a run, looked at again: which packs and crystals it held, and what each did to the loss and the gradient.
+
+Plain torch on this machine, with the weights of the newest committed checkpoint at or before the step: neither Ray nor
+DeepSpeed, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from cdssl_dist.config import Config, load
+from cdssl_dist.data.batch import GraphBatch, widen
+from cdssl_dist.data.dataset import DataSet
+from cdssl_dist.data.plan import EpochPlan
+from cdssl_dist.model.edges import GaussianExpansion
+from cdssl_dist.model.megnet import PretextModel, segment_sum
+from cdssl_dist.model.pretext import Denoising
+from cdssl_dist.train.checkpoint import CheckpointError, newest
+from cdssl_dist.train.runlog import Ledger
+from sharding.block import decode
+
+WORST: Final = 5  # crystals that are named
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What one pack of the step did."""
+
+    pack: int
+    blocks: list[int]
+    edges: int  # scored
+    loss: float  # per scored edge of the pack
+    norm: float  # of the gradient of its part of the loss of the step
+    graphs: list[tuple[str, float]]  # key and its squared error per scored edge; non-finite ones first, then by size
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A step, computed again."""
+
+    step: int
+    weights_of: int  # cursor of the checkpoint
+    loss: float  # of the step
+    norm: float  # of its gradient
+    packs: list[PackReport]
+
+    @property
+    def worst(self) -> PackReport:
+        """The pack with the largest gradient; one that is not finite before all others."""
+        return max(self.packs, key=lambda p: math.inf if not math.isfinite(p.norm) else p.norm)
+
+
+def parse_place(text: str) -> tuple[Path, int]:
+    """``RUN:STEP``.
+
+    Raises:
+        ValueError: where it is something else.
+    """
+    run, colon, step = text.rpartition(":")
+    if not colon or not run or not step.isdecimal():
+        raise CheckpointError(f"{text!r}: give RUN:STEP, e.g. runs/mp:1234 (a step is named in events.jsonl)")
+    return Path(run), int(step)
+
+
+def replay(run: Path, step: int) -> Replay:
+    """Compute a step again.
+
+    Raises:
+        CheckpointError: where the folder is no run, or no committed checkpoint is left from before the step.
+    """
+    if not (run / "config.yaml").exists():
+        raise CheckpointError(f"{run}: not the folder of a run (no config.yaml)")
+    config = load(run / "config.yaml")
+    found = newest(run / "checkpoints", Ledger.read(run), before=step)
+    if found is None:
+        raise CheckpointError(f"{run}: no committed checkpoint at or before step {step} is left")
+    data = DataSet(config.data_path)
+    if data.manifest.digest != found.progress.data_digest:
+        raise CheckpointError(f"{config.data_path}: not the data set that {found.folder} was trained on")
+    expansion = GaussianExpansion(config.graph.centers, data.manifest.cutoff + config.graph.margin, config.graph.gamma)
+    task = Denoising(expansion, config.noise.range, config.noise.seed)
+    model = _model(config, found.folder)
+    plan = EpochPlan(data.table("train"), config.noise.seed, config.data.blocks_per_pack, config.data.packs_per_step)
+    total = max(plan.edges_of(step), 1)
+
+    gradient = [torch.zeros_like(p, dtype=torch.float32) for p in model.parameters()]
+    packs = []
+    for lane, entries in enumerate(plan.step(step)):
+        batch = widen(data.pack(entries, plan.table, None))
+        squared = _squared_by_graph(task, model, batch)
+        model.zero_grad()
+        (squared.sum() / total).backward()  # type: ignore[no-untyped-call]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+        for sum_, g in zip(gradient, grads, strict=True):
+            sum_ += g
+        blocks = [int(plan.table.block[e.index]) for e in entries]
+        keys = [key for block in blocks for key in decode(data.read(block)).keys]
+        scored = segment_sum(batch.scored[:, None].float(), batch.graph_of_edge, batch.n_graphs)[:, 0]
+        each = (squared.detach() / scored.clamp(min=1)).tolist()
+        order = sorted(range(len(keys)), key=lambda i: -math.inf if not math.isfinite(each[i]) else -each[i])
+        edges = int(batch.scored.sum())
+        packs.append(
+            PackReport(
+                pack=lane,
+                blocks=blocks,
+                edges=edges,
+                loss=float(squared.detach().sum()) / max(edges, 1),
+                norm=float(torch.nn.utils.get_total_norm(grads)),
+                graphs=[(keys[i], each[i]) for i in order],
+            )
+        )
+    loss = sum(p.loss * p.edges for p in packs) / total
+    return Replay(step, found.progress.cursor, loss, float(torch.nn.utils.get_total_norm(gradient)), packs)
+
+
+def _squared_by_graph(task: Denoising, model: nn.Module, batch: GraphBatch) -> Tensor:
+    """Squared errors of the scored edges of each graph: (G,)."""
+    displaced, clean = task.lengths(batch)
+    target = task.embed(clean).index_select(0, batch.half)
+    error = (model(task.embed(displaced), batch) - target) * batch.scored[:, None]
+    return segment_sum(error.square().sum(dim=1, keepdim=True), batch.graph_of_edge, batch.n_graphs)[:, 0]
+
+
+def _model(config: Config, folder: Path) -> nn.Module:
+    model = PretextModel(edge_features=config.graph.centers, **config.model.model_dump(exclude={"seed"}))
+    with torch.no_grad():
+        own = dict(model.named_parameters())
+        for path in folder.glob("state-*.safetensors"):
+            with safe_open(str(path), framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  not a dict
+                    if name.startswith("weight/"):
+                        own.pop(name.removeprefix("weight/")).copy_(file.get_tensor(name))
+    if own:
+        raise CheckpointError(f"{folder}: weights are missing: {', '.join(own)}")
+    return model.to(torch.bfloat16) if config.engine.precision == "bf16" else model
+
+
+def table(found: Replay) -> str:
+    """For people."""
+    behind = found.step - found.weights_of
+    lines = [
+        f"step {found.step}, with the weights of the checkpoint {behind} steps before it: "
+        f"loss {found.loss:.4g} per scored edge, gradient norm {found.norm:.4g}",
+        "",
+        "pack    edges  loss/edge  gradient norm  blocks",
+    ]
+    for p in found.packs:
+        blocks = " ".join(map(str, p.blocks))
+        lines.append(f"{p.pack:4}  {p.edges:7,}  {p.loss:9.4g}  {p.norm:13.4g}  {blocks}")
+    worst = found.worst
+    lines += ["", f"worst in pack {worst.pack}, of {len(worst.graphs)} crystals:    loss/edge"]
+    return "\n".join(lines + [f"  {key:42} {loss:9.4g}" for key, loss in worst.graphs[:WORST]])

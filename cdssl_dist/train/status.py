@@ -1,0 +1,48 @@
+"""``cdssl status RUN``: what a run is doing, from anywhere that its folder can be read from."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+from cdssl_dist.commands import DONE, FAILED, Parser, command
+from cdssl_dist.train import live
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print a page, a JSON object, or follow the run until it ends; 1 where it has failed."""
+    parser = Parser("cdssl status", "Tell what a pretraining run is doing; reads its folder only.")
+    parser.add_argument("run", metavar="RUN", help="the run folder, or a URL of one (s3://…, gs://…, https://…)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a look")
+    parser.add_argument("--follow", action="store_true", help="go on until the run ends")
+    parser.add_argument("--every", type=float, default=2.0, metavar="S", help="seconds between two looks")
+    args = parser.parse_args(argv)
+
+    seen = live.snapshot(args.run)
+    if args.follow and not args.json and sys.stdout.isatty():
+        from rich.live import Live
+
+        with Live(live.table(seen), auto_refresh=False) as view:
+            while not seen.over:
+                time.sleep(args.every)
+                seen = live.snapshot(args.run)
+                view.update(live.table(seen), refresh=True)
+    elif args.follow:
+        last = None
+        while True:
+            if (now := (seen.state, seen.step)) != last:
+                print(seen.json() if args.json else live.line(seen), flush=True)
+                last = now
+            if seen.over:
+                break
+            time.sleep(args.every)
+            seen = live.snapshot(args.run)
+    else:
+        print(seen.json() if args.json else live.page(seen))
+    return FAILED if seen.state in ("failed", "refused") else DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
