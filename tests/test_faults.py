@@ -68,6 +68,17 @@ class Driven:
                     found.append(process)
         return found
 
+    def has_stopped_with_its_state(self) -> None:
+        assert self.driver.wait(300) == 75
+        assert "stopped with its state saved" in self.said.read_text()
+        assert self.status()["state"] == "stopped"
+        assert self.events("checkpoint")[-1]["step"] == self.step()
+
+    def equals(self, undisturbed: Path) -> None:
+        """The command comes to its end, and what it leaves is what the other run left."""
+        assert self.driver.wait(900) == 0, self.said.read_text()[-3000:]
+        equal(self.folder, undisturbed)
+
     def ranks(self) -> list[psutil.Process]:
         """The processes that train."""
         return self.processes("RayTrainWorker")
@@ -100,12 +111,9 @@ def test_a_run_that_everything_befalls_equals_an_undisturbed_one(data_folder: Pa
     run.start()
     run.until(lambda: run.step() >= 85 and len(run.ranks()) == 2)
     run.ranks()[1].send_signal(signal.SIGTERM)
-    assert run.driver.wait(300) == 75
-    saved = run.status()
-    assert saved["state"] == "stopped" and run.events("checkpoint")[-1]["step"] == saved["step"]
+    run.has_stopped_with_its_state()
     run.start()
-    assert run.driver.wait(900) == 0, run.said.read_text()[-3000:]
-    equal(run.folder, tmp_path / "undisturbed")
+    run.equals(tmp_path / "undisturbed")
 
 
 @pytest.mark.netns
@@ -134,12 +142,9 @@ def test_a_stop_that_cannot_save_in_time_ends_all_the_same(data_folder: Path, tm
     assert resumed % 10 == 0 and seen - 10 <= resumed <= seen
     run.until(lambda: run.step() > seen)
     run.driver.send_signal(signal.SIGTERM)
-    assert run.driver.wait(120) == 75
-    assert "stopped with its state saved" in run.said.read_text()
-    assert run.events("checkpoint")[-1]["step"] == run.status()["step"]
+    run.has_stopped_with_its_state()
     run.start()
-    assert run.driver.wait(900) == 0, run.said.read_text()[-3000:]
-    equal(run.folder, tmp_path / "undisturbed")
+    run.equals(tmp_path / "undisturbed")
 
 
 KILLS = {"a rank": 4, "all ranks": 3, "the driver": 3, "the head": 3}

@@ -20,9 +20,12 @@ import numpy as np
 import pytest
 import torch
 from encoders import write_encoder_to
+from pymatgen.core import Lattice, Structure
 from safetensors.numpy import load_file, save_file
 
 from cdssl_dist.data.batch import collate, widen
+from cdssl_dist.data.structures import graphs_of
+from cdssl_dist.finetune.predictor import read_property
 from cdssl_dist.mlops import registry, registry_store
 from cdssl_dist.mlops.mlflow_server import connect, experiment
 from cdssl_dist.mlops.model_card import write_model_card
@@ -396,6 +399,18 @@ def test_older_formats_are_read_and_newer_ones_refused(home: Path, uri: str, rep
     (new / "encoder.json").write_text(json.dumps(content))
     with pytest.raises(RegistryError, match="format version 99"):
         pull(str(new), uri)
+
+
+def test_a_property_of_the_older_format_predicts_and_registers(uri: str, repo: Path) -> None:
+    old = repo / "tests" / "data" / "property-v1"
+    model = read_property(old)
+    assert (model.card.version, model.card.uncertainty) == (2, {}) and len(model.networks) == 2
+    aluminium = Structure(Lattice.cubic(4.05), ["Al"] * 4, [[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])
+    said = model.predict(next(graphs_of([aluminium], model.card.cutoff, {})))
+    assert said.mean.shape == said.std.shape == (1, 1) and 0 < said.mean.item() < 40  # Å³/atom; its scaler: 18.6 ± 5.6
+    done = register(old, "old-property", uri)
+    assert show(done.uri, uri).tags["format"] == "cdssl-property 1"
+    assert (pull(done.uri, uri) / "property.json").read_bytes() == (old / "property.json").read_bytes()
 
 
 def test_the_fields_of_a_card_do_not_change_without_a_version() -> None:

@@ -160,9 +160,10 @@ def estimate(plan: Plan, workers: int) -> str:
     left = sum(cost[job.cell] for job in sweeps + jobs if job.cell not in done) / speed
     how = f"{len(done)} finished ones" if seconds else f"a guess of {EDGES_PER_SECOND:,.0f} edges/s"
     count = f"{len(sweeps)} cells of sweeps and {len(jobs)} that are reported"
+    stops = "; early stopping makes it less" if plan.config.training.hold else ""
     return (
-        f"{count}; {len(sweeps) + len(jobs) - len(done)} are missing\nat most {left / 3600:.2f} h of CPU, by {how}; "
-        f"{left / 3600 / workers:.2f} h with {workers} workers. Early stopping makes it less"
+        f"{count}; {len(sweeps) + len(jobs) - len(done)} are missing\n{left / 3600:.2f} h of CPU, by {how}; "
+        f"{left / 3600 / workers:.2f} h with {workers} workers{stops}"
     )
 
 
