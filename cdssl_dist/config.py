@@ -109,6 +109,7 @@ class EngineConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     recompute: bool = False  # the inside of each block in the backward pass: less memory, a third more work
     compile: bool = False  # faster in f32 on CPU, after a start of minutes: docs/performance.md
+    kernels: Literal["torch", "triton"] = "torch"  # what the edges go through; Triton's, on a GPU, always recompute
     threads: int = Field(1, ge=1)  # of each worker, on CPU
     deepspeed: dict[str, Any] = Field(default_factory=dict)  # passed through; contradictions are errors
 
@@ -213,10 +214,13 @@ class Config(Section):
                 f"cluster.workers={self.cluster.max_workers} exceeds data.packs_per_step={self.data.packs_per_step}: "
                 "some workers would never get a pack; lower the one or raise the other"
             )
-        if self.engine.compile and self.engine.stage == 3:
+        if self.engine.compile and self.engine.kernels != "torch":
+            raise ValueError("engine.compile and engine.kernels=triton are two ways through the edges: choose one")
+        if (self.engine.compile or self.engine.kernels != "torch") and self.engine.stage == 3:
+            name = "compile" if self.engine.compile else "kernels"
             raise ValueError(
-                "engine.compile=true does not go with engine.stage=3: compiled code holds on to weights that ZeRO-3 "
-                "takes apart between layers; use stage 0, 1 or 2, or leave compile out"
+                f"engine.{name} does not go with engine.stage=3: fused code holds on to weights that ZeRO-3 takes "
+                f"apart between layers; use stage 0, 1 or 2, or leave {name} out"
             )
         if self.engine.compile and self.engine.stage == 0 and self.engine.precision == "bf16":
             raise ValueError(
@@ -249,7 +253,7 @@ class Config(Section):
         content = self.model_dump(mode="json", exclude={"run", "cluster", "tracking", "registry", "checkpoint"})
         for free in ("path", "prefetch", "cache_gb", "bad_blocks"):  # where and how, not what is computed
             content["data"].pop(free)
-        for free in ("threads", "stage", "device", "compile", "recompute"):
+        for free in ("threads", "stage", "device", "compile", "kernels", "recompute"):
             content["engine"].pop(free)
         return content
 

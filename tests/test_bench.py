@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from cdssl_dist.bench import data
 from cdssl_dist.bench.__main__ import main
 from cdssl_dist.bench.concatenating import concatenating
-from cdssl_dist.bench.plan import flops_per_edge, saved_per_edge
 from cdssl_dist.bench.scaling import Job, Machine, lost, step_seconds
 from cdssl_dist.data.batch import collate, widen
 from cdssl_dist.data.dataset import DataSet
 from cdssl_dist.data.plan import EpochPlan
+from cdssl_dist.model.cost import flops_per_edge, saved_per_edge
 from cdssl_dist.model.edges import GaussianExpansion, distances
 from cdssl_dist.model.megnet import PretextModel
 from cdssl_dist.model.pretext import Denoising

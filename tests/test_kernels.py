@@ -124,5 +124,5 @@ def test_sums_of_rows() -> None:
 
 
 def test_sizes_that_the_kernels_do_not_take() -> None:
-    with pytest.raises(ValueError, match=r'width of 16, 32, 64, 128, not 256.*kernels="torch"'):
+    with pytest.raises(ValueError, match=r"width of 16, 32, 64, 128, not 256.*engine.kernels=torch"):
         FusedPretextModel(expansion=EXPANSION, width=256)

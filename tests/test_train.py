@@ -367,6 +367,29 @@ def test_a_compiled_run_equals_an_eager_one(precision: str, data_folder: Path, t
     assert all(mfu > 0 for _, mfu in metrics(tmp_path / "compiled", "perf/mfu"))
 
 
+def test_a_run_through_the_kernels_equals_a_plain_one(data_folder: Path, tmp_path: Path) -> None:
+    """In Triton's interpreter, under the engine, with metrics, validation and export."""
+    pytest.importorskip("triton", reason="triton is not installed; it comes with torch for CUDA")
+    about = {"model": {"width": 16, "hidden": 16, "blocks": 2}, "schedule": {"steps": 2}, "tracking": {"every": 1}}
+    for name in ("torch", "triton"):
+        content = config(tmp_path / name, data_folder, engine={"kernels": name}, **about)
+        launch(1, run_training, content, timeout=1200)
+        way = "Triton kernels" if name == "triton" else "torch"
+        assert f"edges go through {way}" in (tmp_path / name / "train.log").read_text()
+    for key in ("train/loss", "guard/norm", "val/skill_edge", "perf/mfu"):
+        plain, fused = (np.array(metrics(tmp_path / name, key))[:, 1] for name in ("torch", "triton"))
+        assert len(plain) == len(fused) > 0 and (fused != 0).all(), key
+        if key != "perf/mfu":
+            np.testing.assert_allclose(fused, plain, rtol=1e-4)
+
+
+def test_kernels_for_other_sizes_are_not_there(data_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="triton is not installed; it comes with torch for CUDA")
+    content = config(tmp_path, data_folder, engine={"kernels": "triton"}, model={"width": 24, "hidden": 16})
+    with pytest.raises(AssertionError, match=r"a width of 16, 32, 64, 128, not 24: .*use engine.kernels=torch"):
+        launch(1, run_training, content)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_run_goes_on_at_another_number_of_ranks_and_another_stage(
     stage: int, undisturbed: Path, data_folder: Path, tmp_path: Path
@@ -521,13 +544,14 @@ def test_a_raw_deepspeed_section_must_not_contradict(raw: dict[str, Any], key: s
     [
         ({"stage": 0, "precision": "bf16"}, "bf16 copy.*engine.stage=1"),
         ({"stage": 3}, "engine.stage=3: .*use stage 0, 1 or 2"),
+        ({"kernels": "triton"}, "two ways through the edges: choose one"),
     ],
 )
 def test_what_compiled_code_does_not_go_with(engine: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         parse({"engine": {"compile": True, **engine}})
     parse({"engine": engine})
-    parse({"engine": {"compile": True, **engine, "stage": 1}})
+    parse({"engine": {"compile": True, **engine, "stage": 1, "kernels": "torch"}})
 
 
 def test_a_raw_deepspeed_section_passes_through() -> None:

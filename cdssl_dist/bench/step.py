@@ -131,13 +131,13 @@ def measure(args: Namespace) -> Figures:
             kind = CompiledDenoising if name.endswith("compiled") else Denoising
             steps[f"{name}, {dtype}"] = Step(engine, kind(expansion, (0.3, 0.3), 0), packs, device)
         if device.type == "cuda" and args.size == "small":
-            from cdssl_dist.model.kernels.model import FusedPretextModel  # triton is where torch for CUDA is
+            # Triton is where torch for CUDA is.
+            from cdssl_dist.model.kernels.model import FusedDenoising, FusedPretextModel
 
             torch.manual_seed(0)
             fused = FusedPretextModel(expansion=expansion, **SIZES[args.size])
             engine = ENGINES[args.engine](fused, DTYPES[dtype], device)
-            task = Denoising(expansion, (0.3, 0.3), 0)
-            steps[f"ours, kernels, {dtype}"] = Step(engine, task, packs, device, fused=True)
+            steps[f"ours, kernels, {dtype}"] = Step(engine, FusedDenoising(expansion, (0.3, 0.3), 0), packs, device)
     with contextlib.ExitStack() as stack:
         measures: dict[str, Callable[[], float]] = {name: step.per_edge for name, step in steps.items()}
         if beside:
@@ -215,10 +215,8 @@ def _filled(blocks: Iterator[Multigraphs], edges: int) -> Iterator[Multigraphs]:
 class Step:
     """One contestant: its model, and where in the packs it is."""
 
-    def __init__(
-        self, engine: Engine, task: Denoising, packs: Packs, device: torch.device, fused: bool = False
-    ) -> None:
-        self.engine, self.task, self.packs, self.device, self.fused = engine, task, packs, device, fused
+    def __init__(self, engine: Engine, task: Denoising, packs: Packs, device: torch.device) -> None:
+        self.engine, self.task, self.packs, self.device = engine, task, packs, device
         self.ready = [packs.raw(i).pin() for i in range(len(packs.edges))] if device.type == "cuda" else []
         self.next = 0
         self.first = 0.0  # seconds by the clock of the first step, compilation included
@@ -246,10 +244,7 @@ class Step:
         self.next += 1
         raw = self.ready[i] if self.ready else self.packs.raw(i)
         batch = widen(raw.to(self.device))
-        if self.fused:
-            squared = self.task.fused_loss(self.engine.module, batch)
-        else:
-            squared, _ = self.task.loss(self.engine.module, batch)
+        squared, _ = self.task.loss(self.engine.module, batch)
         self.engine.backward(squared / self.packs.edges[i])
         return self.packs.edges[i]
 

@@ -52,11 +52,6 @@ class Denoising:
         target = self.embed(clean).index_select(0, batch.half)
         return SquaredError.apply(predicted, target, batch.scored)  # type: ignore[no-untyped-call]
 
-    def fused_loss(self, model: nn.Module, batch: GraphBatch) -> Tensor:
-        """``loss`` of a ``kernels.model.FusedPretextModel``, which makes both embeddings of the distances itself."""
-        displaced, clean = self.lengths(batch)
-        return model(displaced, batch, clean)
-
     def baseline_sums(self, batch: GraphBatch, end: float) -> Tensor:
         """See ``loss.baseline_sums``."""
         displaced, clean = (d.index_select(0, batch.half) for d in self.lengths(batch))

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from cdssl_dist.data.loader import DataSet, Loader, Step
 from cdssl_dist.data.plan import EpochPlan
 from cdssl_dist.data.subset import elements
 from cdssl_dist.model.compiled import CompiledDenoising, compile_model
+from cdssl_dist.model.cost import flops_per_edge
 from cdssl_dist.model.edges import GaussianExpansion
 from cdssl_dist.model.export import EncoderCard, write_encoder
 from cdssl_dist.model.loss import SUMS, metrics_of
@@ -38,6 +40,10 @@ from cdssl_dist.train.schedule import learning_rate
 from cdssl_dist.train.system import memory_errors
 from cdssl_dist.train.watch import watched_edges
 from sharding.block import decode
+
+
+class SetupError(ValueError):
+    """What the configuration asks for cannot be had here: said in one line."""
 
 
 def train(
@@ -63,6 +69,7 @@ def train(
     Raises:
         GuardStop: where the guard gives up.
         CheckpointError: where the run folder holds another run.
+        SetupError: where there is no such device, or no such kernel.
         OutOfMemory: names the packs that it was met in.
     """
     device = _device(config)
@@ -102,7 +109,9 @@ class Trainer:
         self.plan = EpochPlan(self.data.table("train"), config.noise.seed, k, per_step)
         end = self.data.manifest.cutoff + config.graph.margin
         expansion = GaussianExpansion(config.graph.centers, end, config.graph.gamma)
-        task = CompiledDenoising if config.engine.compile else Denoising
+        torch.manual_seed(config.model.seed)
+        self.size = config.model.model_dump(exclude={"seed"})
+        model, task = _model_and_task(config, device, expansion, self.size)
         self.task = task(expansion, config.noise.range, config.noise.seed)
         packs, bad_blocks = config.tracking.baseline_packs, config.data.bad_blocks
         fitted = replace(self.plan, last="pad")
@@ -112,8 +121,6 @@ class Trainer:
             self.data, self.task, self.reference, k, per_step, packs_of_val, device, bad_blocks
         )
 
-        torch.manual_seed(config.model.seed)
-        self.size = config.model.model_dump(exclude={"seed"})
         settings = EngineSettings(
             stage=config.engine.stage,
             precision=config.engine.precision,
@@ -121,11 +128,8 @@ class Trainer:
             extra=config.engine.deepspeed,
             **config.optim.model_dump(exclude={"lr"}),
         )
-        model = PretextModel(edge_features=expansion.centers, recompute=config.engine.recompute, **self.size)
-        if config.engine.compile:
-            compile_model(model)
         self.engine = Engine(model, settings, device, self._decide)
-        self.meter = Meter(device, config.engine.precision)
+        self.meter = Meter(device, config.engine.precision, flops_per_edge(expansion.centers, **self.size))
 
         self.cursor = 0
         self.ledger = Ledger.read(self.folder)
@@ -151,6 +155,9 @@ class Trainer:
         if self.log:
             for line in self.plan.about(self.world_size):
                 self.log.say(line)
+            engine = self.config.engine
+            way = "Triton kernels" if engine.kernels == "triton" else "compiled torch" if engine.compile else "torch"
+            self.log.say(f"on {self.device}, {engine.precision}, ZeRO {engine.stage}; edges go through {way}")
         mirror = self.config.checkpoint.mirror
         self.mirror = Mirror(mirror, self.folder, self._tell_mirror) if self.log and mirror else None
 
@@ -199,7 +206,8 @@ class Trainer:
         """Forward and backward over this rank's packs; returns the sums behind the metrics when they are due."""
         due = (step.number + 1) % self.config.tracking.every == 0
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device) if due else None
-        compiled = self.config.engine.compile  # compiled code would be compiled anew for each hook
+        # Compiled code would be compiled anew for each hook, and kernels call none.
+        plain = not self.config.engine.compile and self.config.engine.kernels == "torch"
         if watched := self._watched(step.number):
             self.engine.watch()
         edges = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -211,8 +219,8 @@ class Trainer:
         for raw in step.packs:
             batch = widen(raw.to(self.device))
             reference = self.reference if due else None
-            with watched_edges(self.engine.computing, edges) if watched and not compiled else contextlib.nullcontext():
-                squared, figures = self.meter.counted(self.task.loss, self.engine.module, batch, reference)
+            with watched_edges(self.engine.computing, edges) if watched and plain else contextlib.nullcontext():
+                squared, figures = self.task.loss(self.engine.module, batch, reference)
             if sums is not None and figures is not None:
                 sums += figures
             self.pack_losses.append(squared.detach() / max(step.edges, 1))
@@ -404,6 +412,27 @@ class Trainer:
             code_version=__version__,
             elements=elements(self.data, "train"),
         )
+
+
+def _model_and_task(
+    config: Config, device: torch.device, expansion: GaussianExpansion, size: dict[str, Any]
+) -> tuple[PretextModel, type[Denoising]]:
+    """The network and the task that goes with the way its edges take.
+
+    Raises:
+        SetupError: where this machine, or this size, knows no such way.
+    """
+    if config.engine.kernels == "triton":
+        if device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
+            raise SetupError("engine.kernels=triton needs a GPU, and this worker has none; use engine.kernels=torch")
+        from cdssl_dist.model.kernels.model import FusedDenoising, FusedPretextModel  # Triton comes with CUDA's torch
+
+        try:
+            return FusedPretextModel(expansion=expansion, **size), FusedDenoising
+        except ValueError as why:
+            raise SetupError(str(why)) from None
+    model = PretextModel(edge_features=expansion.centers, recompute=config.engine.recompute, **size)
+    return (compile_model(model), CompiledDenoising) if config.engine.compile else (model, Denoising)
 
 
 def _device(config: Config) -> torch.device:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from cdssl_dist.data.batch import RawPack
 from cdssl_dist.train.system import SystemMeter
@@ -21,12 +20,12 @@ class Meter:
     Args:
         device: of this rank.
         precision: of the model; the peak is that of a matrix product in it, measured once.
+        flops_per_edge: forward and backward, of matrix products; what is recomputed or padding is not counted.
     """
 
-    def __init__(self, device: torch.device, precision: str) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, precision: str, flops_per_edge: float) -> None:
+        self.device, self.flops_per_edge = device, flops_per_edge
         self.peak = matmul_flops(device, torch.bfloat16 if precision == "bf16" else torch.float32)
-        self.flops_per_pack = 0.0  # forward and backward, counted on the first pack
         self.seconds_per_step = 0.0
         self.system = SystemMeter(device)
         self.restart()
@@ -35,7 +34,7 @@ class Meter:
         """Forget what was counted: after a validation, say."""
         self.started = time.perf_counter()
         self.waited = 0.0
-        self.edges = self.graphs = self.packs = self.steps = 0
+        self.edges = self.graphs = self.steps = 0
 
     def timed(self, steps: Iterable[T]) -> Iterator[T]:
         """Pass steps through and note how long each was waited for."""
@@ -50,19 +49,8 @@ class Meter:
             self.steps += 1
             yield step
 
-    def counted(self, function: Callable[..., T], *args: Any) -> T:
-        """Call the forward pass; the first time, count its FLOPs."""
-        if self.flops_per_pack:
-            return function(*args)
-        with FlopCounterMode(display=False) as counter:
-            result = function(*args)
-        # A linear layer's backward pass is two products of the size of its forward one.
-        self.flops_per_pack = 3.0 * counter.get_total_flops()
-        return result
-
     def add(self, raw: RawPack) -> None:
         """One pack was processed."""
-        self.packs += 1
         self.graphs += int(raw.block_graphs[:-1].sum())
         self.edges += 2 * int(raw.n_edges[:-1].sum())
 
@@ -75,7 +63,7 @@ class Meter:
         rates = {
             "perf/graphs_s": world_size * self.graphs / elapsed,
             "perf/edges_s": world_size * self.edges / elapsed,
-            "perf/mfu": self.packs * self.flops_per_pack / elapsed / self.peak,
+            "perf/mfu": self.edges * self.flops_per_edge / elapsed / self.peak,
             "perf/data_wait": self.waited / elapsed,
         } | self.system.sample()
         self.restart()

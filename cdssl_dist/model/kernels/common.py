@@ -18,7 +18,7 @@ def check_width(name: str, value: int) -> None:
     if value not in WIDTHS:
         raise ValueError(
             f"the Triton kernels take a {name} of {', '.join(map(str, WIDTHS))}, not {value}: "
-            'a program holds whole layers; use kernels="torch"'
+            "a program holds whole layers; use engine.kernels=torch"
         )
 
 

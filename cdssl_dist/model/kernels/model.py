@@ -13,7 +13,9 @@ from cdssl_dist.model.kernels.common import check_width
 from cdssl_dist.model.kernels.edge import EdgeStep, Rows
 from cdssl_dist.model.kernels.ends import Expand, Loss
 from cdssl_dist.model.kernels.segment import Gather, SegmentSum
+from cdssl_dist.model.loss import Baseline
 from cdssl_dist.model.megnet import Dense, EdgeUpdate, PretextModel
+from cdssl_dist.model.pretext import Denoising
 
 
 class FusedPretextModel(PretextModel):
@@ -33,16 +35,16 @@ class FusedPretextModel(PretextModel):
         super().__init__(edge_features=expansion.centers, width=width, hidden=hidden, **encoder)
         self.expansion = expansion
 
-    def forward(self, displaced: Tensor, batch: GraphBatch, clean: Tensor | None = None) -> Tensor:
+    def forward(self, edges: Tensor, batch: GraphBatch, clean: Tensor | None = None) -> Tensor:
         """Σ (ê − e)² over scored edges, f32, from distances (H,) f32, Å, of the displaced and of the true crystal.
 
-        Without the latter ê, (E, M) f32, by the reference: what metrics and validation want.
+        Without the latter it is the reference, from an embedding (H, M) to ê, (E, M) f32: what metrics are made of.
         """
         if clean is None:
-            return super().forward(self.expansion(displaced), batch)
+            return super().forward(edges, batch)
         encoder, rows = self.encoder, Rows.of(batch)
         x = encoder.input_x(encoder.element(batch.atomic_numbers))
-        u = Expand.apply(displaced.index_select(0, batch.half), self.expansion, *_weights(encoder.input_u))
+        u = Expand.apply(edges.index_select(0, batch.half), self.expansion, *_weights(encoder.input_u))
         s = encoder.input_s(encoder.initial_state.expand(batch.n_graphs, -1))
         for block in encoder.blocks:
             x, u, s = _block(block, x, u, s, batch, rows)
@@ -50,6 +52,24 @@ class FusedPretextModel(PretextModel):
         return Loss.apply(
             u, clean.index_select(0, batch.half), batch.scored, self.expansion, self.out.weight, self.out.bias
         )
+
+
+class FusedDenoising(Denoising):
+    """The same task for a ``FusedPretextModel``; passes without gradients, and all metrics, are the reference's."""
+
+    def loss(
+        self, model: nn.Module, batch: GraphBatch, baseline: Baseline | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See ``Denoising``."""
+        if not torch.is_grad_enabled():
+            return super().loss(model, batch, baseline)
+        displaced, clean = self.lengths(batch)
+        squared = model(displaced, batch, clean)
+        if baseline is None:
+            return squared, None
+        with torch.no_grad():
+            _, figures = super().loss(model, batch, baseline)
+        return squared, figures
 
 
 def _weights(dense: Any) -> list[Tensor]:
