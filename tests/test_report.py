@@ -35,7 +35,11 @@ def run(tmp_path: Path) -> Path:
         for s in range(10, 101, 10)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    events = [{"step": 30, "time": 1, "event": "skip", "why": HOSTILE}, {"step": 50, "time": 1, "event": "checkpoint"}]
+    events = [
+        {"step": 30, "time": 30, "event": "skip", "why": HOSTILE},
+        {"step": 50, "time": 50, "event": "checkpoint"},
+    ]
+    events += [{"step": None, "time": t, "event": "workers failed", "what": "killed"} for t in (1, 72)]
     (folder / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
     (folder / "status.json").write_text(json.dumps({"state": "done", "steps": 100}))
     (folder / "config.yaml").write_text(f"name: {HOSTILE}\n")
@@ -97,7 +101,8 @@ def test_the_report_in_a_browser(run: Path, tuned: Path, mapped: Path, tmp_path:
     assert said["at"] == "train/loss 0.04 at step 100"
     charts = ["Loss", "Skill beyond each distance alone, where above −½", "Gradient norm, with what the guard did"]
     assert said["charts"] == [*charts, "Lowest validation error so far, eV"]
-    assert (said["marks"], said["dots"], said["images"]) == (1, 2, 0)
+    assert (said["marks"], said["dots"], said["images"]) == (3, 2, 0)
+    assert re.findall(r"(\d+)\s+workers failed", said["text"]) == ["0", "70"]  # the last step before each
     for text in ("done", "0.25", "models:/x/1", HOSTILE, "CC0"):
         assert text in said["text"]
     assert said["wide"]  # on a phone nothing is cut off

@@ -83,17 +83,18 @@ def run_page(
         tuned: results, columns of predictions, and lines of the history of each fine-tuning.
         drawn: a map of crystals by the encoder.
     """
+    events = [_placed(event, metrics) for event in events]
     last = {k: v for line in metrics for k, v in line.items() if isinstance(v, (int, float))}
     tiles: dict[str, str] = {
         "state": str(status.get("state", "?")),
         "step": f"{last['step']:,.0f} of {status.get('steps', '?')}",
         **{k: f"{last[k]:.4g}" for k in ("val/loss", "val/skill", "val/skill_edge") if k in last},
-        "guard's events": f"{len(events):,}",
+        "events": f"{len(events):,}",
     }
     charts = [_chart(title, names, log, metrics, events if marked else ()) for title, names, log, marked in CHARTS]
     parts = [_section("How it went", "".join(charts))]
     if events:
-        rows = [[str(e.get("step", "")), str(e.get("event", "")), _rest(e)] for e in events[:200]]
+        rows = [[str(e["step"]), str(e.get("event", "")), _rest(e)] for e in events[:200]]
         parts.append(_section("Events", _table(["step", "event", "more"], rows)))
     parts += [_section(_title(one[0]), _tuned(one)) for one in tuned]
     parts += [_map(drawn)] if drawn else []
@@ -166,6 +167,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def _placed(event: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """An event of no step, as of workers that died, is put behind the last line that was written before it."""
+    if event.get("step") is not None:
+        return event
+    before = [line["step"] for line in metrics if line["time"] <= event["time"]]
+    return {**event, "step": before[-1] if before else 0}
+
+
 def _rest(event: Mapping[str, Any]) -> str:
     return json.dumps({k: v for k, v in event.items() if k not in ("step", "time", "event")})
 
@@ -208,7 +217,7 @@ def _chart(
         drawn.append(f'<text class="y" x="{LEFT - 6}" y="{up(value) + 4:.1f}">{_tick(shown)}</text>')
         drawn.append(f'<text class="x{i}" x="{across(step):.1f}" y="{FLOOR + 24}">{step:,.0f}</text>')
     for event in events:
-        x = across(float(event.get("step", first)))
+        x = across(min(max(float(event["step"]), first), last))
         told = escape(f"{event.get('event')} at step {event.get('step')}")
         drawn.append(f'<path class="mark" d="M{x:.1f} {ROOF}V{FLOOR}"><title>{told}</title></path>')
     where: dict[str, list[list[float]]] = {}
