@@ -88,7 +88,8 @@ class Driven:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_run_that_everything_befalls_equals_an_undisturbed_one(data_folder: Path, tmp_path: Path) -> None:
-    steps = {"schedule": {"steps": 200}, "checkpoint": {"every": 10}, "tracking": {"every": 1, "validate_every": 100}}
+    # Long enough that no request, which is looked up once a second, comes when the run has ended.
+    steps = {"schedule": {"steps": 600}, "checkpoint": {"every": 10}, "tracking": {"every": 1, "validate_every": 300}}
     launch(2, run_training, config(tmp_path / "undisturbed", data_folder, **steps))
     cluster = {"workers": 2, "hang_after": 25}
     run = Driven(tmp_path, config(tmp_path / "run", data_folder, **steps, cluster=cluster, registry={"name": None}))
@@ -127,7 +128,7 @@ def test_a_stop_that_cannot_save_in_time_ends_all_the_same(data_folder: Path, tm
     run = Driven(tmp_path, content)
     run.until(lambda: run.step() >= 25)
     orphans = run.ranks()
-    orphans[0].suspend()  # from here on no step, and no checkpoint, can be completed
+    orphans[0].suspend()  # from here on no step can be completed, until the kernel continues what has lost its parent
     seen = run.step()
     run.driver.send_signal(signal.SIGTERM)
     assert run.driver.wait(120) == 75
@@ -139,7 +140,7 @@ def test_a_stop_that_cannot_save_in_time_ends_all_the_same(data_folder: Path, tm
     run.start(content)  # as a cluster does that retries the code
     run.until(lambda: "resumed from step" in run.said.read_text())
     resumed = int(re.findall(r"resumed from step (\d+)", run.said.read_text())[-1])
-    assert resumed % 10 == 0 and seen - 10 <= resumed <= seen
+    assert seen - 10 <= resumed <= seen + 2  # behind seen where the workers saved while they were being ended
     run.until(lambda: run.step() > seen)
     run.driver.send_signal(signal.SIGTERM)
     run.has_stopped_with_its_state()
