@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cdssl_dist.bench import data
+from cdssl_dist.bench import data, growth
 from cdssl_dist.bench.__main__ import main
 from cdssl_dist.bench.concatenating import concatenating
 from cdssl_dist.bench.scaling import Job, Machine, lost, step_seconds
@@ -107,6 +108,26 @@ def test_a_step_is_measured_where_little_is_installed(data_folder: Path, tmp_pat
     assert {"ours, eager, f32", "ours, eager, bf16", "concatenating, eager, f32"} <= figures["us per edge"].keys()
     assert all(value > 0 for value in figures["us per edge"].values())
     assert 1000 < figures["data"]["edges of a pack"] <= 2000
+
+
+def test_growth_finds_the_terms_that_times_were_made_of() -> None:
+    points = [replace(growth.Point(), **row) for rows in growth.SERIES.values() for row in rows]
+    edges = {p: p.edges for p in points}
+    made = {"FLOP": 2e-11, "saved byte": 5e-10, "step": 3e-3}
+    cost = {
+        p: (p.edges * flops_per_edge(**p.sizes), p.edges * saved_per_edge(bf16=False, **p.sizes), 1.0) for p in points
+    }
+    seconds = {p: sum(a * b for a, b in zip(made.values(), cost[p], strict=True)) for p in points}
+    terms, fitted = growth.fit(seconds, edges)
+    assert terms == pytest.approx(made, rel=1e-6) and fitted == pytest.approx(seconds)
+
+
+def test_growth_takes_the_same_crystals_at_each_cutoff() -> None:
+    crystals = data.made(60)
+    near, far = (growth.pack(crystals, replace(growth.Point(edges=2_000), cutoff=r)) for r in (4.0, 6.0))
+    plain = growth.pack(crystals, growth.Point(edges=2_000))
+    assert near.graphs[0].keys == plain.graphs[0].keys == far.graphs[0].keys
+    assert near.edges[0] < plain.edges[0] < far.edges[0] and plain.edges[0] <= 2_000
 
 
 @pytest.mark.parametrize("size", [(32, 64, 3), (192, 192, 6)])

@@ -16,6 +16,7 @@ BENCHMARKS: Final = {
     "graph": ("cdssl_dist.bench.graph", "databases → shards: structures per second, growth of time and memory"),
     "loader": ("cdssl_dist.bench.loader", "shards → tensors: crystals and edges per second, padding, balance, memory"),
     "step": ("cdssl_dist.bench.step", "one training step, eager and compiled, beside matgl: edges per second"),
+    "growth": ("cdssl_dist.bench.growth", "how a step's cost grows with pack, width, depth, Gaussians and cutoff"),
     "overhead": ("cdssl_dist.bench.overhead", "what engine, guard, metrics and checkpoints add to a plain torch loop"),
     "scaling": (
         "cdssl_dist.bench.scaling",

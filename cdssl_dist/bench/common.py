@@ -12,12 +12,13 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 # What only benchmarks need, of `make bench`, in the folder where it was run.
 PYTHON: Final = Path(".bench-venv/bin/python")
 
 Figures = dict[str, Any]
+K = TypeVar("K")
 
 
 class BenchError(ValueError):
@@ -49,9 +50,9 @@ def median(repeat: int, measure: Callable[[], float]) -> float:
     return statistics.median(measure() for _ in range(repeat))
 
 
-def in_turns(repeat: int, measures: dict[str, Callable[[], float]]) -> dict[str, float]:
+def in_turns(repeat: int, measures: dict[K, Callable[[], float]]) -> dict[K, float]:
     """The median of each measure, taken in turns, so that a busy machine is busy for all; see ``median``."""
-    found: dict[str, list[float]] = {name: [] for name in measures}
+    found: dict[K, list[float]] = {name: [] for name in measures}
     for i in range(repeat + 1):
         for name, measure in measures.items():
             value = measure()
