@@ -15,8 +15,11 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed; it comes with torch for CUDA")
 from test_model import EXPANSION, FEATURES, TASK, batch_of, room_for, scaled
 
+from cdssl_dist.bench import gpu
 from cdssl_dist.data.batch import GraphBatch, PackShape, collate, widen
-from cdssl_dist.model.edges import distances
+from cdssl_dist.model.cost import flops_per_edge
+from cdssl_dist.model.edges import GaussianExpansion, distances
+from cdssl_dist.model.kernels.ends import Loss
 from cdssl_dist.model.kernels.model import FusedPretextModel
 from cdssl_dist.model.kernels.segment import sum_rows
 from cdssl_dist.model.loss import squared_error
@@ -83,6 +86,30 @@ def test_loss_and_all_gradients_are_the_reference_s(batch: GraphBatch, dtype: to
     for name, gradient in gradients.items():
         error = (others[name].double() * scale - gradient).norm() / gradient.norm()
         assert error < tolerance, f"{name}: {error}"
+
+
+def test_the_check_of_the_bench_is_right_and_sees_a_wrong_kernel(
+    batch: GraphBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expansion = GaussianExpansion(100, 6.0, 0.5)
+    found = gpu.check(on_device(batch), expansion, torch.float32)
+    assert found["same bits again"]
+    assert all(value < 1e-5 for name, value in found.items() if name != "same bits again")
+    monkeypatch.setattr(Loss, "forward", staticmethod(lambda ctx, *a, plain=Loss.forward: 1.01 * plain(ctx, *a)))
+    found = gpu.check(on_device(batch), expansion, torch.float32)
+    assert found["kernels: loss"] == pytest.approx(0.01, rel=1e-3) and found["torch: loss"] < 1e-5
+
+
+def test_the_bench_counts_the_flops_of_the_kernels() -> None:
+    """Backward passes compute all again: forward once, and three times its products behind it."""
+    sizes = {"width": 32, "hidden": 64, "blocks": 3}
+    forward, backward = (
+        sum(flops for name, (_, flops) in gpu.by_hand(100, **sizes).items() if name.endswith(end))
+        for end in ("forward", "backward")
+    )
+    assert backward == 3 * forward
+    inputs = 100 * 64 + 64 * 32  # which the reference has once for each half edge, and the kernels for each edge
+    assert 3 * (forward - inputs) == pytest.approx(flops_per_edge(100, **sizes), rel=0.12)  # that has nodes as well
 
 
 def test_two_runs_give_the_same_bits(batch: GraphBatch) -> None:

@@ -17,6 +17,7 @@ BENCHMARKS: Final = {
     "loader": ("cdssl_dist.bench.loader", "shards → tensors: crystals and edges per second, padding, balance, memory"),
     "step": ("cdssl_dist.bench.step", "one training step, eager and compiled, beside matgl: edges per second"),
     "growth": ("cdssl_dist.bench.growth", "how a step's cost grows with pack, width, depth, Gaussians and cutoff"),
+    "gpu": ("cdssl_dist.bench.gpu", "what only a GPU can show: kernels checked, timed, and held against their bounds"),
     "overhead": ("cdssl_dist.bench.overhead", "what engine, guard, metrics and checkpoints add to a plain torch loop"),
     "scaling": (
         "cdssl_dist.bench.scaling",

@@ -1,0 +1,199 @@
+"""``cdssl bench gpu``: what only a GPU can show, in one table and some minutes.
+
+Whether the kernels are right there (against f64), whether two runs give the same bits, what a step costs in each way
+through the edges; of each kernel bytes and FLOPs by hand, its time, and the share of the bound that it reaches.
+"""
+
+from __future__ import annotations
+
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from cdssl_dist.bench import step as bench_step
+from cdssl_dist.bench.common import BenchError, Figures, data_folder
+from cdssl_dist.data.batch import GraphBatch, widen
+from cdssl_dist.data.dataset import DataSet
+from cdssl_dist.model.edges import GaussianExpansion
+from cdssl_dist.model.kernels.model import FusedDenoising, FusedPretextModel
+from cdssl_dist.model.megnet import PretextModel
+from cdssl_dist.model.pretext import Denoising
+from cdssl_dist.train.perf import matmul_flops
+
+CHECKED_EDGES: Final = 65_536  # of a pack that is checked: in f64 it must fit as well
+PROFILED: Final = 10  # steps
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """See ``cdssl_dist.bench``."""
+    parser.add_argument("--data", help="a data set; what is shared, or aflow:, is sharded else")
+    parser.add_argument("--edges", type=int, default=2**20, help="directed edges of a timed pack")
+    parser.add_argument("--eager", action="store_true", help="nothing compiled by torch: that takes minutes")
+
+
+def measure(args: Namespace) -> Figures:
+    """All figures.
+
+    Raises:
+        BenchError: where there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise BenchError("no CUDA device is visible; the kernels are checked on CPU by tests/test_kernels.py")
+    device = torch.device("cuda")
+    with data_folder(args.data) as folder, DataSet(folder) as data:
+        end = data.manifest.cutoff + 1.0
+        expansion = GaussianExpansion(bench_step.CENTERS, end, 0.5)
+        checked = bench_step.packs_of(data, CHECKED_EDGES)
+        batch = widen(checked.raw(0).to(device))
+        figures: Figures = {
+            "device": torch.cuda.get_device_name(),
+            "checks": {name: check(batch, expansion, dtype) for name, dtype in bench_step.DTYPES.items()},
+            "steps": {},
+        }
+        common = {"data": folder, "edges": args.edges, "device": "cuda", "threads": 1, "repeat": args.repeat}
+        for size in bench_step.SIZES:
+            given = Namespace(**common, size=size, dtype=["bf16"], engine="plain", eager=args.eager)
+            figures["steps"][size] = bench_step.measure(given)
+        packs = bench_step.packs_of(data, args.edges)
+    bound = {"FLOP/s": matmul_flops(device, torch.bfloat16, 8192), "bytes/s": _bandwidth(device)}
+    return figures | {"bound": bound, "kernels": _profiled(packs, expansion, bound, device)}
+
+
+def check(batch: GraphBatch, expansion: GaussianExpansion, dtype: torch.dtype) -> dict[str, float | bool]:
+    """Loss and all gradients in one dtype beside the reference in f64, and whether two runs agree to the bit.
+
+    Returns:
+        Relative differences: of the loss, and the norm of the difference of all gradients, of the kernels and of plain
+        torch in the same dtype.
+    """
+    device = batch.positions.device
+    torch.manual_seed(0)
+    exact = PretextModel(edge_features=expansion.centers, **bench_step.SIZES["small"]).to(device)
+    weights = {name: value.to(dtype) for name, value in exact.state_dict().items()}  # all start from the same numbers
+    exact.load_state_dict(weights)
+    plain = PretextModel(edge_features=expansion.centers, **bench_step.SIZES["small"]).to(device, dtype)
+    plain.load_state_dict(weights)
+    fused = FusedPretextModel(expansion=expansion, **bench_step.SIZES["small"]).to(device, dtype)
+    fused.load_state_dict(weights)
+
+    task, kernels = Denoising(expansion, (0.3, 0.3), 0), FusedDenoising(expansion, (0.3, 0.3), 0)
+    loss, gradient = _gradient(_in_f64, exact.double(), task, batch)
+    found = {
+        name: _gradient(_loss, model, used, batch)
+        for name, model, used in (("torch", plain, task), ("kernels", fused, kernels), ("again", fused, kernels))
+    }
+    figures: dict[str, float | bool] = {}
+    for name in ("torch", "kernels"):
+        figures[f"{name}: loss"] = abs(found[name][0] / loss - 1.0)
+        figures[f"{name}: gradients"] = float((found[name][1] - gradient).norm() / gradient.norm())
+    same = found["kernels"][0] == found["again"][0] and torch.equal(found["kernels"][1], found["again"][1])
+    return figures | {"same bits again": same}
+
+
+def _loss(model: nn.Module, task: Denoising, batch: GraphBatch) -> Tensor:
+    squared, _ = task.loss(model, batch)
+    return squared
+
+
+def _in_f64(model: nn.Module, task: Denoising, batch: GraphBatch) -> Tensor:
+    """The reference by its own formula; distances and embeddings are made in f32 by all."""
+    displaced, clean = task.lengths(batch)
+    assert isinstance(model, PretextModel)
+    guess = model.out(model.head(*model.encoder(task.embed(displaced).double(), batch), batch))
+    error = (guess - task.embed(clean).double().index_select(0, batch.half)) * batch.scored[:, None]
+    return error.square().sum()
+
+
+def _gradient(
+    loss: Callable[[nn.Module, Denoising, GraphBatch], Tensor], model: nn.Module, task: Denoising, batch: GraphBatch
+) -> tuple[float, Tensor]:
+    """Loss per scored edge and its gradient, f64, all weights in a row."""
+    model.zero_grad()
+    value = loss(model, task, batch) / batch.scored.sum().clamp(min=1)
+    torch.autograd.backward(value)
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return value.item(), torch.cat([part.flatten().double() for part in parts])
+
+
+def by_hand(centers: int, width: int, hidden: int, blocks: int) -> dict[str, tuple[float, float]]:
+    """Bytes and FLOPs of each kernel for a directed edge, all its launches of a step together, in bf16.
+
+    Gathered rows of atoms are counted as if they came from memory each time. Backward passes compute all again.
+    """
+    m, w, h = centers, width, hidden
+    dense, update = 2 * w * h, 2 * w * h + h * h
+    inputs = m * h + h * w
+    layers = (blocks - 1) * dense + (blocks + 1) * update  # the head has no dense layers
+    gathered = 2 * 2 * h + 8  # two rows of projections, two indices
+    steps = blocks + 1
+    return {
+        "_expand_forward": (4 + 2 * w, 2 * inputs),
+        "_expand_backward": (4 + 2 * w, 3 * 2 * inputs),
+        "_forward": (steps * (2 * w + gathered + 2 * w) + blocks * 2 * w, 2 * layers),
+        "_backward": (steps * (3 * 2 * w + gathered + 2 * h) + blocks * 4 * w, 3 * 2 * layers),
+        "_loss_forward": (2 * w + 5, 2 * w * m),
+        "_loss_backward": (2 * w + 5 + 2 * w, 3 * 2 * w * m),
+        "_sum": (blocks * 2 * w + steps * (2 * 2 * h + 4), 0.0),
+    }
+
+
+def _profiled(
+    packs: bench_step.Packs, expansion: GaussianExpansion, bound: dict[str, float], device: torch.device
+) -> list[dict[str, Any]]:
+    """Where the time of the small model's step in bf16 goes, the longest first."""
+    torch.manual_seed(0)
+    fused = FusedPretextModel(expansion=expansion, **bench_step.SIZES["small"])
+    engine = bench_step.plain(fused, torch.bfloat16, device)
+    step = bench_step.Step(engine, FusedDenoising(expansion, (0.3, 0.3), 0), packs, device)
+    step.per_edge()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        edges = sum(step.step() for _ in range(PROFILED))
+        torch.cuda.synchronize()
+    expected = by_hand(expansion.centers, **bench_step.SIZES["small"])
+    rows = []
+    for event in seen.key_averages():
+        seconds = event.self_device_time_total / 1e6 / edges
+        if not seconds:
+            continue
+        launches, picoseconds = event.count / PROFILED, 1e12 * seconds
+        row: dict[str, Any] = {"kernel": event.key[:60], "launches": launches, "ps an edge": picoseconds}
+        if event.key in expected:
+            size, flops = expected[event.key]
+            least = max(size / bound["bytes/s"], flops / bound["FLOP/s"])
+            row |= {"bytes": size, "FLOPs": flops, "of the bound": least / seconds}
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row["ps an edge"])
+
+
+def _bandwidth(device: torch.device) -> float:
+    """Bytes/s of a copy in the device's memory, read and written, the best of five."""
+    source = torch.empty(2**30, dtype=torch.uint8, device=device)
+    target, best = torch.empty_like(source), float("inf")
+    for _ in range(5):
+        torch.cuda.synchronize(device)
+        before = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - before)
+    return 2 * source.numel() / best
+
+
+def table(figures: Figures) -> str:
+    """The figures for people."""
+    lines = [f"{figures['device']}: {figures['bound']['FLOP/s'] / 1e12:.0f} TFLOP/s of a bf16 product"]
+    lines[0] += f", {figures['bound']['bytes/s'] / 1e12:.2f} TB/s of a copy"
+    for dtype, found in figures["checks"].items():
+        shown = (f"{name} {value if isinstance(value, bool) else f'{value:.1e}'}" for name, value in found.items())
+        lines.append(f"beside f64, {dtype}: " + ", ".join(shown))
+    for found in figures["steps"].values():
+        lines += ["", bench_step.table(found)]
+    lines += ["", f"{'kernel, small, bf16':60}  launches  ps/edge  bytes/edge  FLOPs/edge  of the bound"]
+    for row in figures["kernels"][:20]:
+        known = f"  {row['bytes']:10,.0f}  {row['FLOPs']:10,.0f}  {row['of the bound']:12.0%}" if "bytes" in row else ""
+        lines.append(f"{row['kernel']:60}  {row['launches']:8.1f}  {row['ps an edge']:7.1f}{known}")
+    return "\n".join(lines)
