@@ -19,7 +19,7 @@ from cdssl_dist.model.compiled import compile_model
 from cdssl_dist.model.edges import GaussianExpansion, distances
 from cdssl_dist.model.heads import PropertyModel
 from cdssl_dist.model.loss import BINS, SUMS, Baseline, baseline_sums, figures, fit_baseline, metrics_of, squared_error
-from cdssl_dist.model.megnet import MEGNet, PretextModel, SplitLinear, pooled, segment_sum
+from cdssl_dist.model.megnet import CompiledSoftplus, MEGNet, PretextModel, SplitLinear, pooled, segment_sum
 from cdssl_dist.model.pretext import Denoising
 from sharding.block import decode_arrays, encode
 from sharding.crystal import Crystal
@@ -354,6 +354,17 @@ def test_recomputing_changes_nothing(crystals: list[Crystal]) -> None:
     assert same_loss == loss
     for name, grad in grads.items():
         torch.testing.assert_close(same_grads[name], grad, msg=name)
+
+
+def test_the_softplus_of_compiled_code_is_the_function() -> None:
+    x = torch.cat([torch.linspace(-30, 30, 20001), torch.tensor([-1e30, -100.0, 0.0, 100.0, 1e30])]).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    y, reference = CompiledSoftplus.apply(x), torch.nn.functional.softplus(exact) - math.log(2.0)
+    torch.autograd.backward([y.sum(), reference.sum()])
+    assert x.grad is not None and exact.grad is not None
+    assert torch.isfinite(y).all() and float(y[20003].detach()) == pytest.approx(0.0, abs=1e-7)
+    torch.testing.assert_close(y.double(), reference, atol=2.5e-7, rtol=1e-7)
+    torch.testing.assert_close(x.grad.double(), exact.grad, atol=2.5e-7, rtol=0.0)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
