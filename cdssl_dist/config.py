@@ -216,6 +216,12 @@ class Config(Section):
             )
         if self.engine.compile and self.engine.kernels != "torch":
             raise ValueError("engine.compile and engine.kernels=triton are two ways through the edges: choose one")
+        if (
+            self.engine.kernels == "triton"
+            and self.engine.device == "cpu"
+            and os.environ.get("TRITON_INTERPRET") != "1"
+        ):
+            raise ValueError("engine.kernels=triton does not go with engine.device=cpu: the kernels are for GPUs")
         if (self.engine.compile or self.engine.kernels != "torch") and self.engine.stage == 3:
             name = "compile" if self.engine.compile else "kernels"
             raise ValueError(

@@ -24,13 +24,15 @@ def start_ray(address: str, **more: Any) -> bool:
         False where this process is connected already.
 
     Raises:
-        RuntimeError: where Ray was imported before it was told to ask for a token, which it does not notice any more.
+        RuntimeError: where a cluster of this machine's would let anyone in.
     """
     there: Any = sys.modules.get("ray")
     if there is not None and there.is_initialized():
         return False
     if there is not None and "RAY_AUTH_MODE" not in os.environ:
         raise RuntimeError("Ray was imported without RAY_AUTH_MODE=token, and reads it only then; set it beforehand")
+    if address == LOCAL and os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        raise RuntimeError("RAY_AUTH_MODE is not token: whoever reaches the ports of this machine could run code")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if address == LOCAL:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -94,6 +94,9 @@ def test_each_system_is_known_to_one_place(repo: Path) -> None:
         if module.startswith("finetune."):  # on a laptop, with neither Ray nor DeepSpeed
             assert not any(name.startswith("cdssl_dist.train") for name in imports(path)), module
     for path in (repo / "sharding").rglob("*.py"):
+        assert "ray" not in {name.split(".")[0] for name in imports(path)} or path.stem in ("executor", "ray_start"), (
+            path
+        )
         assert not {name.split(".")[0] for name in imports(path)} & NOT_IN["sharding"], path
 
 

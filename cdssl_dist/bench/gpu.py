@@ -19,11 +19,11 @@ from cdssl_dist.bench import step as bench_step
 from cdssl_dist.bench.common import BenchError, Figures, data_folder
 from cdssl_dist.data.batch import GraphBatch, widen
 from cdssl_dist.data.dataset import DataSet
+from cdssl_dist.model.cost import matmul_flops
 from cdssl_dist.model.edges import GaussianExpansion
 from cdssl_dist.model.kernels.model import FusedDenoising, FusedPretextModel
 from cdssl_dist.model.megnet import PretextModel
 from cdssl_dist.model.pretext import Denoising
-from cdssl_dist.train.perf import matmul_flops
 
 CHECKED_EDGES: Final = 65_536  # of a pack that is checked: in f64 it must fit as well
 PROFILED: Final = 10  # steps
@@ -53,15 +53,19 @@ def measure(args: Namespace) -> Figures:
         figures: Figures = {
             "device": torch.cuda.get_device_name(),
             "checks": {name: check(batch, expansion, dtype) for name, dtype in bench_step.DTYPES.items()},
-            "steps": {},
         }
-        common = {"data": folder, "edges": args.edges, "device": "cuda", "threads": 1, "repeat": args.repeat}
-        for size in bench_step.SIZES:
-            given = Namespace(**common, size=size, dtype=["bf16"], engine="plain", eager=args.eager)
-            figures["steps"][size] = bench_step.measure(given)
         packs = bench_step.packs_of(data, args.edges)
-    bound = {"FLOP/s": matmul_flops(device, torch.bfloat16, 8192), "bytes/s": _bandwidth(device)}
-    return figures | {"bound": bound, "kernels": _profiled(packs, expansion, bound, device)}
+        figures["bound"] = {"FLOP/s": matmul_flops(device, torch.bfloat16), "bytes/s": _bandwidth(device)}
+        figures["kernels"] = _profiled(packs, expansion, figures["bound"], device)
+        common = {"data": folder, "device": "cuda", "threads": 1, "repeat": args.repeat}
+        figures["steps"] = {}
+        for size, edges in (("small", args.edges), ("wide", args.edges // 4)):  # a wide edge keeps nine times as much
+            given = Namespace(**common, size=size, edges=edges, dtype=["bf16"], engine="plain", eager=args.eager)
+            try:
+                figures["steps"][size] = bench_step.measure(given)
+            except torch.OutOfMemoryError as why:
+                figures["steps"][size] = {"error": f"{size}: {str(why).splitlines()[0]}; try --edges {args.edges // 2}"}
+    return figures
 
 
 def check(batch: GraphBatch, expansion: GaussianExpansion, dtype: torch.dtype) -> dict[str, float | bool]:
@@ -191,7 +195,7 @@ def table(figures: Figures) -> str:
         shown = (f"{name} {value if isinstance(value, bool) else f'{value:.1e}'}" for name, value in found.items())
         lines.append(f"beside f64, {dtype}: " + ", ".join(shown))
     for found in figures["steps"].values():
-        lines += ["", bench_step.table(found)]
+        lines += ["", found["error"] if "error" in found else bench_step.table(found)]
     lines += ["", f"{'kernel, small, bf16':60}  launches  ps/edge  bytes/edge  FLOPs/edge  of the bound"]
     for row in figures["kernels"][:20]:
         known = f"  {row['bytes']:10,.0f}  {row['FLOPs']:10,.0f}  {row['of the bound']:12.0%}" if "bytes" in row else ""

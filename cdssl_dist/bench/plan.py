@@ -10,8 +10,7 @@ from argparse import ArgumentParser, Namespace
 import torch
 
 from cdssl_dist.bench.common import Figures
-from cdssl_dist.model.cost import flops_per_edge, parameters, saved_per_edge, state_bytes
-from cdssl_dist.train.perf import matmul_flops
+from cdssl_dist.model.cost import flops_per_edge, matmul_flops, parameters, saved_per_edge, state_bytes
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -1,7 +1,8 @@
-"""What a model of some size costs: parameters, arithmetic and memory, from its sizes alone."""
+"""What a model of some size costs: parameters, arithmetic and memory, from its sizes alone; and a machine's speed."""
 
 from __future__ import annotations
 
+import time
 from typing import Final
 
 import torch
@@ -52,3 +53,18 @@ def state_bytes(count: int, bf16: bool, stage: int, ranks: int) -> float:
         + gradients / (ranks if stage >= 2 else 1)
         + optimizer / (ranks if stage >= 1 else 1)
     )
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the best of five: what ``perf/mfu`` is measured against."""
+    size = 8192 if device.type == "cuda" else 1024  # so that a launch, and waiting for it, do not count
+    a = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        before = time.perf_counter()
+        product = a @ a
+        float(product[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - before)
+    return 2.0 * size**3 / best

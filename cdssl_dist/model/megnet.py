@@ -108,9 +108,10 @@ class SplitLinear(nn.Module):
 
 
 def segment_sum(values: Tensor, index: Tensor, segments: int) -> Tensor:
-    """Sum of the rows of each segment, in f32: (n, W), (n,) → (segments, W)."""
-    out = torch.zeros(segments, values.shape[1], dtype=torch.float32, device=values.device)
-    return out.index_add(0, index, values.to(torch.float32))
+    """Sum of the rows of each segment, in f32 at least: (n, W), (n,) → (segments, W)."""
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    out = torch.zeros(segments, values.shape[1], dtype=dtype, device=values.device)
+    return out.index_add(0, index, values.to(dtype))
 
 
 class EdgeUpdate(nn.Module):

@@ -65,7 +65,7 @@ class Job:
     cell: Cell
     digest: str  # of all that decides the result
     out: Path
-    crystals: Path  # see ``study_data.prepare``
+    crystals: Path  # see ``study.data.prepare``
     encoder: Pulled
     start: str  # of the arm; "" for a baseline
     split: Split
@@ -180,7 +180,7 @@ class Plan:
     Args:
         config: of the study.
         encoders: of each arm; all have one cutoff.
-        crystals: of each data set, see ``study_data.prepare``.
+        crystals: of each data set, see ``study.data.prepare``.
         folder: of the study.
         seen: formulas that take no part.
     """

@@ -57,9 +57,9 @@ def launch(config: Config) -> bool:
     (folder / rank.STOP_FILE).unlink(missing_ok=True)
     rank.forget_empty_stacks(folder)
     write_status(folder, **{**read_status(folder), "state": "starting", "reason": ""})
-    _start_ray(config)
     state, reason = "moved", ""
     try:
+        _start_ray(config)
         with _stop_on_signal(folder / rank.STOP_FILE) as asked:  # after Ray has started, which takes SIGTERM for itself
             while state == "moved":
                 state, reason = _fit(config, asked)
@@ -186,7 +186,10 @@ def _start_ray(config: Config) -> None:
     needed = int(config.cluster.max_workers * config.cluster.cpus_per_worker) + 1
     address = config.cluster.address or os.environ.get("RAY_ADDRESS") or LOCAL
     logging.getLogger("ray").setLevel(logging.ERROR)
-    start_ray(address, num_cpus=max(os.cpu_count() or 1, needed))
+    try:
+        start_ray(address, num_cpus=max(os.cpu_count() or 1, needed))
+    except Exception as why:  # one kind for each part of Ray that fails
+        raise ClusterError(f"no Ray cluster at {address} can be joined: {' '.join(str(why).split())[:500]}") from None
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -423,14 +424,19 @@ def _model_and_task(
         SetupError: where this machine, or this size, knows no such way.
     """
     if config.engine.kernels == "triton":
-        if device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
-            raise SetupError("engine.kernels=triton needs a GPU, and this worker has none; use engine.kernels=torch")
-        from cdssl_dist.model.kernels.model import FusedDenoising, FusedPretextModel  # Triton comes with CUDA's torch
-
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            if device.type != "cuda":
+                raise SetupError(
+                    "engine.kernels=triton needs a GPU, which this worker has not; use engine.kernels=torch"
+                )
+            if not any(name and shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang")):
+                raise SetupError("engine.kernels=triton needs a C compiler, to start kernels; install gcc, or set CC")
         try:
+            from cdssl_dist.model.kernels.model import FusedDenoising, FusedPretextModel
+
             return FusedPretextModel(expansion=expansion, **size), FusedDenoising
-        except ValueError as why:
-            raise SetupError(str(why)) from None
+        except (ImportError, ValueError) as why:  # no Triton, which comes with torch for CUDA; or another width
+            raise SetupError(f"engine.kernels=triton: {why}") from None
     model = PretextModel(edge_features=expansion.centers, recompute=config.engine.recompute, **size)
     return (compile_model(model), CompiledDenoising) if config.engine.compile else (model, Denoising)
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from cdssl_dist.data.batch import RawPack
+from cdssl_dist.model.cost import matmul_flops
 from cdssl_dist.train.system import SystemMeter
 
 T = TypeVar("T")
@@ -68,17 +69,3 @@ class Meter:
         } | self.system.sample()
         self.restart()
         return rates
-
-
-def matmul_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """FLOP/s of a matrix product, the best of five: what ``perf/mfu`` is measured against."""
-    a = torch.randn(size, size, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(5):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        before = time.perf_counter()
-        product = a @ a
-        float(product[0, 0])  # waits for the device
-        best = min(best, time.perf_counter() - before)
-    return 2.0 * size**3 / best
