@@ -68,3 +68,18 @@ def test_the_same_bytes_on_ray(tmp_path: Path, aflow: list[Crystal], ray_folder:
 def test_no_cluster_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match="no Ray cluster at nonsense can be joined"):
         list(Executor(address="nonsense").map(len, [[]]))
+
+
+@pytest.mark.parametrize(
+    ("code", "mode", "said"),
+    [
+        ("", "disabled", "RAY_AUTH_MODE is not token: whoever reaches the ports"),
+        ("import ray", None, "Ray was imported without RAY_AUTH_MODE=token"),
+    ],
+)
+def test_a_cluster_of_its_own_is_never_open(code: str, mode: str | None, said: str) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env |= {"RAY_AUTH_MODE": mode} if mode else {}
+    program = f"{code}\nfrom sharding.ray_start import start_ray\nstart_ray('local')"
+    run = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1 and said in run.stderr
