@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,13 +19,10 @@ from cdssl_dist.data.dataset import BadBlockError
 from cdssl_dist.data.loader import DataSet, Loader, Step
 from cdssl_dist.data.plan import EpochPlan
 from cdssl_dist.data.subset import elements
-from cdssl_dist.model.compiled import CompiledDenoising, compile_model
 from cdssl_dist.model.cost import flops_per_edge
 from cdssl_dist.model.edges import GaussianExpansion
 from cdssl_dist.model.export import EncoderCard, write_encoder
 from cdssl_dist.model.loss import SUMS, metrics_of
-from cdssl_dist.model.megnet import PretextModel
-from cdssl_dist.model.pretext import Denoising
 from cdssl_dist.train import checkpoint
 from cdssl_dist.train.checkpoint import Checkpoint, Progress, Retention
 from cdssl_dist.train.engine import Engine, EngineSettings, init_distributed
@@ -38,13 +32,10 @@ from cdssl_dist.train.mirror import Mirror, restore
 from cdssl_dist.train.perf import Meter
 from cdssl_dist.train.runlog import Ledger, Rollback, RunLog
 from cdssl_dist.train.schedule import learning_rate
+from cdssl_dist.train.setup import device_of, model_and_task
 from cdssl_dist.train.system import memory_errors
 from cdssl_dist.train.watch import watched_edges
 from sharding.block import decode
-
-
-class SetupError(ValueError):
-    """What the configuration asks for cannot be had here: said in one line."""
 
 
 def train(
@@ -73,7 +64,7 @@ def train(
         SetupError: where there is no such device, or no such kernel.
         OutOfMemory: names the packs that it was met in.
     """
-    device = _device(config)
+    device = device_of(config)
     torch.set_num_threads(config.engine.threads)
     init_distributed(device)
     if config.checkpoint.mirror:
@@ -112,7 +103,7 @@ class Trainer:
         expansion = GaussianExpansion(config.graph.centers, end, config.graph.gamma)
         torch.manual_seed(config.model.seed)
         self.size = config.model.model_dump(exclude={"seed"})
-        model, task = _model_and_task(config, device, expansion, self.size)
+        model, task = model_and_task(config, device, expansion, self.size)
         self.task = task(expansion, config.noise.range, config.noise.seed)
         packs, bad_blocks = config.tracking.baseline_packs, config.data.bad_blocks
         fitted = replace(self.plan, last="pad")
@@ -413,34 +404,3 @@ class Trainer:
             code_version=__version__,
             elements=elements(self.data, "train"),
         )
-
-
-def _model_and_task(
-    config: Config, device: torch.device, expansion: GaussianExpansion, size: dict[str, Any]
-) -> tuple[PretextModel, type[Denoising]]:
-    """The network and the task that goes with the way its edges take.
-
-    Raises:
-        SetupError: where this machine, or this size, knows no such way.
-    """
-    if config.engine.kernels == "triton":
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            if device.type != "cuda":
-                raise SetupError(
-                    "engine.kernels=triton needs a GPU, which this worker has not; use engine.kernels=torch"
-                )
-            if not any(name and shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang")):
-                raise SetupError("engine.kernels=triton needs a C compiler, to start kernels; install gcc, or set CC")
-        try:
-            from cdssl_dist.model.kernels.model import FusedDenoising, FusedPretextModel
-
-            return FusedPretextModel(expansion=expansion, **size), FusedDenoising
-        except (ImportError, ValueError) as why:  # no Triton, which comes with torch for CUDA; or another width
-            raise SetupError(f"engine.kernels=triton: {why}") from None
-    model = PretextModel(edge_features=expansion.centers, recompute=config.engine.recompute, **size)
-    return (compile_model(model), CompiledDenoising) if config.engine.compile else (model, Denoising)
-
-
-def _device(config: Config) -> torch.device:
-    cuda = config.engine.device == "cuda" or (config.engine.device == "auto" and torch.cuda.is_available())
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")

@@ -36,7 +36,8 @@ def run(content: dict[str, Any]) -> Outcome:
 
     from cdssl_dist.train.checkpoint import CheckpointError
     from cdssl_dist.train.guard import GuardStop
-    from cdssl_dist.train.loop import SetupError, train
+    from cdssl_dist.train.loop import train
+    from cdssl_dist.train.setup import SetupError
 
     config = Config.model_validate(content)
     folder, rank = Path(config.run), dist.get_rank()

@@ -1,0 +1,51 @@
+"""What a run computes with: its device, and the network with the task that goes with the way its edges take."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any
+
+import torch
+
+from cdssl_dist.config import Config
+from cdssl_dist.model.compiled import CompiledDenoising, compile_model
+from cdssl_dist.model.edges import GaussianExpansion
+from cdssl_dist.model.megnet import PretextModel
+from cdssl_dist.model.pretext import Denoising
+
+
+class SetupError(ValueError):
+    """What the configuration asks for cannot be had here: said in one line."""
+
+
+def device_of(config: Config) -> torch.device:
+    """The GPU of this rank, or the CPU."""
+    cuda = config.engine.device == "cuda" or (config.engine.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+
+
+def model_and_task(
+    config: Config, device: torch.device, expansion: GaussianExpansion, size: dict[str, Any]
+) -> tuple[PretextModel, type[Denoising]]:
+    """The network and the task that goes with the way its edges take.
+
+    Raises:
+        SetupError: where this machine, or this size, knows no such way.
+    """
+    if config.engine.kernels == "triton":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            if device.type != "cuda":
+                raise SetupError(
+                    "engine.kernels=triton needs a GPU, which this worker has not; use engine.kernels=torch"
+                )
+            if not any(name and shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang")):
+                raise SetupError("engine.kernels=triton needs a C compiler, to start kernels; install gcc, or set CC")
+        try:
+            from cdssl_dist.model.kernels.model import FusedDenoising, FusedPretextModel
+
+            return FusedPretextModel(expansion=expansion, **size), FusedDenoising
+        except (ImportError, ValueError) as why:  # no Triton, which comes with torch for CUDA; or another width
+            raise SetupError(f"engine.kernels=triton: {why}") from None
+    model = PretextModel(edge_features=expansion.centers, recompute=config.engine.recompute, **size)
+    return (compile_model(model), CompiledDenoising) if config.engine.compile else (model, Denoising)
