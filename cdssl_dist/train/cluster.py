@@ -32,7 +32,7 @@ class ClusterError(RuntimeError):
 
 
 class RunError(ValueError):
-    """A run folder that belongs to another run."""
+    """A run folder that belongs to another run, or a configuration that asks for what a worker has not."""
 
 
 class _TooLateError(Exception):
@@ -51,7 +51,7 @@ def launch(config: Config) -> bool:
 
     Raises:
         ClusterError: where workers failed more often than allowed, or the guard stopped the run.
-        RunError: where the run folder holds another run.
+        RunError: where the run folder holds another run, or a worker lacks what the configuration asks for.
     """
     folder = Path(config.run)
     (folder / rank.STOP_FILE).unlink(missing_ok=True)
