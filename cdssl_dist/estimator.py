@@ -136,13 +136,16 @@ class CrystalRegressor(RegressorMixin, _Estimator):  # type: ignore[misc]
 
     __doc__ = f"Fine-tunes an encoder to numbers.\n{(_Estimator.__doc__ or '').partition(chr(10))[2]}"
 
-    def fit(self, X: Any, y: Any, *, per_atom: bool | Sequence[bool] = False) -> Self:
+    def fit(
+        self, X: Any, y: Any, *, per_atom: bool | Sequence[bool] = False, log: bool | Sequence[bool] = False
+    ) -> Self:
         """Train.
 
         Args:
             X: structures, as ``CrystalEncoder.embed`` takes them.
             y: (n,) or (n, T) targets, NaN where missing.
             per_atom: whether a target grows with the cell, and is learned per atom; one for all or one each.
+            log: whether the logarithm of a target is learned, as of positive ones with a long tail; the same.
 
         Raises:
             RefusedStructuresError: naming the rows that are no ordered crystals.
@@ -151,11 +154,11 @@ class CrystalRegressor(RegressorMixin, _Estimator):  # type: ignore[misc]
         targets = np.asarray(y, np.float64)
         self.one_ = targets.ndim == 1
         targets = targets.reshape(len(targets), -1)
-        flags = [per_atom] * targets.shape[1] if isinstance(per_atom, bool) else list(per_atom)
-        if len(flags) != targets.shape[1]:
-            raise ValueError(f"{len(flags)} values of per_atom for {targets.shape[1]} targets")
+        flags = zip(
+            *(_flags(n, f, targets.shape[1]) for n, f in {"per_atom": per_atom, "log": log}.items()), strict=True
+        )
         targets = np.where(np.isfinite(targets), targets, np.nan)
-        task = Task(tuple(Target(f"y{t}", "", bool(flag)) for t, flag in enumerate(flags)))
+        task = Task(tuple(Target(f"y{t}", "", *flag) for t, flag in enumerate(flags)))
         return self._fit(X, targets, task)
 
     def predict(self, X: Any, return_std: bool = False) -> Any:
@@ -198,6 +201,14 @@ class CrystalClassifier(ClassifierMixin, _Estimator):  # type: ignore[misc]
         """The likeliest class: (n,)."""
         chance = self.predict_proba(X)
         return np.asarray(self.classes_[chance.argmax(axis=1)])
+
+
+def _flags(name: str, given: bool | Sequence[bool], targets: int) -> list[bool]:
+    """One flag for each target."""
+    flags = [given] * targets if isinstance(given, bool) else list(map(bool, given))
+    if len(flags) != targets:
+        raise ValueError(f"{len(flags)} values of {name} for {targets} targets")
+    return flags
 
 
 def _graphs(items: list[Any], cutoff: float) -> Multigraphs:

@@ -302,6 +302,7 @@ def test_finetune_to_classes_with_labels_that_lie_elsewhere(home: Path, folder: 
         ("--target kind volume --classify", "one target"),
         ("--target volume --classify", "nothing to classify"),
         ("--target volume --per-atom total", "--per-atom total: no target"),
+        ("--target volume --log total", "--log total: no target"),
         ("--target volume --fold-column flod", "did you mean 'fold'?"),
         ("--target volume --split-column part --test-value nowhere", "'nowhere' must be there"),
         ("--target volume --folds 3 --fold-column fold", "exclude one another"),

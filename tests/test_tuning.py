@@ -151,6 +151,36 @@ def test_per_atom_targets_are_learned_as_such(graphs: Multigraphs) -> None:
         Scaler.fit(task, np.stack([total, np.full(100, np.nan)], axis=1), graphs.n_atoms)
 
 
+def test_of_a_long_tail_the_logarithm_is_learned(
+    encoder: tuple[MEGNet, EncoderCard], graphs: Multigraphs, split: Split
+) -> None:
+    tail = np.exp(np.random.default_rng(0).normal(size=100))
+    total = tail * graphs.n_atoms
+    task = Task((Target("tail", "1", log=True), Target("total", "eV", per_atom=True, log=True)))
+    y = np.stack([tail, total], axis=1)
+    scaler = Scaler.fit(task, y, graphs.n_atoms)
+    learned = scaler.forward(y, graphs.n_atoms)
+    for t in range(2):
+        np.testing.assert_allclose(learned[:, t], (np.log(tail) - np.log(tail).mean()) / np.log(tail).std())
+    np.testing.assert_allclose(scaler.back(learned, graphs.n_atoms), y)
+
+    found = baselines(task, graphs, y, split)
+    np.testing.assert_allclose(found["median"][:, 1], np.exp(np.median(np.log(tail[split.train]))) * graphs.n_atoms)
+    assert (found["ridge on composition"] > 0).all()
+
+    # Labels a thousand times as large: the same network, and answers a thousand times as large.
+    one = Task((Target("tail", log=True),))
+    answers = []
+    for times in (1.0, 1000.0):
+        member = fit(encoder[0], encoder[1].expansion, graphs, times * tail[:, None], split, one, QUICK)
+        answers.append(predict(member, encoder[1], graphs, one))
+    np.testing.assert_allclose(answers[1], 1000 * answers[0], rtol=1e-4)
+
+    y[split.train[3], 0] = -2.0
+    with pytest.raises(TuningError, match=r"1 of .* labels are not above 0, the smallest -2"):
+        fit(encoder[0], encoder[1].expansion, graphs, y, split, task, QUICK)
+
+
 def test_it_stops_early(encoder: tuple[MEGNet, EncoderCard], graphs: Multigraphs, split: Split) -> None:
     noise = np.random.default_rng(0).normal(size=(100, 1))  # nothing to learn
     how = replace(QUICK, epochs=60, patience=3)

@@ -130,6 +130,7 @@ def parser() -> Parser:
     g.add_argument("--target", required=True, nargs="+", help=f"labels or columns, or of {computed}; may have gaps")
     g.add_argument("--unit", nargs="+", help="of each target, where the data do not say")
     g.add_argument("--per-atom", nargs="*", default=[], metavar="TARGET", help="those that grow with the cell")
+    g.add_argument("--log", nargs="*", default=[], metavar="TARGET", help="positive ones with a long tail")
     g.add_argument("--classify", action="store_true", help="the target names classes: numbers or text")
     g.add_argument("--split", choices=("train", "val", "test"), help="use this split of a data set of shards only")
     g.add_argument("--where", metavar="CONDITION", help="of a data set of shards, as in 'n_atoms <= 20'")
@@ -194,13 +195,14 @@ def read_data(args: argparse.Namespace, card: EncoderCard) -> Labeled:
 
 def task_of(args: argparse.Namespace, data: Labeled) -> Task:
     """What is learned."""
-    if strange := set(args.per_atom) - set(args.target):
-        raise TuningError(f"--per-atom {' '.join(sorted(strange))}: no target; those are {' '.join(args.target)}")
+    for option, named in (("--per-atom", args.per_atom), ("--log", args.log)):
+        if strange := set(named) - set(args.target):
+            raise TuningError(f"{option} {' '.join(sorted(strange))}: no target; those are {' '.join(args.target)}")
     if args.unit and len(args.unit) != len(data.names):
         raise TuningError(f"--unit says {len(args.unit)} units of {len(data.names)} targets")
     names = zip(data.names, args.unit or data.units, strict=True)
     if not args.classify:
-        return Task(tuple(Target(name, unit, name in args.per_atom) for name, unit in names))
+        return Task(tuple(Target(name, unit, name in args.per_atom, name in args.log) for name, unit in names))
     classes = class_names(data.columns[args.target[0]])
     if len(classes) < 2 or len(classes) > len(data) / 2:
         raise TuningError(

@@ -28,14 +28,13 @@ def baselines(task: Task, graphs: Multigraphs, targets: Array, split: Split) -> 
         return _of_classes(task, fractions, targets, split)
     median, ridge = np.empty_like(targets), np.empty_like(targets)
     for t, target in enumerate(task.targets):
-        atoms = graphs.n_atoms.astype(np.float64) if target.per_atom else np.ones(len(graphs))
-        values = targets[:, t] / atoms
+        values = target.learned(targets[:, t], graphs.n_atoms)
         known = _known(split.train, values)
-        median[:, t] = np.median(values[known]) * atoms
-        if len(known) < 3:  # too few to choose a penalty with
-            ridge[:, t] = median[:, t]
-        else:
-            ridge[:, t] = RidgeCV(alphas=ALPHAS).fit(fractions[known], values[known]).predict(fractions) * atoms
+        found = np.full(len(graphs), np.median(values[known]))
+        median[:, t] = target.restored(found, graphs.n_atoms)
+        if len(known) >= 3:  # else too few to choose a penalty with
+            found = RidgeCV(alphas=ALPHAS).fit(fractions[known], values[known]).predict(fractions)
+        ridge[:, t] = target.restored(found, graphs.n_atoms)
     return {"median": median, "ridge on composition": ridge}
 
 

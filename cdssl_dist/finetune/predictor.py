@@ -9,7 +9,6 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from cdssl_dist import __version__
 from cdssl_dist.finetune.targets import Array, Scaler, Task
@@ -21,11 +20,12 @@ from cdssl_dist.model.megnet import MEGNet
 from sharding.graph import Multigraphs
 
 FORMAT: Final = "cdssl-property"
-VERSION: Final = 2
+VERSION: Final = 3
 STEM: Final = "property"
 
-# version → what makes the next one of it. 1 → 2: what the deviation of an ensemble is to be multiplied by.
-UPGRADES: Final[dict[int, Upgrade]] = {1: lambda content: content | {"uncertainty": {}}}
+# version → what makes the next one of it. 1 → 2: what the deviation of an ensemble is to be multiplied by. 2 → 3:
+# whether the logarithm of a target is learned.
+UPGRADES: Final[dict[int, Upgrade]] = {1: lambda content: content | {"uncertainty": {}}, 2: lambda content: content}
 
 
 @dataclass(frozen=True)
@@ -173,13 +173,12 @@ def read_property(folder: str | Path) -> Predictor:
     weights = read_weights(path, card.weights_sha256)
     try:
         task = Task.read(card.task)
-        per_atom: NDArray[np.bool_] = np.array([t.per_atom for t in task.targets])
         networks, scalers = [], []
         for i, scaler in enumerate(card.scalers):
             network = network_of(card, task.outputs)
             network.load_state_dict({n.removeprefix(f"{i}."): w for n, w in weights.items() if n.startswith(f"{i}.")})
             networks.append(network)
-            scalers.append(Scaler(np.array(scaler["center"]), np.array(scaler["scale"]), per_atom))
+            scalers.append(Scaler(np.array(scaler["center"]), np.array(scaler["scale"]), task.targets))
     except (RuntimeError, TypeError, KeyError) as why:
         raise ExportError(f"{path}: the weights do not fit the card ({' '.join(str(why).split())[:300]})") from None
     return Predictor(networks, scalers, task, card)

@@ -5,6 +5,7 @@ Shapes: n crystals, T targets, C classes. A missing label is NaN.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,26 @@ class Target:
 
     A target that grows with the cell (a heat capacity of the whole cell, a total energy) is divided by the number of
     atoms before it is learned and multiplied again afterwards: what the network pools are means, which do not grow.
+    Of a positive target with a long tail (a dielectric constant) the logarithm is learned: few large labels would
+    otherwise set the scale for all. The median of a logarithm is the logarithm of the median, which an absolute error
+    asks for.
     """
 
     name: str
     unit: str = ""
     per_atom: bool = False
+    log: bool = False
+
+    def learned(self, values: Array, n_atoms: NDArray[Any]) -> Array:
+        """What is learned of values in the target's unit: (n,), (n,) → (n,); NaN where there is no logarithm."""
+        values = values / n_atoms if self.per_atom else values
+        return np.log(np.where(values > 0, values, np.nan)) if self.log else values
+
+    def restored(self, learned: Array, n_atoms: NDArray[Any]) -> Array:
+        """The values again: (n,), (n,) → (n,)."""
+        with np.errstate(over="ignore"):  # what is not finite is found where it is used
+            values = np.exp(learned) if self.log else learned
+        return values * n_atoms if self.per_atom else values
 
 
 @dataclass(frozen=True)
@@ -82,38 +98,49 @@ class Task:
 
 @dataclass(frozen=True)
 class Scaler:
-    """Between targets in their units and what the network learns: per atom where asked, mean 0, deviation 1."""
+    """Between targets in their units and what the network learns: as each target wants it, mean 0, deviation 1."""
 
     center: Array  # (T,)
     scale: Array  # (T,)
-    per_atom: NDArray[np.bool_]  # (T,)
+    targets: tuple[Target, ...]
 
     @staticmethod
     def fit(task: Task, targets: Array, n_atoms: NDArray[Any]) -> Scaler:
         """From the labels of the training crystals; a constant target keeps the scale 1.
 
         Raises:
-            ValueError: where a target has no label at all.
+            ValueError: where a target has no label at all, or one without a logarithm where that is learned.
         """
-        per_atom = np.array([t.per_atom for t in task.targets])
-        values = targets / _divisor(per_atom, n_atoms)
         if task.classes:
-            return Scaler(np.zeros(1), np.ones(1), per_atom)
-        without = [t.name for t, column in zip(task.targets, values.T, strict=True) if not np.isfinite(column).any()]
-        if without:
-            raise ValueError(f"no training crystal has a label of {', '.join(without)}: nothing can be learned of it")
+            return Scaler(np.zeros(1), np.ones(1), task.targets)
+        for target, column in zip(task.targets, targets.T, strict=True):
+            known = column[np.isfinite(column)]
+            if not len(known):
+                raise ValueError(f"no training crystal has a label of {target.name}: nothing can be learned of it")
+            if target.log and not (known > 0).all():
+                raise ValueError(
+                    f"the logarithm of {target.name} is to be learned, and {(known <= 0).sum()} of {len(known)} labels "
+                    f"are not above 0, the smallest {known.min():g}; learn it as it is, or drop these"
+                )
+        values = _by_target(Target.learned, task.targets, targets, n_atoms)
         center, spread = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
         constant = spread <= 1e-12 * np.maximum(np.abs(center), 1e-300)
-        return Scaler(center, np.where(constant, 1.0, spread), per_atom)
+        return Scaler(center, np.where(constant, 1.0, spread), task.targets)
 
     def forward(self, targets: Array, n_atoms: NDArray[Any]) -> Array:
         """Units → network: (n, T) → (n, T)."""
-        return (targets / _divisor(self.per_atom, n_atoms) - self.center) / self.scale
+        return (_by_target(Target.learned, self.targets, targets, n_atoms) - self.center) / self.scale
 
     def back(self, outputs: Array, n_atoms: NDArray[Any]) -> Array:
         """Network → units: (n, T) → (n, T)."""
-        return (outputs * self.scale + self.center) * _divisor(self.per_atom, n_atoms)
+        return _by_target(Target.restored, self.targets, outputs * self.scale + self.center, n_atoms)
 
 
-def _divisor(per_atom: NDArray[np.bool_], n_atoms: NDArray[Any]) -> Array:
-    return np.where(per_atom, n_atoms[:, None].astype(np.float64), 1.0)
+def _by_target(
+    change: Callable[[Target, Array, NDArray[Any]], Array],
+    targets: tuple[Target, ...],
+    values: Array,
+    n_atoms: NDArray[Any],
+) -> Array:
+    columns = zip(targets, values.T, strict=True)
+    return np.stack([change(target, column, n_atoms) for target, column in columns], axis=1)

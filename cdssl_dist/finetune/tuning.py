@@ -75,8 +75,8 @@ def fit(
     """Train an encoder with a new readout; the weights with the best validation error are kept.
 
     The loss is the absolute error of the standardised targets (the cross entropy of classes), over the labels that are
-    there. Early stopping watches the error in the units of the targets; where there are several, each is divided by its
-    deviation first. Without validation crystals nothing is stopped, and the last weights are kept.
+    there. Early stopping watches the error in the unit of the target; where there are several, the mean
+    error of them as they are learned. Without validation crystals nothing is stopped, and the last weights are kept.
 
     Args:
         encoder: pretrained or new; not changed.
@@ -130,7 +130,7 @@ def fit(
             error = math.nan
             if len(val):
                 predicted = outputs(model, graphs.take(val), scaler, task)
-                error = line["val"] = watched(task, targets[val], predicted, scaler)
+                error = line["val"] = watched(task, targets[val], predicted, scaler, n_atoms[val])
             history.append(line)
             if error < best or not len(val):
                 best, best_epoch = error, epoch
@@ -142,15 +142,15 @@ def fit(
     return Member({name: w.cpu() for name, w in best_weights.items()}, scaler, history, best_epoch)
 
 
-def watched(task: Task, true: Array, predicted: Array, scaler: Scaler) -> float:
-    """One number for early stopping: the error of the one target in its unit, or the mean of those in deviations."""
+def watched(task: Task, true: Array, predicted: Array, scaler: Scaler, n_atoms: Array) -> float:
+    """One number for early stopping: the error of the one target in its unit, or the mean of several as learned."""
     errors = task.errors(true, predicted)
     if task.classes:
         return errors["log_loss"]
-    known = [(errors[t.name], s) for t, s in zip(task.targets, scaler.scale, strict=True) if errors[t.name] >= 0]
-    if len(task.targets) == 1 or not known:
-        return known[0][0] if known else math.nan
-    return float(np.mean([error / scale for error, scale in known]))
+    if len(task.targets) > 1:
+        errors = task.errors(scaler.forward(true, n_atoms), scaler.forward(predicted, n_atoms))
+    known = [error for error in errors.values() if np.isfinite(error)]
+    return float(np.mean(known)) if known else math.nan
 
 
 def stages_of(model: PropertyModel) -> list[list[nn.Parameter]]:
@@ -201,7 +201,7 @@ def _optimizer(stages: list[list[nn.Parameter]], how: FineTuning) -> torch.optim
     groups: list[dict[str, Any]] = [
         {"params": stage, "lr": how.lr * how.layer_decay ** (top - i)} for i, stage in enumerate(stages)
     ]
-    return torch.optim.AdamW(groups, weight_decay=how.weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=how.weight_decay, fused=True)
 
 
 def _batches(order: Indices, size: int) -> Iterator[Indices]:

@@ -56,6 +56,7 @@ def _property(card: dict[str, Any]) -> str:
     task = card["task"]
     lines = [
         f"- `{t['name']}`{', ' + t['unit'] if t['unit'] else ''}{', learned per atom' if t['per_atom'] else ''}"
+        f"{', learned as its logarithm' if t.get('log') else ''}"
         for t in task["targets"]
     ]
     classes = f"\nClasses: {', '.join(map(str, task['classes']))}.\n" if task["classes"] else ""

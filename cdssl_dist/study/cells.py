@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from cdssl_dist import __version__
 from cdssl_dist.finetune.splits import Indices, Split, hold_out
+from cdssl_dist.finetune.targets import Target
 from cdssl_dist.finetune.tuning import FineTuning
 from cdssl_dist.model.export import EncoderCard
 from cdssl_dist.study.config import BASELINES, Folds, StudyConfig
@@ -70,7 +71,7 @@ class Job:
     start: str  # of the arm; "" for a baseline
     split: Split
     how: FineTuning
-    unit: str
+    target: Target
 
     def work(self, n_edges: NDArray[Any]) -> float:
         """Directed edges that pass through the network, a prediction counted as a third of a training."""
@@ -253,7 +254,8 @@ class Plan:
             "code": __version__,
             "data": samples.crystals.source,
             "cutoff": card.cutoff,
-            "label": [config.data[about.data].column.format(target=cell.target), about.column, about.extensive],
+            "label": [config.data[about.data].column.format(target=cell.target), about.column, about.extensive]
+            + ["log"] * about.log,
             "split": [_digest([keys[i] for i in part]) for part in (split.train, split.val, split.test)],
         }
         how = FineTuning(
@@ -274,7 +276,8 @@ class Plan:
         digest = _digest(content)
         out = self.folder / "cells" / f"{cell.name()}-{digest[:12]}.parquet"
         start = arm.start if arm else ""
-        return Job(cell, digest, out, self.crystals[about.data], encoder, start, split, how, about.unit)
+        target = Target(cell.target, about.unit, log=about.log)  # labels are read per atom already
+        return Job(cell, digest, out, self.crystals[about.data], encoder, start, split, how, target)
 
     def with_rates(self, rates: dict[tuple[str, int, str], float]) -> Iterator[Cell]:
         """The reported cells for which a rate is known, with it."""

@@ -43,6 +43,7 @@ class StudyTarget(Section):
     unit: str = ""
     column: str | None = None  # where the data set's pattern does not tell it
     extensive: bool = False  # grows with the cell: learned and reported per atom; predictions hold the label itself
+    log: bool = False  # positive, with a long tail: its logarithm is learned; errors are in the unit
     sizes: tuple[PositiveInt, ...] | None = None  # labels to learn from; the study's where left out
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from cdssl_dist.finetune.baselines import baselines
 from cdssl_dist.finetune.experiment import new_encoder, permuted, predict
 from cdssl_dist.finetune.splits import Split
-from cdssl_dist.finetune.targets import Array, Target, Task
+from cdssl_dist.finetune.targets import Array, Task
 from cdssl_dist.finetune.tuning import TuningError, fit
 from cdssl_dist.model.export import EncoderCard, read_encoder
 from cdssl_dist.model.megnet import MEGNet
@@ -66,7 +66,7 @@ def run(job: Job) -> float:
     ends = np.cumsum([len(job.split.train), len(job.split.val)])
     split = Split(*np.split(np.arange(len(part)), ends))
     true = crystals.labels[job.cell.target][part][:, None]
-    task = Task((Target(job.cell.target, job.unit),))
+    task = Task((job.target,))
     about: dict[str, Any] = {"epochs": 0, "best": 0}
     if not job.start:
         predicted = baselines(task, graphs, true, split_of_all(split))[BASELINES[job.cell.arm]][split.test]
