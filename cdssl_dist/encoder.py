@@ -18,12 +18,11 @@ from cdssl_dist.commands import RUNS
 from cdssl_dist.data.structures import RefusedStructuresError, as_list
 from cdssl_dist.mlops import registry
 from cdssl_dist.mlops.mlflow_server import tracking_uri
+from cdssl_dist.mlops.models import CHAMPION
 from cdssl_dist.model.embedding import embed_graphs, embed_structures
 from cdssl_dist.model.export import EncoderCard, read_encoder
 from cdssl_dist.model.megnet import MEGNet
 from sharding.graph import Multigraphs
-
-CHAMPION = "models:/cdssl-encoder@champion"
 
 
 class CrystalEncoder:

@@ -19,12 +19,13 @@ from sklearn.utils.validation import check_is_fitted
 
 from cdssl_dist.data.labeled import formulas_of
 from cdssl_dist.data.structures import RefusedStructuresError, as_list, graphs_of
-from cdssl_dist.encoder import CHAMPION, CrystalEncoder
+from cdssl_dist.encoder import CrystalEncoder
 from cdssl_dist.finetune.predictor import Prediction, Predictor, network_of, property_card, write_property
 from cdssl_dist.finetune.splits import Split, hold_out
 from cdssl_dist.finetune.targets import Array, Target, Task
 from cdssl_dist.finetune.tuning import FineTuning, Member, fit
 from cdssl_dist.mlops.model_card import write_model_card
+from cdssl_dist.mlops.models import CHAMPION
 from sharding.graph import Multigraphs, concatenate
 
 

@@ -287,7 +287,9 @@ def main(work: Path) -> None:
     results["finetune"] = platform.done("finetune", 60, platform.submit("finetune", 60, pods[0].env["RAY_AUTH_TOKEN"]))
     results["list"] = pods[0].run("python", "-m", "cdssl_dist.mlops.registry_cli", "list")[1]
     say(f"registry: {results['list'].strip().splitlines()[-1]}")
-    results["promote"] = pods[0].run("python", "-m", "cdssl_dist.mlops.registry_cli", "promote", "1")
+    results["promote"] = pods[0].run(
+        "python", "-m", "cdssl_dist.mlops.registry_cli", "promote", "models:/cdssl-encoder/1"
+    )
     say(f"fine-tuning's user may not promote: {results['promote'][1].strip().splitlines()[-1][:150]}")
     stop(pods)
     (work / "results.json").write_text(json.dumps(results))

@@ -120,7 +120,7 @@ def test_the_champion_is_the_best_comparable_one(home: Path, uri: str) -> None:
     assert better.aliases == ("champion", "latest") and "version 1" in better.reason
     assert show("models:/crystals@previous", uri).version == 1
 
-    assert promote("crystals", 3, uri).aliases == ("champion",)
+    assert promote("models:/crystals/3", uri).aliases == ("champion",)
     assert show("models:/crystals@previous", uri).version == 6
     assert rollback("crystals", uri).version == 6
     assert show("models:/crystals@previous", uri).version == 3
@@ -212,7 +212,7 @@ def test_what_is_not_right_is_refused(home: Path, uri: str) -> None:
 @pytest.mark.parametrize(
     ("ref", "said"),
     [
-        ("models:/crystal@champion", "has no encoder 'crystal'; it has: crystals"),
+        ("models:/crystal@champion", "has no model 'crystal'; it has: crystals"),
         ("models:/crystals@best", "no such version of 'crystals'; there are: 1 champion latest"),
         ("models:/crystals/7", "there are: 1 champion latest"),
         ("models:/crystals", "models:/NAME@ALIAS or models:/NAME/VERSION"),
@@ -404,7 +404,8 @@ def test_older_formats_are_read_and_newer_ones_refused(home: Path, uri: str, rep
 def test_a_property_of_the_older_format_predicts_and_registers(uri: str, repo: Path) -> None:
     old = repo / "tests" / "data" / "property-v1"
     model = read_property(old)
-    assert (model.card.version, model.card.uncertainty) == (2, {}) and len(model.networks) == 2
+    assert not model.task.targets[0].log
+    assert (model.card.version, model.card.uncertainty) == (3, {}) and len(model.networks) == 2
     aluminium = Structure(Lattice.cubic(4.05), ["Al"] * 4, [[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])
     said = model.predict(next(graphs_of([aluminium], model.card.cutoff, {})))
     assert said.mean.shape == said.std.shape == (1, 1) and 0 < said.mean.item() < 40  # Å³/atom; its scaler: 18.6 ± 5.6
@@ -431,10 +432,14 @@ def test_diff_delete_and_what_a_name_holds(home: Path, uri: str, capsys: pytest.
 
     assert "sigma\n  - [0.3, 0.3]\n  + [0.1, 0.1]" in cdssl("diff", "models:/crystals/1", "models:/crystals/2")
     assert "do not differ" in cdssl("diff", "models:/crystals/1", "models:/crystals@champion")
-    assert main(["--registry", uri, "delete", "1", "crystals"]) == 2
+    assert main(["--registry", uri, "delete", "models:/crystals/1"]) == 2
     assert "is the champion: promote another" in capsys.readouterr().err
     assert "models:/crystals/2" in cdssl("list", "crystals")
-    assert "deleted models:/crystals/2" in cdssl("delete", "2", "crystals")
+    register(write_encoder_to(home / "other", 5), "others", uri)
+    assert [each.split()[0] for each in cdssl("list").splitlines()] == [
+        *["models:/crystals/2", "models:/crystals/1", "models:/others/1"]
+    ]
+    assert "deleted models:/crystals/2" in cdssl("delete", "models:/crystals/2")
     assert "models:/crystals/2" not in cdssl("list", "crystals")
 
     out = home / "mine"

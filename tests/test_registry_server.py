@@ -60,17 +60,17 @@ def whole_life(uri: str, home: Path) -> None:
 
     best = by_alias["champion"].version
     other = next(v.version for v in versions if v.version != best)
-    assert "champion" in registry.promote("crystals", other, uri).aliases
+    assert "champion" in registry.promote(f"models:/crystals/{other}", uri).aliases
     assert registry.rollback("crystals", uri).version == best
     folder = registry.pull("models:/crystals@champion", uri)
     assert (folder / "encoder.json").read_bytes() == (home / "e0" / "encoder.json").read_bytes()
     changed = registry.diff(f"models:/crystals/{best}", f"models:/crystals/{other}", uri)
     assert {"skill_edge", "weights_sha256"} <= set(changed) and "sigma" not in changed
     with pytest.raises(RegistryError, match="is the previous"):
-        registry.delete("crystals", other, uri)
+        registry.delete(f"models:/crystals/{other}", uri)
     third = registry.register(write_encoder_to(home / "third", seed=9, skill=0.2), "crystals", uri)
     assert third.aliases == ("latest",)
-    registry.delete("crystals", third.version, uri)
+    registry.delete(third.uri, uri)
     assert sorted(v.version for v in registry.list_versions("crystals", uri)) == [1, 2]
 
 

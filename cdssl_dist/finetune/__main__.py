@@ -33,6 +33,7 @@ from cdssl_dist.look.encoder_map import map_of
 from cdssl_dist.mlops import registry
 from cdssl_dist.mlops.mlflow_server import tracking_uri
 from cdssl_dist.mlops.model_card import write_model_card
+from cdssl_dist.mlops.models import CHAMPION
 from cdssl_dist.mlops.record import record
 from cdssl_dist.model.export import EncoderCard, read_encoder
 from sharding.executor import Executor
@@ -117,7 +118,7 @@ def parser() -> Parser:
     p = Parser(
         "cdssl finetune", "Fine-tune a pretrained encoder on labeled crystals, beside the same network from scratch."
     )
-    p.add_argument("--encoder", default="models:/cdssl-encoder@champion", help="models:/NAME@ALIAS, or a folder")
+    p.add_argument("--encoder", default=CHAMPION, help="models:/NAME@ALIAS, or a folder")
     p.add_argument("--registry", help="MLflow URI; MLFLOW_TRACKING_URI, else runs/mlflow.db, where left out")
     p.add_argument("--register", metavar="NAME", help="register the fine-tuned model under this name")
     p.add_argument("--experiment", default="cdssl-finetune", help="of MLflow, which keeps a record of the work")

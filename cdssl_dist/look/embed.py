@@ -15,8 +15,9 @@ import torch
 from cdssl_dist.commands import Parser, command
 from cdssl_dist.data.labeled import density, formulas_of, volume_per_atom
 from cdssl_dist.data.stream import Rows, add_arguments, stream, write_rows
-from cdssl_dist.encoder import CHAMPION, CrystalEncoder
+from cdssl_dist.encoder import CrystalEncoder
 from cdssl_dist.finetune.predictor import unseen_elements
+from cdssl_dist.mlops.models import CHAMPION
 from sharding.crystal import SYMBOLS
 from sharding.graph import Multigraphs
 

@@ -22,11 +22,12 @@ from sklearn.preprocessing import StandardScaler
 
 from cdssl_dist.commands import Parser, command
 from cdssl_dist.data.labeled import COMPUTED, load_labeled, volume_per_atom
-from cdssl_dist.encoder import CHAMPION, CrystalEncoder
+from cdssl_dist.encoder import CrystalEncoder
 from cdssl_dist.finetune.baselines import element_fractions
 from cdssl_dist.finetune.experiment import new_encoder
 from cdssl_dist.finetune.splits import Split, k_folds
 from cdssl_dist.finetune.targets import Array
+from cdssl_dist.mlops.models import CHAMPION
 from cdssl_dist.model.embedding import embed_graphs
 from sharding.graph import Multigraphs
 

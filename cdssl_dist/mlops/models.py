@@ -18,6 +18,8 @@ from cdssl_dist.finetune.predictor import PropertyCard
 from cdssl_dist.model import export
 from cdssl_dist.model.export import EncoderCard, ExportError
 
+CHAMPION: Final = "models:/cdssl-encoder@champion"  # what people pull where they do not say
+
 Card = EncoderCard | PropertyCard
 
 

@@ -30,6 +30,7 @@ from cdssl_dist.mlops.registry_store import (
     exclusive,
     known_name,
     move_champion,
+    names,
     resolve,
     session,
     upload,
@@ -138,9 +139,11 @@ def _register(folder: Path, kind: Kind, name: str, uri: str, run_id: str | None)
         return Registered(name, version, mine.aliases, mine.uri, not known, reason)
 
 
-def list_versions(name: str, uri: str) -> list[Version]:
-    """All versions of a model, newest first."""
+def list_versions(name: str | None, uri: str) -> list[Version]:
+    """All versions of a model, newest first; of all models, one name after the other, where none is named."""
     with session(uri, 10) as client:
+        if name is None:
+            return [version for each in names(client) for version in versions(client, each)]
         known_name(client, name)
         return versions(client, name)
 
@@ -158,12 +161,12 @@ def diff(first: str, second: str, uri: str) -> dict[str, tuple[str, str]]:
     return {k: (a.get(k, ""), b.get(k, "")) for k in sorted({*a, *b}) if a.get(k) != b.get(k)}
 
 
-def promote(name: str, version: int, uri: str) -> Version:
+def promote(ref: str, uri: str) -> Version:
     """Make a version the champion; the one before is kept as ``previous``."""
     with session(uri, 10) as client:
-        found = resolve(client, f"models:/{name}/{version}")
-        with exclusive(client, name):
-            move_champion(client, name, found.version)
+        found = resolve(client, ref)
+        with exclusive(client, found.name):
+            move_champion(client, found.name, found.version)
         return resolve(client, found.uri)
 
 
@@ -177,20 +180,20 @@ def rollback(name: str, uri: str) -> Version:
         return resolve(client, found.uri)
 
 
-def delete(name: str, version: int, uri: str) -> Version:
+def delete(ref: str, uri: str) -> Version:
     """Delete a version from the registry; copies that were pulled stay.
 
     Raises:
         RegistryError: for the champion and the previous one, which others rely on.
     """
     with session(uri, 10) as client:
-        known_name(client, name)
-        with exclusive(client, name):
-            found = resolve(client, f"models:/{name}/{version}")
+        found = resolve(client, ref)
+        with exclusive(client, found.name):
+            found = resolve(client, found.uri)  # its aliases, now that nobody else moves them
             held = [a for a in found.aliases if a != "latest"]
             if held:
                 raise RegistryError(f"{found.uri} is the {' and '.join(held)}: promote another version first")
-            client.delete_model_version(name, str(version))
+            client.delete_model_version(found.name, str(found.version))
     return found
 
 

@@ -14,7 +14,7 @@ from cdssl_dist.commands import RUNS, Parser, command
 from cdssl_dist.mlops import registry
 from cdssl_dist.mlops.mlflow_server import tracking_uri
 from cdssl_dist.mlops.model_card import write_model_card
-from cdssl_dist.mlops.models import KINDS
+from cdssl_dist.mlops.models import CHAMPION, KINDS
 from cdssl_dist.mlops.registry import Version
 
 
@@ -24,23 +24,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = Parser("cdssl registry", "Look at registered models, pull them, and choose the champion.")
     p.add_argument("--registry", help="MLflow URI; MLFLOW_TRACKING_URI, else runs/mlflow.db, where left out")
     actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
-    name: dict[str, Any] = {"nargs": "?", "default": "cdssl-encoder"}
-    ref: dict[str, Any] = {"nargs": "?", "default": "models:/cdssl-encoder@champion"}
-    actions.add_parser("list", help="all versions, newest first").add_argument("name", **name)
+    ref: dict[str, Any] = {"nargs": "?", "default": CHAMPION, "help": "models:/NAME@ALIAS or models:/NAME/VERSION"}
+    listed = actions.add_parser("list", help="all versions, newest first")
+    listed.add_argument("name", nargs="?", help="of one model only")
     actions.add_parser("show", help="everything that is known of a version").add_argument("ref", **ref)
     pull = actions.add_parser("pull", help="download a model, verified, and print where it is")
     pull.add_argument("ref", **ref)
     pull.add_argument("--out", metavar="FOLDER", help="copy it there, with its MODEL_CARD.md")
     promote = actions.add_parser("promote", help="make a version the champion")
-    promote.add_argument("version", type=int)
-    promote.add_argument("name", **name)
-    actions.add_parser("rollback", help="make the previous champion the champion again").add_argument("name", **name)
+    promote.add_argument("ref", help=ref["help"])
+    rollback = actions.add_parser("rollback", help="make the previous champion the champion again")
+    rollback.add_argument("name", nargs="?", default="cdssl-encoder")
     diff = actions.add_parser("diff", help="in what two versions differ")
     diff.add_argument("first", help="models:/NAME@ALIAS or models:/NAME/VERSION")
     diff.add_argument("second")
     delete = actions.add_parser("delete", help="delete a version that is neither champion nor previous")
-    delete.add_argument("version", type=int)
-    delete.add_argument("name", **name)
+    delete.add_argument("ref", help=ref["help"])
     args = p.parse_args(argv)
     ACTIONS[args.action](args, tracking_uri(args.registry, RUNS))
     return 0
@@ -67,7 +66,7 @@ def _pull(args: argparse.Namespace, uri: str) -> None:
 
 
 def _promote(args: argparse.Namespace, uri: str) -> None:
-    print(line(registry.promote(args.name, args.version, uri)))
+    print(line(registry.promote(args.ref, uri)))
 
 
 def _rollback(args: argparse.Namespace, uri: str) -> None:
@@ -83,7 +82,7 @@ def _diff(args: argparse.Namespace, uri: str) -> None:
 
 
 def _delete(args: argparse.Namespace, uri: str) -> None:
-    print(f"deleted {registry.delete(args.name, args.version, uri).uri}; copies that were pulled stay")
+    print(f"deleted {registry.delete(args.ref, uri).uri}; copies that were pulled stay")
 
 
 ACTIONS: Final = {

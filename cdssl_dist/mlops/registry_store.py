@@ -110,8 +110,18 @@ def known_name(client: Any, name: str) -> None:
     except MlflowException as why:
         if why.error_code not in ANSWERS:
             raise
-        names = ", ".join(m.name for m in client.search_registered_models(max_results=20) if not m.name.endswith(LOCK))
-        raise RegistryError(f"the registry has no encoder {name!r}; it has: {names or 'none'}") from None
+        there = ", ".join(names(client)[:20])
+        raise RegistryError(f"the registry has no model {name!r}; it has: {there or 'none'}") from None
+
+
+def names(client: Any) -> list[str]:
+    """Of all models."""
+    found: list[str] = []
+    token = None
+    while token != "":
+        page = client.search_registered_models(page_token=token)
+        found, token = [*found, *(m.name for m in page if not m.name.endswith(LOCK))], page.token or ""
+    return sorted(found)
 
 
 def versions(client: Any, name: str) -> list[Version]:
