@@ -21,6 +21,7 @@ COMMANDS: Final = {
         "cdssl_dist.study.__main__",
         "what an encoder is worth: sizes, seeds and controls; tables and the chart",
     ),
+    "ablate": ("cdssl_dist.ablate", "what matters in pretraining: variants of a run, and probes of their encoders"),
     "predict": ("cdssl_dist.finetune.predict", "predict properties of crystals with a fine-tuned model"),
     "embed": ("cdssl_dist.look.embed", "embed crystals: a Parquet file of vectors"),
     "probe": ("cdssl_dist.look.probe", "linear probes of an encoder, beside what was not learned"),

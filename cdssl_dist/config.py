@@ -37,6 +37,7 @@ class DataConfig(Section):
 
     path: str | None = None  # folder of a data set; CDSSL_DATA where left out
     packs_per_step: int = Field(8, ge=1)  # P: the global batch, whatever the number of ranks
+    share: float = Field(1.0, gt=0, le=1)  # of the training blocks that is learned from, for curves of scaling
     blocks_per_pack: int = Field(1, ge=1)  # k: the micro-batch of one rank
     prefetch: int = Field(4, ge=1)  # packs that are read ahead
     cache_gb: float = Field(50.0, ge=0)  # 10⁹ bytes of remote shards that a node keeps; 0 keeps none

@@ -17,7 +17,7 @@ LAYERS = [
     {"mlops"},
     {"encoder", "estimator"},
     {"look", "study"},
-    {"pretrain", "finetune.__main__", "finetune.predict", "demo", "doctor", "bench", "cli"},
+    {"pretrain", "finetune.__main__", "finetune.predict", "ablate", "demo", "doctor", "bench", "cli"},
 ]
 # foreign package → the modules that may import it
 KNOWN_BY = {

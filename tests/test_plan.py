@@ -231,3 +231,15 @@ def test_a_billion_crystals_on_four_thousand_ranks() -> None:
     assert gib < 2
     assert pack < 100e-6
     assert edges < 0.02
+
+
+def test_a_share_of_the_blocks_is_part_of_a_larger_one() -> None:
+    whole = table(100, first=7)
+    parts = {share: whole.part(share) for share in (0.001, 0.1, 0.5)}
+    assert [len(part) for part in parts.values()] == [1, 10, 50]
+    assert set(parts[0.001].block) < set(parts[0.1].block) < set(parts[0.5].block) < set(whole.block)
+    tenth = parts[0.1]
+    assert tenth.shard.tolist() == ((tenth.block - 7) // 5).tolist()  # the other columns came along
+    assert tenth.edges.tolist() == (1_000 + 7 * (tenth.block - 7)).tolist()
+    assert 5 < np.median(tenth.shard) < 15  # drawn all over, not from the front
+    assert whole.part(1.0) is whole

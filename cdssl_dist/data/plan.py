@@ -35,6 +35,14 @@ class BlockTable:
     def __len__(self) -> int:
         return len(self.block)
 
+    def part(self, share: float) -> BlockTable:
+        """A share of the blocks, one at least, drawn once and for all: a smaller share is part of a larger one."""
+        if share == 1.0:
+            return self
+        drawn = np.random.default_rng(0).permutation(len(self))[: max(1, round(share * len(self)))]
+        chosen = np.sort(drawn)
+        return BlockTable(self.block[chosen], self.shard[chosen], self.edges[chosen])
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import torch
 from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -57,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--folds", type=int, default=5, help="of the cross-validation, by whole groups")
     p.add_argument("--seed", type=int, default=0, help="of the folds and of the random encoders")
     p.add_argument("--out", metavar="FILE", help="write the results as JSON")
+    p.add_argument("--threads", type=int, default=1, help="of torch, on CPU")
     args = p.parse_args(argv)
+    torch.set_num_threads(args.threads)
 
     encoder = CrystalEncoder.from_registry(args.encoder, args.registry)
     data = load_labeled(args.data, args.target, encoder.cutoff, args.split, where=args.where, table=args.labels)

@@ -17,7 +17,6 @@ from cdssl_dist.config import Config
 from cdssl_dist.data.batch import widen
 from cdssl_dist.data.dataset import BadBlockError
 from cdssl_dist.data.loader import DataSet, Loader, Step
-from cdssl_dist.data.plan import EpochPlan
 from cdssl_dist.data.subset import elements
 from cdssl_dist.model.cost import flops_per_edge
 from cdssl_dist.model.edges import GaussianExpansion
@@ -32,7 +31,7 @@ from cdssl_dist.train.mirror import Mirror, restore
 from cdssl_dist.train.perf import Meter
 from cdssl_dist.train.runlog import Ledger, Rollback, RunLog
 from cdssl_dist.train.schedule import learning_rate
-from cdssl_dist.train.setup import device_of, model_and_task
+from cdssl_dist.train.setup import device_of, model_and_task, plan_of
 from cdssl_dist.train.system import memory_errors
 from cdssl_dist.train.watch import watched_edges
 from sharding.block import decode
@@ -98,7 +97,7 @@ class Trainer:
 
         self.data = DataSet(config.data_path, cache_gb=config.data.cache_gb)
         k, per_step = config.data.blocks_per_pack, config.data.packs_per_step
-        self.plan = EpochPlan(self.data.table("train"), config.noise.seed, k, per_step)
+        self.plan = plan_of(config, self.data)
         end = self.data.manifest.cutoff + config.graph.margin
         expansion = GaussianExpansion(config.graph.centers, end, config.graph.gamma)
         torch.manual_seed(config.model.seed)

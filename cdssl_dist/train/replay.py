@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from cdssl_dist.config import Config, load
 from cdssl_dist.data.batch import GraphBatch, widen
 from cdssl_dist.data.dataset import DataSet
-from cdssl_dist.data.plan import EpochPlan
 from cdssl_dist.model.edges import GaussianExpansion
 from cdssl_dist.model.megnet import PretextModel, segment_sum
 from cdssl_dist.model.pretext import Denoising
 from cdssl_dist.train.checkpoint import CheckpointError, newest
 from cdssl_dist.train.runlog import Ledger
+from cdssl_dist.train.setup import plan_of
 from sharding.block import decode
 
 WORST: Final = 5  # crystals that are named
@@ -87,7 +87,7 @@ def replay(run: Path, step: int) -> Replay:
     expansion = GaussianExpansion(config.graph.centers, data.manifest.cutoff + config.graph.margin, config.graph.gamma)
     task = Denoising(expansion, config.noise.range, config.noise.seed)
     model = _model(config, found.folder)
-    plan = EpochPlan(data.table("train"), config.noise.seed, config.data.blocks_per_pack, config.data.packs_per_step)
+    plan = plan_of(config, data)
     total = max(plan.edges_of(step), 1)
 
     gradient = [torch.zeros_like(p, dtype=torch.float32) for p in model.parameters()]

@@ -1,4 +1,4 @@
-"""What a run computes with: its device, and the network with the task that goes with the way its edges take."""
+"""What a run computes with: its device, its plan, its network, and the task that goes with the way its edges take."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from cdssl_dist.config import Config
+from cdssl_dist.data.dataset import DataSet
+from cdssl_dist.data.plan import EpochPlan
 from cdssl_dist.model.compiled import CompiledDenoising, compile_model
 from cdssl_dist.model.edges import GaussianExpansion
 from cdssl_dist.model.megnet import PretextModel
@@ -23,6 +25,12 @@ def device_of(config: Config) -> torch.device:
     """The GPU of this rank, or the CPU."""
     cuda = config.engine.device == "cuda" or (config.engine.device == "auto" and torch.cuda.is_available())
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+
+
+def plan_of(config: Config, data: DataSet) -> EpochPlan:
+    """Which training blocks are in which step."""
+    table = data.table("train").part(config.data.share)
+    return EpochPlan(table, config.noise.seed, config.data.blocks_per_pack, config.data.packs_per_step)
 
 
 def model_and_task(

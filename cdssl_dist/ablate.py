@@ -1,0 +1,183 @@
+"""What matters in pretraining: one run, with one thing changed at a time, judged by its skill and by linear probes.
+
+    cdssl ablate --config configs/ablation/mp.yaml --data FILE [section.key=value ...]
+
+A variant is a run of ``cdssl pretrain`` in a folder of its own; the same command again does what is missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from pydantic import PositiveInt, field_validator
+
+from cdssl_dist.commands import DONE, Parser, command
+from cdssl_dist.config import Section, load, packaged, read
+from cdssl_dist.data.labeled import Labeled, load_labeled
+from cdssl_dist.encoder import CrystalEncoder
+from cdssl_dist.finetune.splits import k_folds
+from cdssl_dist.finetune.targets import Array
+from cdssl_dist.look.probe import features, probe
+from cdssl_dist.pretrain import located
+from cdssl_dist.study.config import SplitColumn
+from cdssl_dist.train.runlog import read_lines, read_status
+from sharding.manifest import write_atomically
+
+WITHOUT: Final = ("random encoder 1", "composition", "composition + volume")  # what is probed besides, for comparison
+
+
+class Probes(Section):
+    """Labels that vectors are probed with. Crystals to report on take no part: they are of the training part."""
+
+    column: str = "{target}"
+    split: SplitColumn | None = None  # all labeled crystals where left out
+    targets: tuple[str, ...]
+    crystals: PositiveInt = 4000  # of each target, at most
+    folds: int = 5
+
+
+class Ablation(Section):
+    """Variants of one run."""
+
+    out: str = "runs/ablation"
+    config: str = "pretrain/mp.yaml"  # a path, or one that is packaged
+    overrides: tuple[str, ...] = ()  # of all variants
+    variants: dict[str, tuple[str, ...]]  # name → what it changes
+    probe: Probes
+
+    @field_validator("variants")
+    @classmethod
+    def _no_paths(cls, variants: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        for name in variants:
+            if not name or Path(name).name != name:
+                raise ValueError(f"{name!r}: a variant is a folder below out, and its name that of a folder")
+        return variants
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What came out of a variant."""
+
+    name: str
+    changes: str
+    status: dict[str, Any]  # of the run
+    edges_per_second: float  # median over the lines of metrics
+    r2: dict[str, float]  # target → of a ridge on frozen vectors, over folds
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Pretrain what is missing, probe all, write a table."""
+    p = Parser("cdssl ablate", "Pretrain variants of one run, and compare what their encoders know.")
+    p.add_argument("--config", help="YAML file; the packaged ablation/mp.yaml where left out")
+    p.add_argument("--data", required=True, help="labeled crystals to probe with: anything that cdssl shard reads")
+    p.add_argument("override", nargs="*", metavar="key=value", help="changes to this file, as in variants={base: []}")
+    args = p.parse_args(argv)
+    torch.set_num_threads(1)  # the pieces are small: more threads mostly wait for each other
+    ablation = read(Ablation, Path(args.config) if args.config else packaged("ablation/mp.yaml"), args.override)
+
+    for name in ablation.variants:
+        if code := pretrained(ablation, name):
+            return code
+    data = functools.cache(lambda cutoff: labeled(ablation.probe, args.data, cutoff))
+    rows = [judge(ablation, name, data) for name in ablation.variants]
+    first = CrystalEncoder.from_registry(str(Path(ablation.out) / next(iter(ablation.variants))))
+    text = table(ablation, rows, probed(ablation.probe, first, data(first.cutoff), WITHOUT))
+    write_atomically(Path(ablation.out) / "table.md", text.encode())
+    print(text)
+    return DONE
+
+
+def pretrained(ablation: Ablation, name: str) -> int:
+    """Train a variant, unless its folder holds just that, done; the exit code of ``cdssl pretrain``."""
+    folder = Path(ablation.out) / name
+    path = Path(ablation.config) if Path(ablation.config).exists() else packaged(ablation.config)
+    overrides = [f"run={folder}", "registry.name=null", *ablation.overrides, *ablation.variants[name]]
+    wanted = located(load(path, overrides))
+    if read_status(folder).get("state") == "done":
+        there = load(folder / "config.yaml")
+        if there.model_copy(update={"tracking": wanted.tracking}) == wanted:
+            return DONE
+    print(f"── {name}: {' '.join(ablation.variants[name]) or 'as it is'}", flush=True)
+    command = [sys.executable, "-m", "cdssl_dist.cli", "pretrain", "--config", str(path), *overrides]
+    return subprocess.run(command, check=False).returncode
+
+
+def judge(ablation: Ablation, name: str, data: Callable[[float], list[Labeled]]) -> Judged:
+    """Read what a run left, and probe its encoder."""
+    folder = Path(ablation.out) / name
+    encoder = CrystalEncoder.from_registry(str(folder))
+    rates = [line["perf/edges_s"] for line in read_lines(folder / "metrics.jsonl") if "perf/edges_s" in line]
+    found = probed(ablation.probe, encoder, data(encoder.cutoff), ("encoder",))["encoder"]
+    changes = " ".join(ablation.variants[name])
+    return Judged(name, changes, read_status(folder), float(np.median(rates)) if rates else np.nan, found)
+
+
+def labeled(probes: Probes, path: str, cutoff: float) -> list[Labeled]:
+    """The crystals of each target."""
+    columns = [probes.column.format(target=t) for t in probes.targets]
+    splits = [probes.split.column.format(target=t) for t in probes.targets] if probes.split else []
+    data = load_labeled(path, columns, cutoff, columns=list(dict.fromkeys(splits)))
+    found = []
+    for t in range(len(columns)):
+        known = np.isfinite(data.targets[:, t])
+        if probes.split:
+            known &= np.array([str(part).strip() == probes.split.train for part in data.columns[splits[t]]])
+        drawn = np.random.default_rng(0).permutation(np.flatnonzero(known))[: probes.crystals]
+        graphs, groups = data.graphs.take(drawn), [data.groups[i] for i in drawn]
+        found.append(
+            Labeled(graphs, data.targets[drawn, t : t + 1], groups, (probes.targets[t],), (data.units[t],), {}, [])
+        )
+    return found
+
+
+def probed(
+    probes: Probes, encoder: CrystalEncoder, data: list[Labeled], names: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """R² of linear probes with cross-validation: what is probed → target → R²."""
+    found: dict[str, dict[str, float]] = {name: {} for name in names}
+    for each in data:
+        every: dict[str, Array]
+        if names == ("encoder",):
+            every = {"encoder": encoder.embed_graphs(each.graphs).astype(np.float64)}
+        else:
+            every = features(encoder, each.graphs, 0)
+        folds = k_folds(each.groups, probes.folds, 0.0, 0)
+        scores = probe({name: every[name] for name in names}, each.targets[:, 0], folds)
+        for name in names:
+            found[name][each.names[0]] = scores[name].r2
+    return found
+
+
+def table(ablation: Ablation, rows: Sequence[Judged], without: dict[str, dict[str, float]]) -> str:
+    """Markdown."""
+    targets = ablation.probe.targets
+    heads = ["variant", "what it changes", "steps", "M edges/s", "skill", "skill_edge", *(f"R² {t}" for t in targets)]
+    lines = [heads, ["---"] * 2 + ["---:"] * (len(heads) - 2)]
+    for row in rows:
+        skills = [f"{row.status.get(f'val/{name}', np.nan):.3f}" for name in ("skill", "skill_edge")]
+        about = [row.name, f"`{row.changes}`" if row.changes else "", f"{row.status['step']:,}"]
+        lines.append([*about, f"{row.edges_per_second / 1e6:.3f}", *skills, *(f"{row.r2[t]:.3f}" for t in targets)])
+    for name, r2 in without.items():
+        lines.append([name, *[""] * 5, *(f"{r2[t]:.3f}" for t in targets)])
+    all_of_them = json.dumps(list(ablation.overrides))
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"""{body}
+
+Variants of `{ablation.config}`, all with {all_of_them}. R²: a ridge on frozen vectors, {ablation.probe.folds} folds by
+whole groups, at most {ablation.probe.crystals:,} crystals of each target. Skills are comparable where σ, cutoff and
+expansion are the same.
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
