@@ -30,6 +30,7 @@ from test_format import optimade
 
 from cdssl_dist.config import packaged, read
 from cdssl_dist.finetune.experiment import permuted
+from cdssl_dist.finetune.targets import Target
 from cdssl_dist.finetune.tuning import TuningError
 from cdssl_dist.mlops.mlflow_server import connect
 from cdssl_dist.model.export import read_encoder
@@ -60,7 +61,7 @@ CONFIG: dict[str, Any] = {
     "predict": {"targets": ["mass"], "seeds": [0, 1], "training": {"epochs": [1, 1]}},
 }
 SMALL = {
-    "targets": {"volume": CONFIG["targets"]["volume"]},
+    "targets": {"volume": CONFIG["targets"]["volume"] | {"log": True}},
     "arms": {name: CONFIG["arms"][name] for name in ("pretrained", "scratch")},
     "predict": None,
 }
@@ -391,6 +392,22 @@ def test_the_figures() -> None:
     }
     assert choose_rates(errors) == {("t", 100, "a"): 1e-3}
     assert choose_rates({swept(1e-1, 7): math.inf}) == {}
+
+
+def test_of_a_long_tail_the_error_is_of_the_logarithm() -> None:
+    true = np.array([1.0, 2.0, 4.0, 1000.0, np.nan])
+
+    def found(predicted: list[float]) -> Result:
+        off = float(np.abs(np.array(predicted) - true)[:4].mean())
+        cell = Cell("sweep", "t", 100, 7, "a", 1e-3)
+        return Result(cell, list("abcde"), true, np.array(predicted), np.ones(5, np.int64), {"mae": off})
+
+    everywhere, tail = found([1.1, 2.2, 4.4, 1100.0, 7.0]), found([3.0, 6.0, 12.0, 1000.0, 7.0])
+    assert everywhere.mae > tail.mae  # one crystal decides
+    assert everywhere.error_as_learned(Target("t", log=True)) == pytest.approx(math.log(1.1))
+    assert tail.error_as_learned(Target("t", log=True)) == pytest.approx(0.75 * math.log(3))
+    assert tail.error_as_learned(Target("t")) == pytest.approx(tail.mae)
+    assert found([math.nan, 2.2, 4.4, 1100.0, 7.0]).error_as_learned(Target("t", log=True)) == math.inf
 
 
 def test_formulas_seen_in_pretraining(toy: Path, encoder: Path, tmp_path: Path, data_folder: Path) -> None:

@@ -109,7 +109,7 @@ def work(plan: Plan, executor: Executor, failures: dict[str, str], sweeps_only: 
     _finish(plan, "sweep", [plan.job(cell) for cell in plan.sweeps()], executor, failures)
     if sweeps_only:
         return
-    jobs = [plan.job(cell) for cell in plan.with_rates(_rates(_swept(plan)))]
+    jobs = [plan.job(cell) for cell in plan.with_rates(_rates(plan, _swept(plan)))]
     for cell in {c.name(): c for c in plan.cells()}.keys() - {job.cell.name() for job in jobs}:
         failures[cell] = "no learning rate: no training of its sweep came to an end"
     _finish(plan, "study", jobs, executor, failures)
@@ -118,7 +118,7 @@ def work(plan: Plan, executor: Executor, failures: dict[str, str], sweeps_only: 
 def gather(plan: Plan, about: dict[str, str], failures: dict[str, str], seen: Collection[str] | None) -> Findings:
     """What there is on disk."""
     sweeps = _swept(plan)
-    rates = _rates(sweeps)
+    rates = _rates(plan, sweeps)
     results = read_results(plan.job(cell) for cell in plan.with_rates(rates))
     keys = None
     if seen is not None:
@@ -149,7 +149,7 @@ def estimate(plan: Plan, workers: int) -> str:
     """How many cells there are, how many are missing, and what these cost; by the finished ones where there are any."""
     sweeps = [plan.job(cell) for cell in plan.sweeps()]
     done = _swept(plan)
-    rates = _rates(done)
+    rates = _rates(plan, done)
     first = {name: arm.rates[0] for name, arm in plan.config.arms.items()}
     known = {cell.name(): cell for cell in plan.with_rates(rates)}
     jobs = [plan.job(known.get(c.name()) or replace(c, lr=first.get(c.arm, 0.0))) for c in plan.cells()]
@@ -196,8 +196,10 @@ def _swept(plan: Plan) -> dict[Cell, Result]:
     return read_results(plan.job(cell) for cell in plan.sweeps())
 
 
-def _rates(sweeps: dict[Cell, Result]) -> dict[tuple[str, int, str], float]:
-    return choose_rates({cell: result.mae for cell, result in sweeps.items()})
+def _rates(plan: Plan, sweeps: dict[Cell, Result]) -> dict[tuple[str, int, str], float]:
+    """By the error as it is learned: of a logarithm's mean error few crystals do not decide."""
+    targets = {name: about.learned(name) for name, about in plan.config.targets.items()}
+    return choose_rates({cell: result.error_as_learned(targets[cell.target]) for cell, result in sweeps.items()})
 
 
 def _finish(plan: Plan, what: str, jobs: Sequence[Job], executor: Executor, failures: dict[str, str]) -> None:

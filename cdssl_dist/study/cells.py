@@ -276,8 +276,7 @@ class Plan:
         digest = _digest(content)
         out = self.folder / "cells" / f"{cell.name()}-{digest[:12]}.parquet"
         start = arm.start if arm else ""
-        target = Target(cell.target, about.unit, log=about.log)  # labels are read per atom already
-        return Job(cell, digest, out, self.crystals[about.data], encoder, start, split, how, target)
+        return Job(cell, digest, out, self.crystals[about.data], encoder, start, split, how, about.learned(cell.target))
 
     def with_rates(self, rates: dict[tuple[str, int, str], float]) -> Iterator[Cell]:
         """The reported cells for which a rate is known, with it."""

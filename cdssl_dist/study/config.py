@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from cdssl_dist.config import Section
+from cdssl_dist.finetune.targets import Target
 
 
 class SplitColumn(Section):
@@ -45,6 +46,10 @@ class StudyTarget(Section):
     extensive: bool = False  # grows with the cell: learned and reported per atom; predictions hold the label itself
     log: bool = False  # positive, with a long tail: its logarithm is learned; errors are in the unit
     sizes: tuple[PositiveInt, ...] | None = None  # labels to learn from; the study's where left out
+
+    def learned(self, name: str) -> Target:
+        """As fine-tuning takes it; labels of extensive ones are read per atom already."""
+        return Target(name, self.unit, log=self.log)
 
 
 class Arm(Section):

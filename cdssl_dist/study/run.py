@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from cdssl_dist.finetune.baselines import baselines
 from cdssl_dist.finetune.experiment import new_encoder, permuted, predict
 from cdssl_dist.finetune.splits import Split
-from cdssl_dist.finetune.targets import Array, Task
+from cdssl_dist.finetune.targets import Array, Target, Task
 from cdssl_dist.finetune.tuning import TuningError, fit
 from cdssl_dist.model.export import EncoderCard, read_encoder
 from cdssl_dist.model.megnet import MEGNet
@@ -47,6 +47,11 @@ class Result:
     def mae(self) -> float:
         """In the target's unit; infinite where the training diverged."""
         return float(self.about["mae"])
+
+    def error_as_learned(self, target: Target) -> float:
+        """The mean absolute error of what is learned: of the logarithm, where that is."""
+        one = np.ones(len(self.true))
+        return errors(target.learned(self.true, one), target.learned(self.predicted, one))["mae"]
 
 
 def run(job: Job) -> float:

@@ -106,6 +106,12 @@ def markdown(findings: Findings) -> str:
                 f"Mean absolute error, {unit}, of {count} crystals; ± standard error over seeds.",
             ]
             lines += ["", *_errors_of(findings, target, sizes), "", *_changes_of(findings, target)]
+            if about.log:
+                lines += [
+                    "",
+                    "Mean absolute error of the natural logarithm, which was learned.",
+                ]
+                lines += ["", *_errors_of(findings, target, sizes, as_learned=True)]
     lines += _rates(findings)
     lines += _predicted(findings)
     if findings.failures:
@@ -210,12 +216,16 @@ def _wins(findings: Findings) -> list[str]:
     ]
 
 
-def _errors_of(findings: Findings, target: str, sizes: Sequence[int]) -> list[str]:
+def _errors_of(findings: Findings, target: str, sizes: Sequence[int], as_learned: bool = False) -> list[str]:
     config = findings.config
+    learned = config.targets[target].learned(target)
     arms = [*config.arms, *(BASELINES if config.baselines else ())]
     lines = [f"| labels | {' | '.join(arms)} |", "| ---: " * (len(arms) + 1) + "|"]
     for size in sizes:
-        means = {arm: mean_of([r.mae for r in findings.of(target, size, arm)]) for arm in arms}
+        means = {
+            arm: mean_of([r.error_as_learned(learned) if as_learned else r.mae for r in findings.of(target, size, arm)])
+            for arm in arms
+        }
         best = min((m.value for m in means.values() if m.seeds), default=math.nan)
         lines.append(f"| {size} | {' | '.join(_mean(m, m.value == best) for m in means.values())} |")
     return lines
