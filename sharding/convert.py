@@ -63,11 +63,9 @@ class Converted:
 
 def tasks(sources: Sequence[Source], folder: Path, settings: ShardSettings) -> Iterator[Conversion]:
     """The work, numbered in an order that depends on the sources alone."""
-    batches = ((source, batch) for source in sources for batch in _batches(source.records()))
+    batches = (batch for source in sources for batch in batches_of(source))
     for number, (source, records) in enumerate(batches):
-        # An open file cannot be sent to a worker, which does not need it.
-        parsing = replace(source, records=_no_records)
-        yield Conversion(parsing, records, number, folder, settings)
+        yield Conversion(source, records, number, folder, settings)
 
 
 def convert(task: Conversion) -> Converted:
@@ -175,10 +173,10 @@ def _no_records() -> Iterator[Record]:
     return iter(())
 
 
-def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
-    """Records for one task each. A record that is not a single crystal is a task by itself."""
+def batches_of(source: Source) -> Iterator[tuple[Source, list[Record]]]:
+    """Records for one task each, and a source that parses them. One that is no single crystal is a task by itself."""
+    parsing = replace(source, records=_no_records)  # an open file cannot be sent to a worker, which does not need it
+    records = source.records()
     for first in records:
-        if isinstance(first.payload, Crystal):
-            yield [first, *itertools.islice(records, CRYSTALS_PER_TASK - 1)]
-        else:
-            yield [first]
+        more = itertools.islice(records, CRYSTALS_PER_TASK - 1) if isinstance(first.payload, Crystal) else ()
+        yield parsing, [first, *more]

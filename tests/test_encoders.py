@@ -364,6 +364,8 @@ def test_embed(home: Path, folder: Path, table: Path, data_folder: Path, small: 
     assert rows["c-7"]["embedding"] is None and rows["c-7"]["refused"].startswith("species")
     for i in (3, 10, 20):
         assert rows[f"c-{i}"]["unseen_elements"] == ("Si" if 14 in small[i].atomic_numbers else None)
+    assert cdssl(["embed", "--encoder", str(folder), "--data", str(table), "--out", "2.parquet", "--workers", "2"]) == 0
+    assert pq.read_table("2.parquet").equals(pq.read_table("e.parquet"), check_metadata=True)
     # Shards hold graphs of another cutoff.
     assert cdssl(["embed", "--encoder", str(folder), "--data", str(data_folder), "--out", "f.parquet"]) == 2
     assert not Path("f.parquet").exists() and not list(home.glob(".f*"))
@@ -396,7 +398,7 @@ def test_memory_does_not_grow_with_the_rows(
 def test_embedding_shards_by_condition(home: Path, data_folder: Path) -> None:
     other = write_encoder_to(home / "five", cutoff=5.0)
     out = []
-    for more in ([], ["--split", "val"], ["--where", "n_atoms <= 4"]):
+    for more in ([], ["--split", "val"], ["--where", "n_atoms <= 4", "--workers", "2"]):
         assert cdssl(["embed", "--encoder", str(other), "--data", str(data_folder), "--out", "e.parquet", *more]) == 0
         out.append({r["key"]: r for r in pq.read_table("e.parquet").to_pylist()})
     every, val, few = out

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -11,16 +13,19 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from cdssl_dist.data.dataset import DataSet, is_data_set
 from cdssl_dist.data.labeled import in_batches
 from cdssl_dist.data.subset import select
 from sharding.block import decode
+from sharding.convert import batches_of
 from sharding.crystal import Refusal
+from sharding.executor import Executor
 from sharding.graph import Multigraphs, build
 from sharding.manifest import SPLITS, DataSetError
 from sharding.progress import Progress
-from sharding.sources import ReadOptions, open_source, parse_records
+from sharding.sources import ReadOptions, Record, Source, open_source, parse_records
 
 AT_ONCE: Final = 512  # crystals in memory
 ROWS_PER_GROUP: Final = 16_384
@@ -35,19 +40,60 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--split", choices=("train", "val", "test"), help="use this split of a data set of shards only")
     p.add_argument("--where", metavar="CONDITION", help="of a data set of shards, as in 'n_atoms <= 20'")
     p.add_argument("--out", required=True, help="Parquet file: a row for each crystal")
-    p.add_argument("--threads", type=int, default=1, help="of torch, on CPU")
+    p.add_argument("--workers", type=int, default=1, help="processes; each holds the model")
+    p.add_argument("--threads", type=int, default=1, help="of torch in each, on CPU")
 
 
-def stream(path: str, cutoff: float, split: str | None = None, where: str | None = None) -> Iterator[Chunk]:
-    """The graphs of a data set of shards, block by block, or of anything that ``cdssl shard`` reads.
+@dataclass(frozen=True)
+class FromSource:
+    """Records of a database, to be parsed where the part is used."""
+
+    source: Source  # that parses; it does not read
+    records: list[Record]
+    cutoff: float
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Their graphs, and what was refused."""
+        for crystals, refused in in_batches(parse_records(self.source, self.records), AT_ONCE):
+            graphs, bad = build(crystals, self.cutoff)
+            name = self.source.name
+            no_graph = [Refusal(crystals[i].key, name, crystals[i].position, w.code, w.text) for i, w in bad.items()]
+            yield graphs, refused + no_graph
+
+
+@dataclass(frozen=True)
+class FromBlock:
+    """A block of a data set of shards, or some of its crystals."""
+
+    path: str
+    digest: str  # of the data set
+    block: int
+    keys: frozenset[str] | None = None  # all where left out
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Its graphs; none is refused."""
+        graphs = decode(_opened(self.path, self.digest).read(self.block))
+        if self.keys is not None:
+            graphs = graphs.take(np.array([i for i, key in enumerate(graphs.keys) if key in self.keys]))
+        yield graphs, []
+
+
+Part = FromSource | FromBlock
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(path: str, digest: str) -> DataSet:
+    """Once in each process."""
+    return DataSet(path)
+
+
+def parts_of(path: str, cutoff: float, split: str | None = None, where: str | None = None) -> Iterator[Part]:
+    """A data set of shards, block by block, or anything that ``cdssl shard`` reads, some records at a time.
 
     Args:
         path: of either.
-        cutoff: of the model that will see them, Å.
+        cutoff: of the model that will see the graphs, Å.
         split, where: of a data set of shards, which crystals; see ``subset.select``.
-
-    Yields:
-        Graphs, and what was refused meanwhile: one bad input costs no other.
 
     Raises:
         DataSetError: where the cutoff is another one, or there is nothing to choose by.
@@ -57,17 +103,19 @@ def stream(path: str, cutoff: float, split: str | None = None, where: str | None
         return
     if split or where:
         raise DataSetError(f"{path}: not a data set of shards, so there is no split and no condition to choose by")
-    source = open_source(path, ReadOptions())
-    for crystals, refused in in_batches(parse_records(source, source.records()), AT_ONCE):
-        graphs, bad = build(crystals, cutoff)
-        no_graph = [
-            Refusal(crystals[i].key, source.name, crystals[i].position, why.code, why.text) for i, why in bad.items()
-        ]
-        yield graphs, refused + no_graph
+    for source, records in batches_of(open_source(path, ReadOptions())):
+        yield FromSource(source, records, cutoff)
 
 
-def _of_shards(path: str, cutoff: float, split: str | None, where: str | None) -> Iterator[Chunk]:
+def stream(path: str, cutoff: float, split: str | None = None, where: str | None = None) -> Iterator[Chunk]:
+    """The chunks of ``parts_of``, one after the other: one bad input costs no other."""
+    for part in parts_of(path, cutoff, split, where):
+        yield from part.chunks()
+
+
+def _of_shards(path: str, cutoff: float, split: str | None, where: str | None) -> Iterator[FromBlock]:
     with DataSet(path) as data:
+        digest = data.manifest.digest
         if abs(data.manifest.cutoff - cutoff) > 1e-6:
             raise DataSetError(
                 f"{path}: graphs with a cutoff of {data.manifest.cutoff} Å, the model wants {cutoff} Å; "
@@ -77,15 +125,13 @@ def _of_shards(path: str, cutoff: float, split: str | None, where: str | None) -
             rows = select(data, split=split, where=where)
             keys, blocks = rows["key"], np.asarray(rows["block"])
             for block in np.unique(blocks).tolist():
-                chosen = set(keys.filter(pa.array(blocks == block)).to_pylist())
-                graphs = decode(data.read(block))
-                yield graphs.take(np.array([i for i, key in enumerate(graphs.keys) if key in chosen])), []
+                yield FromBlock(path, digest, block, frozenset(keys.filter(pa.array(blocks == block)).to_pylist()))
             return
         if split and split not in SPLITS:
             raise DataSetError(f"no split {split!r}; known are {', '.join(SPLITS)}")
         for block, own in enumerate(data.blocks["split"].tolist()):
             if not split or own == SPLITS.index(split):
-                yield decode(data.read(block)), []
+                yield FromBlock(path, digest, block)
 
 
 class Rows:
@@ -139,26 +185,43 @@ class Rows:
             self.temporary.unlink(missing_ok=True)
 
 
-def write_rows(rows: Rows, chunks: Iterator[Chunk], use: Callable[[Multigraphs], dict[str, Any]], what: str) -> int:
-    """Apply a function to all graphs, and write what it says.
+Use = Callable[[Multigraphs], dict[str, Any]]
+Answers = tuple[list[dict[str, Any]], list[Refusal]]
+
+
+def write_rows(rows: Rows, parts: Iterator[Part], use: Use, what: str, workers: int = 1, threads: int = 1) -> int:
+    """Apply a function to all graphs, and write what it says, in the order of the parts.
 
     Args:
         rows: the file.
-        chunks: of ``stream``.
-        use: graphs → columns of the file.
+        parts: of ``parts_of``.
+        use: graphs → columns of the file; it travels to the workers.
         what: for the progress line.
+        workers: processes; 1 does all in this one.
+        threads: of torch in each.
 
     Returns:
         The number of inputs that were refused; each has a row that says why.
     """
     refusals = 0
-    with rows, Progress(what, "crystals") as progress:
-        for graphs, refused in chunks:
-            if len(graphs):
-                rows.add({"key": graphs.keys} | use(graphs))
+    answer = functools.partial(_answer, use, threads)
+    with rows, Executor(workers) as executor, Progress(what, "crystals") as progress:
+        for answers, refused in executor.map(answer, parts):
+            for columns in answers:
+                rows.add(columns)
+                progress.add(len(columns["key"]))
             if refused:
                 refusals += len(refused)
                 reasons = [f"{r.code}: {r.text}" for r in refused]
                 rows.add({"key": [r.key or f"{r.source}, {r.position}" for r in refused], "refused": reasons})
-            progress.add(len(graphs))
     return refusals
+
+
+def _answer(use: Use, threads: int, part: Part) -> Answers:
+    torch.set_num_threads(threads)
+    answers, refusals = [], []
+    for graphs, refused in part.chunks():
+        refusals += refused
+        if len(graphs):
+            answers.append({"key": graphs.keys} | use(graphs))
+    return answers, refusals

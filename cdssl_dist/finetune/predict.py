@@ -5,17 +5,18 @@ cdssl predict --model models:/NAME@champion --data FILE --out predictions.parque
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 
 from cdssl_dist.commands import RUNS, Parser, command
-from cdssl_dist.data.stream import Rows, add_arguments, stream, write_rows
-from cdssl_dist.finetune.predictor import Predictor, read_property
+from cdssl_dist.data.stream import Rows, add_arguments, parts_of, write_rows
+from cdssl_dist.finetune.predictor import Predictor, read_property, read_property_card
 from cdssl_dist.mlops import registry
 from cdssl_dist.mlops.mlflow_server import tracking_uri
 from cdssl_dist.mlops.models import PROPERTY, kind_of
@@ -34,11 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     pulled = registry.pull_version(args.model, tracking_uri(args.registry, RUNS))
     if kind_of(pulled.folder) is not PROPERTY:
         raise registry.RegistryError(f"{args.model} is an encoder; cdssl finetune makes a model that predicts")
-    torch.set_num_threads(args.threads)
-    model = read_property(pulled.folder)
-    chunks = stream(args.data, model.card.cutoff, args.split, args.where)
+    model = _model(pulled.folder, read_property_card(pulled.folder).weights_sha256)
+    parts = parts_of(args.data, model.card.cutoff, args.split, args.where)
     rows = Rows(args.out, fields(model), {"model": pulled.uri, "task": json.dumps(model.card.task)})
-    refused = write_rows(rows, chunks, lambda graphs: columns(model, graphs), "predict")
+    use = functools.partial(columns, pulled.folder, model.card.weights_sha256)
+    refused = write_rows(rows, parts, use, "predict", args.workers, args.threads)
     more = f"; {refused:,} could not be used, the column `refused` says why" if refused else ""
     print(f"{args.out}: {rows.rows - refused:,} crystals by {pulled.uri}{more}")
     return 0
@@ -53,8 +54,15 @@ def fields(model: Predictor) -> list[tuple[str, pa.DataType]]:
     return [*((name, pa.float64()) for name in names), *deviations, *label, ("unseen_elements", pa.string())]
 
 
-def columns(model: Predictor, graphs: Multigraphs) -> dict[str, Any]:
-    """The values of ``fields``."""
+@functools.lru_cache(maxsize=1)
+def _model(folder: Path, digest: str) -> Predictor:
+    """Once in each process."""
+    return read_property(folder)
+
+
+def columns(folder: Path, digest: str, graphs: Multigraphs) -> dict[str, Any]:
+    """The values of ``fields``, by the model in a folder, whose weights have the digest."""
+    model = _model(folder, digest)
     mean, std = model.predict(graphs)
     names = model.task.columns
     found: dict[str, Any] = {name: mean[:, i] for i, name in enumerate(names)}

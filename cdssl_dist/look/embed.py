@@ -5,21 +5,35 @@ cdssl embed --encoder models:/cdssl-encoder@champion --data FILE --out embedding
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-import torch
 
-from cdssl_dist.commands import Parser, command
+from cdssl_dist.commands import RUNS, Parser, command
 from cdssl_dist.data.labeled import density, formulas_of, volume_per_atom
-from cdssl_dist.data.stream import Rows, add_arguments, stream, write_rows
+from cdssl_dist.data.stream import Rows, add_arguments, parts_of, write_rows
 from cdssl_dist.encoder import CrystalEncoder
 from cdssl_dist.finetune.predictor import unseen_elements
+from cdssl_dist.mlops import registry
+from cdssl_dist.mlops.mlflow_server import tracking_uri
 from cdssl_dist.mlops.models import CHAMPION
+from cdssl_dist.model.export import read_card
 from sharding.crystal import SYMBOLS
 from sharding.graph import Multigraphs
+
+FIELDS: Final = [
+    ("formula", pa.string()),
+    ("n_atoms", pa.int32()),
+    ("density", pa.float64()),
+    ("volume_per_atom", pa.float64()),
+    ("unseen_elements", pa.string()),
+    ("embedding", pa.list_(pa.float32())),
+]
 
 
 @command
@@ -30,34 +44,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(p)
     args = p.parse_args(argv)
 
-    torch.set_num_threads(args.threads)
-    encoder = CrystalEncoder.from_registry(args.encoder, args.registry)
-    fields = [
-        ("formula", pa.string()),
-        ("n_atoms", pa.int32()),
-        ("density", pa.float64()),
-        ("volume_per_atom", pa.float64()),
-        ("unseen_elements", pa.string()),
-        ("embedding", pa.list_(pa.float32())),
-    ]
-
-    def use(graphs: Multigraphs) -> dict[str, object]:
-        strange = unseen_elements(encoder.card.elements, graphs)
-        return {
-            "formula": formulas_of(graphs),
-            "n_atoms": graphs.n_atoms.astype(np.int32),
-            "density": density(graphs),
-            "volume_per_atom": volume_per_atom(graphs),
-            "unseen_elements": [" ".join(SYMBOLS[z] for z in numbers) or None for numbers in strange],
-            "embedding": list(encoder.embed_graphs(graphs)),
-        }
-
-    about = {"encoder": args.encoder, "weights_sha256": encoder.card.weights_sha256}
-    rows = Rows(args.out, fields, about)
-    refused = write_rows(rows, stream(args.data, encoder.cutoff, args.split, args.where), use, "embed")
+    folder = registry.pull(args.encoder, tracking_uri(args.registry, RUNS))
+    digest = read_card(folder).weights_sha256
+    encoder = _encoder(folder, digest)
+    about, use = {"encoder": args.encoder, "weights_sha256": digest}, functools.partial(columns, folder, digest)
+    parts = parts_of(args.data, encoder.cutoff, args.split, args.where)
+    rows = Rows(args.out, FIELDS, about)
+    refused = write_rows(rows, parts, use, "embed", args.workers, args.threads)
     more = f"; {refused:,} could not be used, the column `refused` says why" if refused else ""
     print(f"{args.out}: {rows.rows - refused:,} vectors of {encoder.dim} numbers{more}")
     return 0
+
+
+def columns(folder: Path, digest: str, graphs: Multigraphs) -> dict[str, Any]:
+    """The values of ``FIELDS``, by the encoder in a folder, whose weights have the digest."""
+    encoder = _encoder(folder, digest)
+    strange = unseen_elements(encoder.card.elements, graphs)
+    return {
+        "formula": formulas_of(graphs),
+        "n_atoms": graphs.n_atoms.astype(np.int32),
+        "density": density(graphs),
+        "volume_per_atom": volume_per_atom(graphs),
+        "unseen_elements": [" ".join(SYMBOLS[z] for z in numbers) or None for numbers in strange],
+        "embedding": list(encoder.embed_graphs(graphs)),
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(folder: Path, digest: str) -> CrystalEncoder:
+    """Once in each process."""
+    return CrystalEncoder.from_registry(str(folder))
 
 
 if __name__ == "__main__":
