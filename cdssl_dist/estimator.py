@@ -89,6 +89,8 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"{len(items)} structures and {len(targets)} targets: one target a structure is needed")
         graphs = _graphs(items, found.cutoff)
         formulas = formulas_of(graphs)
+        if self.members < 1:
+            raise ValueError(f"members={self.members}: one network at least answers")
         members: list[Member] = []
         for i in range(self.members):
             seed = self.random_state + i
@@ -183,16 +185,20 @@ class CrystalClassifier(ClassifierMixin, _Estimator):  # type: ignore[misc]
     __doc__ = f"Fine-tunes an encoder to classes.\n{(_Estimator.__doc__ or '').partition(chr(10))[2]}"
 
     def fit(self, X: Any, y: Any) -> Self:
-        """Train on structures and the name or number of each one's class, (n,).
+        """Train on structures and the name or number of each one's class, (n,); None or NaN where it is not known.
 
         Raises:
             RefusedStructuresError: naming the rows that are no ordered crystals.
         """
-        self.classes_, index = np.unique(np.asarray(y), return_inverse=True)
+        labels = np.asarray(y)
+        known = np.array([not (v is None or v != v) for v in labels.tolist()], bool)  # NaN alone is not itself
+        self.classes_, numbers = np.unique(labels[known], return_inverse=True)
+        index = np.full(len(labels), np.nan)
+        index[known] = numbers
         if len(self.classes_) < 2:
             raise ValueError(f"y holds {len(self.classes_)} class: nothing to tell apart")
         names = tuple(map(str, self.classes_.tolist()))
-        return self._fit(X, index.astype(np.float64)[:, None], Task((Target("y"),), names))
+        return self._fit(X, index[:, None], Task((Target("y"),), names))
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
         """Probability of each of ``classes_``: (n, C)."""
@@ -206,7 +212,7 @@ class CrystalClassifier(ClassifierMixin, _Estimator):  # type: ignore[misc]
 
 def _flags(name: str, given: bool | Sequence[bool], targets: int) -> list[bool]:
     """One flag for each target."""
-    flags = [given] * targets if isinstance(given, bool) else list(map(bool, given))
+    flags = [bool(given)] * targets if isinstance(given, (bool, np.bool_)) else list(map(bool, given))
     if len(flags) != targets:
         raise ValueError(f"{len(flags)} values of {name} for {targets} targets")
     return flags

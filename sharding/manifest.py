@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sharding.block import Budget
 
 FORMAT: Final = "cdssl-shards"
 VERSION: Final = 1
 SPLITS: Final = ("train", "val", "test")
+WORK: Final = ".work"  # unfinished work, in the folder of a data set
 
 BLOCK_SCHEMA: Final = pa.schema(
     [
@@ -115,19 +115,3 @@ def read_manifest(folder: str | Path) -> Manifest:
         )
     content["budget"] = Budget(**content["budget"])
     return Manifest(**content)
-
-
-def read_blocks(folder: str | Path, manifest: Manifest) -> pa.Table:
-    """The table of blocks, checked against the manifest.
-
-    Raises:
-        DataSetError: where it is missing or not the one the manifest names.
-    """
-    path = Path(folder) / "blocks.parquet"
-    try:
-        data = path.read_bytes()
-    except OSError as why:
-        raise DataSetError(f"{path}: cannot be read ({why.strerror})") from None
-    if hashlib.sha256(data).hexdigest() != manifest.tables["blocks.parquet"]:
-        raise DataSetError(f"{path}: its SHA-256 is not the one in the manifest; it belongs to another data set")
-    return pq.read_table(pa.BufferReader(data), schema=BLOCK_SCHEMA)

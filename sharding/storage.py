@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
-from sharding.manifest import DataSetError, Manifest
+from sharding.manifest import WORK, DataSetError, Manifest
 from sharding.progress import Progress
 from sharding.sources.streams import base_name, filesystem, redacted
-from sharding.workspace import WORK
 
 MANIFEST: Final = "manifest.json"
 UPLOADS: Final = 8  # at a time

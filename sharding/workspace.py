@@ -17,11 +17,10 @@ from types import TracebackType
 from typing import Final
 
 from sharding.crystal import Refusal
-from sharding.manifest import SPLITS, DataSetError, Manifest, read_manifest, write_atomically
+from sharding.manifest import SPLITS, WORK, DataSetError, Manifest, read_manifest, write_atomically
 from sharding.settings import ShardSettings
 from sharding.sources import ReadOptions, Source
 
-WORK: Final = ".work"
 TEMPORARY: Final = re.compile(r"\..+\.\d+\.tmp")
 SHARD: Final = re.compile(rf"({'|'.join(SPLITS)})-\d{{6,}}\.tar")
 

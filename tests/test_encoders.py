@@ -24,8 +24,9 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 from cdssl_dist import CrystalClassifier, CrystalEncoder, CrystalRegressor
 from cdssl_dist.cli import main as cdssl
 from cdssl_dist.data import stream
-from cdssl_dist.data.labeled import load_labeled, volume_per_atom
+from cdssl_dist.data.labeled import class_names, load_labeled, volume_per_atom
 from cdssl_dist.data.structures import RefusedStructuresError
+from cdssl_dist.data.tables import read_columns
 from cdssl_dist.finetune.predictor import read_property, unseen_elements
 from cdssl_dist.finetune.splits import k_folds
 from cdssl_dist.look import report
@@ -36,6 +37,7 @@ from cdssl_dist.model.embedding import embed_graphs
 from cdssl_dist.model.export import read_encoder
 from sharding.crystal import SYMBOLS, Crystal, RefusedError
 from sharding.graph import Multigraphs, build
+from sharding.manifest import DataSetError
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,7 @@ def table(small: list[Crystal], volumes: np.ndarray, tmp_path_factory: pytest.Te
         "part": [("train", "train", "val", "test")[i % 4] for i in range(n)],
         "fold": [i % 3 for i in range(n)],
         "constant": [1.5] * n,
+        "signed": [-2.0 if i in (1, 2, 3, 8, 9) else 1.0 for i in range(n)],
     }
     columns["id"][5] = "c-4"  # twice
     columns["species_at_sites"][7] = ["Xx"] * len(small[7].atomic_numbers)
@@ -274,6 +277,9 @@ def test_finetune_register_predict(
     assert cdssl(["predict", "--model", "models:/crystals@champion", "--data", str(table), "--out", "q.parquet"]) == 2
     assert "is an encoder" in capsys.readouterr().err and not Path("q.parquet").exists()
     assert cdssl(["finetune", "--encoder", "models:/volumes@champion", "--data", str(table), "--target", "volume"]) == 2
+    again = ["finetune", "--encoder", str(folder), "--data", str(table), "--target", "volume", "--register", "crystals"]
+    assert cdssl(again) == 2  # before it trains
+    assert "'crystals' holds cdssl-encoder" in capsys.readouterr().err
 
 
 def test_finetune_to_classes_with_labels_that_lie_elsewhere(home: Path, folder: Path, table: Path) -> None:
@@ -303,6 +309,13 @@ def test_finetune_to_classes_with_labels_that_lie_elsewhere(home: Path, folder: 
         ("--target volume --classify", "nothing to classify"),
         ("--target volume --per-atom total", "--per-atom total: no target"),
         ("--target volume --log total", "--log total: no target"),
+        ("--target volume signed --log signed", "5 of 58 labels are not above 0, the smallest -2"),
+        ("--target volume --register a/b", "'a/b' is no name for a model"),
+        ("--target volume --members 0", "one network at least"),
+        ("--target volume --folds 0", "0 folds"),
+        ("--target computed:density --classify", "names no classes"),
+        ("--target kind --classify --log kind", "classes have no --log"),
+        ("--target volume --split-column part --test-value train", "those who train cannot test"),
         ("--target volume --fold-column flod", "did you mean 'fold'?"),
         ("--target volume --split-column part --test-value nowhere", "'nowhere' must be there"),
         ("--target volume --folds 3 --fold-column fold", "exclude one another"),
@@ -345,6 +358,35 @@ def test_a_server_that_takes_no_record_costs_a_line(
     assert "mlflow: " in said and "did not take the record of this work (nobody is there)" in said
     assert "report.html: not written (ZeroDivisionError" in said
     assert (home / "tuned" / "results.json").exists() and not (home / "tuned" / "report.html").exists()
+
+
+def test_names_of_classes() -> None:
+    column = [1000001, 1000002, "1000002", 1.0, True, "True", 0.1234567, "0.1234568", "x "]
+    column += [" ", "nan", float("nan"), None]
+    assert class_names(column) == ("0.1234567", "0.1234568", "1", "1000001", "1000002", "True", "x")
+
+
+def test_rows_without_ids_are_nobodys(tmp_path: Path) -> None:
+    (tmp_path / "folds.csv").write_text("cif,fold\ndata_a,1\n")
+    pq.write_table(pa.table({"fold": [1, 2]}), tmp_path / "folds.parquet")
+    for name in ("folds.csv", "folds.parquet"):
+        with pytest.raises(DataSetError, match="no column of ids"):
+            read_columns(str(tmp_path / name), ["fold"], ["folds#1"])
+
+
+def test_a_folder_of_cifs_is_labeled_too(tmp_path: Path, small: list[Crystal]) -> None:
+    folder = tmp_path / "cifs"
+    folder.mkdir()
+    for name, crystal in zip("ab", small, strict=False):
+        Structure(crystal.lattice, crystal.atomic_numbers, crystal.positions, coords_are_cartesian=True).to(
+            filename=str(folder / f"{name}.cif")
+        )
+    data = load_labeled(str(folder), "computed:density", 4.0)
+    assert [key.partition("#")[0] for key in data.graphs.keys] == ["a", "b"]
+    assert sum(len(graphs) for graphs, _ in stream.stream(str(folder), 4.0)) == 2
+    (tmp_path / "half" / ".work").mkdir(parents=True)
+    with pytest.raises(DataSetError, match="the sharding was not finished"):
+        load_labeled(str(tmp_path / "half"), "computed:density", 4.0)
 
 
 def test_three_crystals(home: Path, folder: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:

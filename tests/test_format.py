@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import shutil
 import tarfile
 import tracemalloc
 from collections import Counter
@@ -24,11 +25,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pymatgen.core import Composition
 
+from cdssl_dist.data.dataset import DataSet
 from sharding.block import BlockError, Budget, decode, encode
 from sharding.crystal import SYMBOLS, Crystal
 from sharding.executor import Executor
 from sharding.graph import Multigraphs, build, concatenate
-from sharding.manifest import DataSetError, read_blocks, read_manifest
+from sharding.manifest import DataSetError, read_manifest
 from sharding.packing import pack, shuffled
 from sharding.pipeline import StrictError, shard
 from sharding.settings import ShardSettings
@@ -624,6 +626,8 @@ def test_folders_that_are_no_data_set(tmp_path: Path, text: str | None, message:
         read_manifest(tmp_path)
 
 
-def test_a_foreign_block_table_is_noticed(data_folder: Path, labelled: Path) -> None:
+def test_a_foreign_block_table_is_noticed(data_folder: Path, labelled: Path, tmp_path: Path) -> None:
+    shutil.copytree(data_folder, tmp_path / "data")
+    shutil.copy(labelled / "blocks.parquet", tmp_path / "data")
     with pytest.raises(DataSetError, match="another data set"):
-        read_blocks(labelled, read_manifest(data_folder))
+        DataSet(tmp_path / "data")

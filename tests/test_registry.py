@@ -442,8 +442,16 @@ def test_diff_delete_and_what_a_name_holds(home: Path, uri: str, capsys: pytest.
     assert "deleted models:/crystals/2" in cdssl("delete", "models:/crystals/2")
     assert "models:/crystals/2" not in cdssl("list", "crystals")
 
+    assert "models:/again/1" in cdssl("register", str(home / "other"), "again")
+    assert main(["--registry", uri, "register", str(home), "nothing"]) == 2
+    assert "holds no encoder.safetensors" in capsys.readouterr().err
+
     out = home / "mine"
     assert cdssl("pull", "models:/crystals/1", "--out", str(out)).strip() == str(out)
+    (home / "tuned").mkdir()
+    (home / "tuned" / "property.json").write_text("{}")
+    assert main(["--registry", uri, "pull", "models:/crystals/1", "--out", str(home / "tuned")]) == 2
+    assert "holds a model of another kind" in capsys.readouterr().err
     card = (out / "MODEL_CARD.md").read_text()
     assert "| AFLOW | CC-BY-4.0 |" in card and "code, for registries you trust" in card
 

@@ -36,7 +36,8 @@ from cdssl_dist.mlops.mlflow_server import connect
 from cdssl_dist.model.export import read_encoder
 from cdssl_dist.study import __main__ as study
 from cdssl_dist.study import run as study_run
-from cdssl_dist.study.cells import Cell, Plan, Pulled, choose_rates
+from cdssl_dist.study import tables
+from cdssl_dist.study.cells import Cell, Plan, Pulled, StudyError, choose_rates
 from cdssl_dist.study.config import StudyConfig
 from cdssl_dist.study.data import open_crystals, prepare, pretraining_formulas
 from cdssl_dist.study.run import Result
@@ -304,6 +305,7 @@ def test_a_failing_cell_stops_no_other(
     assert study.main(arguments(toy, encoder, out, **SMALL | hot)) == 1
     said = capsys.readouterr().out
     assert "study-volume-40-1-scratch: TuningError: as the test wants it" in said
+    assert "sweep-volume-20-1000-hot" not in said  # a rate that is too high is a result
     assert "study-volume-40-0-hot: no learning rate" in said
     assert {(row["seed"], row["arm"]) for row in table(out) if row["kind"] == "study"} == {
         *((0, arm) for arm in ("pretrained", "scratch")),
@@ -311,6 +313,14 @@ def test_a_failing_cell_stops_no_other(
     }
     text = (out / "table.md").read_text()
     assert "Not complete: 12 of 20 cells" in text and "as the test wants it" in text
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise TuningError("no label is above 0")
+
+    monkeypatch.setattr(study_run, "fit", never)  # which is no matter of rates
+    assert study.main(arguments(toy, encoder, tmp_path / "other", **SMALL)) == 1
+    assert "sweep-volume-20-1000-scratch-0.001: TuningError: no label is above 0" in capsys.readouterr().out
+
     monkeypatch.undo()
     assert study.main(arguments(toy, encoder, out, **SMALL)) == 0
     assert len([row for row in table(out) if row["kind"] == "study"]) == 16
@@ -394,6 +404,15 @@ def test_the_figures() -> None:
     assert choose_rates({swept(1e-1, 7): math.inf}) == {}
 
 
+def test_predictions_of_what_grows_with_the_cell_are_of_the_cell(tmp_path: Path) -> None:
+    true, atoms = np.array([1.0, np.nan, np.nan]), np.array([1, 2, 8])
+    result = Result(Cell("predict", "t", 9, 0, "a"), list("abc"), true, np.array([1.0, 3.0, -1.5]), atoms, {})
+    for extensive, wanted in ((False, [3.0, -1.5]), (True, [6.0, -12.0])):
+        tables._write_predictions(tmp_path / "preds.csv", [result], extensive)
+        rows = list(csv.DictReader((tmp_path / "preds.csv").open()))
+        assert [(r["id"], float(r["prediction"])) for r in rows] == [*zip("bc", wanted, strict=True)]
+
+
 def test_of_a_long_tail_the_error_is_of_the_logarithm() -> None:
     true = np.array([1.0, 2.0, 4.0, 1000.0, np.nan])
 
@@ -432,6 +451,7 @@ def test_matbench_folds(toy: Path, aflow: list[Crystal], tmp_path: Path, encoder
     rows = {i: {"id": str(i), "_y_volume": float(i)} for i in range(50)}
     path = optimade(tmp_path / "matbench.parquet", [c for c in aflow if len(c.atomic_numbers) <= 10][:50], rows)
     changes = SMALL | {"data": {"toy": {"column": "_y_{target}", "split": {"rows": 50}}}, "sizes": [20]}
+    changes |= {"sweep": {"sizes": [10]}}
     plan = plan_of(path, encoder, tmp_path, **changes)
     official = list(KFold(5, shuffle=True, random_state=18012019).split(np.arange(50)))
     for seed in (0, 1, 6):
@@ -441,6 +461,18 @@ def test_matbench_folds(toy: Path, aflow: list[Crystal], tmp_path: Path, encoder
         number = {key: int(key.rpartition("#")[2]) for key in keys}
         assert {number[k] for k in keys[split.test]} <= set(test) and len(split.test) == min(25, len(test))
         assert {number[k] for k in keys[np.concatenate([split.train, split.val])]} <= set(train)
+    reported = {key for seed in (0, 1) for key in keys[plan.samples["volume"].evaluated(seed)]}
+    for cell in plan.sweeps():  # no rate is chosen by a crystal of the report
+        split = plan.samples["volume"].split(cell)
+        assert not reported & set(keys[np.concatenate([split.train, split.val, split.test])])
+
+    every = changes | {"seeds": range(5)}
+    with pytest.raises(StudyError, match="seeds on all folds leave none"):
+        plan_of(path, encoder, tmp_path, **every)
+    arms = {name: arm | {"rates": [0.01]} for name, arm in SMALL["arms"].items()}
+    plan = plan_of(path, encoder, tmp_path, **every | {"arms": arms})
+    assert plan.sweeps() == [] and {c.lr for c in plan.with_rates({}) if c.arm in arms} == {0.01}
+
     with pytest.raises(DataSetError, match="30 rows are announced"):
         plan_of(
             path, encoder, tmp_path, **changes | {"data": {"toy": {"column": "_y_{target}", "split": {"rows": 30}}}}
@@ -470,6 +502,7 @@ def test_what_cannot_be_is_said(toy: Path, encoder: Path, tmp_path: Path, capsys
     wrong("unseen_only wants --pretraining-shards", "unseen_only=true")
     wrong("no column _z_mass, _z_volume", "data.toy.column=_z_{target}")
     wrong("one is never in column", "data.toy.split.train=training")
+    wrong("must be three values, not 'train', 'test' and 'test'", "data.toy.split.evaluate=test")
     other = write_encoder_to(tmp_path / "other", cutoff=5.0)
     wrong("encoders with cutoffs of [4.0, 5.0]", f"arms.scratch.encoder={other}")
     nameless = [a for a in arguments(toy, encoder, tmp_path / "study") if a != "--data" and not a.startswith("toy=")]

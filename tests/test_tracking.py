@@ -21,7 +21,7 @@ import pytest
 
 from cdssl_dist.config import Config, parse
 from cdssl_dist.mlops import tracking
-from cdssl_dist.mlops.mlflow_server import connect, redact, tracking_uri
+from cdssl_dist.mlops.mlflow_server import connect, metric_name, redact, tracking_uri
 from cdssl_dist.mlops.tracking import Spool, follow
 from cdssl_dist.train.runlog import RunLog, read_lines
 
@@ -348,3 +348,11 @@ def test_a_server_that_is_down_slow_killed_and_back_gets_everything_once(
     for begin, end in tried:  # in order: none is sent before those in front of it
         assert begin <= reached + 1
         reached = max(reached, end)
+
+
+def test_names_that_mlflow_would_refuse() -> None:
+    from mlflow.utils.validation import _validate_metric_name
+
+    for name in ("test/pretrained/band gap (eV)", "log10(K_VRH)", "a%", "E_hull, eV", "κ [W/(m K)]"):
+        _validate_metric_name(metric_name(name))
+    assert metric_name("test/from scratch/bulk-modulus_kv.2: x") == "test/from scratch/bulk-modulus_kv.2: x"

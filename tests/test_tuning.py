@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from cdssl_dist.finetune.experiment import PRETRAINED, SCRATCH, compare, new_enc
 from cdssl_dist.finetune.predictor import network_of
 from cdssl_dist.finetune.splits import Split, folds_of_column, hold_out, k_folds, split_by_group, split_of_column
 from cdssl_dist.finetune.targets import Scaler, Target, Task
-from cdssl_dist.finetune.tuning import FineTuning, TuningError, fit, stages_of
+from cdssl_dist.finetune.tuning import FineTuning, TuningError, fit, stages_of, watched
 from cdssl_dist.finetune.uncertainty import factor, measured
 from cdssl_dist.model.embedding import batch_of
 from cdssl_dist.model.export import EncoderCard, read_encoder
@@ -179,6 +180,38 @@ def test_of_a_long_tail_the_logarithm_is_learned(
     y[split.train[3], 0] = -2.0
     with pytest.raises(TuningError, match=r"1 of .* labels are not above 0, the smallest -2"):
         fit(encoder[0], encoder[1].expansion, graphs, y, split, task, QUICK)
+
+
+def test_what_is_not_finite_is_no_small_error() -> None:
+    true = np.array([[1.0, 1.0], [2.0, np.nan]])
+    errors = TWO.errors(true, np.array([[1.0, 1.5], [np.inf, np.inf]]))
+    assert errors == {"volume": math.inf, "atoms": 0.5}
+    assert TWO.errors(true, np.array([[1.0, 1.5], [np.nan, 3.0]]))["volume"] == math.inf
+    scaler = Scaler(np.zeros(2), np.ones(2), TWO.targets)
+    assert watched(TWO, true, np.array([[1.0, 1.5], [np.inf, 1.0]]), scaler, np.ones(2)) == math.inf
+
+
+def test_a_class_that_no_training_crystal_has_is_not_impossible(graphs: Multigraphs, split: Split) -> None:
+    task = Task((Target("kind"),), ("a", "b", "rare"))
+    y = (np.arange(100) % 2).astype(float)[:, None]
+    y[split.test[0]] = 2.0
+    found = baselines(task, graphs, y, split)["logistic on composition"]
+    np.testing.assert_allclose(found.sum(axis=1), 1.0)
+    assert (found > 1e-6).all() and found.max() > 0.5
+    assert task.errors(y[split.test], found[split.test])["log_loss"] < 5.0
+
+
+def test_a_large_group_trains() -> None:
+    rng = np.random.default_rng(0)
+    groups = ["SiO2"] * 900 + [f"g{i}" for i in range(100)]
+    for seed in range(50):
+        train, val = hold_out(rng.permutation(1000), groups, 0.1, seed)
+        assert len(train) >= 900 and 0 < len(val) <= 100
+        split = split_by_group(groups, 0.8, 0.1, seed)
+        assert len(split.train) >= 900 and min(len(split.val), len(split.test)) > 0
+    half = ["a"] * 50 + ["b"] * 30 + ["c"] * 20  # all are larger than the share
+    train, val = hold_out(np.arange(100), half, 0.1, 0)
+    assert set(val) == set(range(80, 100)) and set(train) == set(range(80))
 
 
 def test_it_stops_early(encoder: tuple[MEGNet, EncoderCard], graphs: Multigraphs, split: Split) -> None:

@@ -22,7 +22,7 @@ from cdssl_dist.data.remote import DeniedError, Remote, is_remote
 from cdssl_dist.data.storage import LocalShards, RemoteShards, Storage
 from cdssl_dist.data.waiting import Patience
 from sharding.block import decode_arrays
-from sharding.manifest import BLOCK_SCHEMA, SPLITS, DataSetError, Manifest, read_manifest
+from sharding.manifest import BLOCK_SCHEMA, SPLITS, WORK, DataSetError, Manifest, read_manifest
 
 CACHE_GB: Final = 50.0
 BATCH: Final = 2**20  # blocks
@@ -153,13 +153,14 @@ class DataSet:
 
 
 def is_data_set(path: str) -> bool:
-    """Whether there is a manifest below a path or URL.
+    """Whether there is a manifest below a path or URL, or the work of a sharding that was not finished.
 
     Raises:
         DataSetError: where the endpoint of a URL is dead.
     """
     if not is_remote(path):
-        return (Path(path.removeprefix("file://")) / "manifest.json").exists()
+        folder = Path(path.removeprefix("file://"))
+        return any((folder / name).exists() for name in ("manifest.json", WORK))
     try:
         return Remote(path).has("manifest.json")
     except DeniedError:  # what S3 says of a file that is not there, to those who may not list

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import gemmi
@@ -116,7 +116,7 @@ def load_labeled(
         raise DataSetError(f"a target is named twice: {', '.join(names)}")
     looked_up = [n for n in names if n not in COMPUTED] if table or classes else []
     stored = [n for n in names if n not in COMPUTED and n not in looked_up]
-    if Path(path).is_dir() or is_data_set(path):
+    if is_data_set(path):
         having = [f"y.{stored[0]}"] if len(stored) == 1 and not unlabeled else []  # other blocks are not read
         graphs, groups, units, sources = _from_shards(path, stored, having, cutoff, split, keys, where)
     elif split or where:
@@ -163,10 +163,13 @@ def class_names(column: Sequence[Any]) -> tuple[str, ...]:
 
 def _class(value: Any) -> str | None:
     """The name of a class; 1, 1.0 and "1" are one."""
-    if value is None or value == "" or (isinstance(value, float) and np.isnan(value)):
+    text = "" if value is None else str(value).strip()
+    if text.lower() in ("", "nan"):
         return None
     as_number = number(value) if not isinstance(value, bool) else None
-    return str(value).strip() if as_number is None else f"{as_number:g}"
+    if as_number is None or not math.isfinite(as_number):
+        return text
+    return str(int(as_number)) if as_number.is_integer() else repr(as_number)
 
 
 Loaded = tuple[Multigraphs, list[str], dict[str, str], list[dict[str, str]]]

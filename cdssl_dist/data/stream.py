@@ -98,7 +98,7 @@ def parts_of(path: str, cutoff: float, split: str | None = None, where: str | No
     Raises:
         DataSetError: where the cutoff is another one, or there is nothing to choose by.
     """
-    if Path(path).is_dir() or is_data_set(path):
+    if is_data_set(path):
         yield from _of_shards(path, cutoff, split, where)
         return
     if split or where:

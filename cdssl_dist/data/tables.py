@@ -24,14 +24,14 @@ def read_columns(path: str, names: Sequence[str], keys: Sequence[str]) -> dict[s
     Args:
         path: a CSV or Parquet file.
         names: of the columns.
-        keys: of the crystals. A row belongs to the crystal with its id; where ids are mere numbers, or the table has
-            none, to the crystal whose key ends in # and the id, or the number of the row.
+        keys: of the crystals. A row belongs to the crystal with its id; where ids are mere numbers, to the crystal
+            whose key ends in # and the id.
 
     Returns:
         Name → a value for each crystal, None where the table has none. Of rows with the same id the first counts.
 
     Raises:
-        DataSetError: where it is no table, a column is missing, or no row belongs to a crystal.
+        DataSetError: where it is no table, a column is missing, ids included, or no row is a crystal's.
     """
     values: dict[str, tuple[Any, ...]] = {}
     for key, row in _rows(path, names):
@@ -51,19 +51,16 @@ def _rows(path: str, names: Sequence[str]) -> Iterator[tuple[str, tuple[Any, ...
         if ending == ".parquet":
             file = pq.ParquetFile(path)
             key = _check(path, file.schema_arrow.names, names)
-            row = 0
-            for batch in file.iter_batches(columns=list(dict.fromkeys([*([key] if key else []), *names]))):
+            for batch in file.iter_batches(columns=list(dict.fromkeys([key, *names]))):
                 columns = [batch.column(name).to_pylist() for name in names]
-                ids = batch.column(key).to_pylist() if key else range(row, row + batch.num_rows)
-                row += batch.num_rows
-                yield from zip(map(str, ids), zip(*columns, strict=True), strict=True)
+                yield from zip(map(str, batch.column(key).to_pylist()), zip(*columns, strict=True), strict=True)
         elif ending == ".csv":
             csv.field_size_limit(sys.maxsize)
             with open(path, encoding="utf-8-sig", newline="") as text:
                 reader = csv.DictReader(text)
                 key = _check(path, list(reader.fieldnames or ()), names)
-                for number, record in enumerate(reader):
-                    yield str(record[key] if key else number), tuple(record[name] for name in names)
+                for record in reader:
+                    yield str(record[key]), tuple(record[name] for name in names)
         else:
             listed = ", ".join(names)
             raise DataSetError(f"{path}: {listed} can be read of a CSV or Parquet file; give one by --labels")
@@ -71,11 +68,17 @@ def _rows(path: str, names: Sequence[str]) -> Iterator[tuple[str, tuple[Any, ...
         raise DataSetError(f"{path}: no table that can be read ({why})") from None
 
 
-def _check(path: str, there: Sequence[str], names: Sequence[str]) -> str | None:
-    """The column of ids; complains about those that are missing."""
+def _check(path: str, there: Sequence[str], names: Sequence[str]) -> str:
+    """The column of ids; complains about columns that are missing."""
     for name in names:
         if name not in there:
             near = difflib.get_close_matches(name, there, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(there[:40])}"
             raise DataSetError(f"{path}: no column {name!r}; {hint}")
-    return next((name for name in KEYS if name in there), None)
+    key = next((name for name in KEYS if name in there), None)
+    if key is None:
+        raise DataSetError(
+            f"{path}: no column of ids, so nothing tells which crystal a row of {', '.join(names)} belongs to; "
+            f"add one of {', '.join(KEYS)}"
+        )
+    return key

@@ -19,21 +19,21 @@ from typing import Any
 
 import numpy as np
 
-from cdssl_dist.commands import RUNS, Parser, command
+from cdssl_dist.commands import DONE, FAILED, RUNS, Parser, command
 from cdssl_dist.data.labeled import COMPUTED, Labeled, class_names, load_labeled
 from cdssl_dist.encoder import CrystalEncoder
 from cdssl_dist.finetune.experiment import PRETRAINED, Map, compare
 from cdssl_dist.finetune.predictor import PropertyCard, property_card, write_property
 from cdssl_dist.finetune.results import digest, figures, told, write_results
 from cdssl_dist.finetune.splits import Split, folds_of_column, k_folds, split_by_group, split_of_column
-from cdssl_dist.finetune.targets import Target, Task
+from cdssl_dist.finetune.targets import Scaler, Target, Task
 from cdssl_dist.finetune.tuning import FineTuning, TuningError
 from cdssl_dist.look import report
 from cdssl_dist.look.encoder_map import map_of
 from cdssl_dist.mlops import registry
 from cdssl_dist.mlops.mlflow_server import tracking_uri
 from cdssl_dist.mlops.model_card import write_model_card
-from cdssl_dist.mlops.models import CHAMPION
+from cdssl_dist.mlops.models import CHAMPION, PROPERTY
 from cdssl_dist.mlops.record import record
 from cdssl_dist.model.export import EncoderCard, read_encoder
 from sharding.executor import Executor
@@ -46,10 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     began = time.time()
     uri = tracking_uri(args.registry, RUNS)
+    if args.register:
+        registry.check_free(args.register, PROPERTY, uri)
     pulled = registry.pull_version(args.encoder, uri)
     encoder, card = read_encoder(pulled.folder)
     data = read_data(args, card)
     task = task_of(args, data)
+    check_labels(task, data)
     splits = splits_of(args, data)
     how = FineTuning(**{name: getattr(args, name) for name in asdict(FineTuning())})
     scratch = None if args.no_scratch else replace(how, lr=args.scratch_lr, freeze=0, warmup=0, layer_decay=1.0)
@@ -97,8 +100,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.register or pulled.uri.startswith("models:"):
         run_id = record_tuning(uri, args.experiment, out, own, began)
     if args.register:
-        print(registry.register(out / "model", args.register, uri, run_id))
-    return 0
+        try:
+            print(registry.register(out / "model", args.register, uri, run_id))
+        except registry.RegistryError as why:
+            again = f"cdssl registry register {out / 'model'} {args.register}"
+            print(f"error: not registered: {why}\nthe model is complete; to register it: {again}", file=sys.stderr)
+            return FAILED
+    return DONE
 
 
 @contextlib.contextmanager
@@ -173,8 +181,15 @@ def parser() -> Parser:
 
 def read_data(args: argparse.Namespace, card: EncoderCard) -> Labeled:
     """The labeled crystals that the arguments name."""
-    if args.classify and len(args.target) > 1:
-        raise TuningError("--classify takes one target")
+    if args.members < 1:
+        raise TuningError(f"--members {args.members}: one network at least answers")
+    if args.classify:
+        if len(args.target) > 1:
+            raise TuningError("--classify takes one target")
+        if args.target[0] in COMPUTED:
+            raise TuningError(f"--classify: {args.target[0]} is a number, and names no classes")
+        if unfit := [option for option in ("per_atom", "log", "unit") if getattr(args, option)]:
+            raise TuningError(f"--classify: classes have no --{unfit[0].replace('_', '-')}")
     keys = None
     if args.keys:
         try:
@@ -212,11 +227,19 @@ def task_of(args: argparse.Namespace, data: Labeled) -> Task:
     return Task((Target(args.target[0]),), classes)
 
 
+def check_labels(task: Task, data: Labeled) -> None:
+    """What would end the training of some fold is said before the first."""
+    try:
+        Scaler.fit(task, data.targets, data.graphs.n_atoms)
+    except ValueError as why:
+        raise TuningError(str(why)) from None
+
+
 def splits_of(args: argparse.Namespace, data: Labeled) -> list[Split]:
     """Who trains and who tests."""
     if sum(map(bool, (args.folds, args.fold_column, args.split_column))) > 1:
         raise TuningError("--folds, --fold-column and --split-column exclude one another")
-    if args.folds:
+    if args.folds is not None:
         return k_folds(data.groups, args.folds, args.val, args.seed)
     if args.fold_column:
         return folds_of_column(data.columns[args.fold_column], data.groups, args.val, args.seed)

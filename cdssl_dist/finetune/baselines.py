@@ -12,6 +12,7 @@ from cdssl_dist.model.megnet import N_ELEMENTS
 from sharding.graph import Multigraphs
 
 ALPHAS = np.logspace(-4, 2, 13)
+UNSEEN = 0.01  # of a classifier's probability goes to the frequencies, classes without a training crystal included
 
 
 def element_fractions(graphs: Multigraphs) -> Array:
@@ -46,8 +47,8 @@ def _of_classes(task: Task, fractions: Array, targets: Array, split: Split) -> d
     linear = frequent.copy()
     if len(np.unique(right)) > 1:
         model = LogisticRegression(C=100.0, max_iter=2000).fit(fractions[known], right)
-        linear[:] = 0.0
-        linear[:, model.classes_] = model.predict_proba(fractions)
+        linear *= UNSEEN  # what no training crystal is may still be
+        linear[:, model.classes_] += (1 - UNSEEN) * model.predict_proba(fractions)
     return {"frequencies": frequent, "logistic on composition": linear}
 
 

@@ -54,6 +54,7 @@ def write_results(
     if outcome.uncertainty:
         results["uncertainty"] = {name: asdict(u) for name, u in outcome.uncertainty.items()}
     (out / "results.json").write_text(json.dumps(_plain(results), indent=1))
+    (out / "parity.png").unlink(missing_ok=True)  # of an earlier regression into the same folder
     if not task.classes:
         plot_parity(out / "parity.png", task, data.targets, outcome)
     return results

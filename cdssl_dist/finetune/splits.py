@@ -33,6 +33,8 @@ class Split:
 def split_by_group(groups: Sequence[str], train: float, val: float, seed: int) -> Split:
     """Shuffle groups, then fill train, validation and test by numbers of crystals; no group is in two of them.
 
+    Groups larger than what is to validate or to test come first, and train.
+
     Args:
         groups: of each crystal.
         train, val: shares of the crystals; the rest tests.
@@ -41,9 +43,12 @@ def split_by_group(groups: Sequence[str], train: float, val: float, seed: int) -
     Raises:
         SplitError: where a part is empty.
     """
-    rank, member = _shuffled(groups, seed)
+    rank, member = _shuffled(groups, seed, large_first=min(val, 1 - train - val))
     before = _share_before(rank)
-    part = np.where(before < train, 0, np.where(before < train + val, 1, 2))
+    trained = float((before < train).mean())
+    # Where large groups leave less than was to validate and to test, these share it.
+    until = train + val if trained < train + val else trained + (1 - trained) * val / (1 - train)
+    part = np.where(before < train, 0, np.where(before < until, 1, 2))
     split = Split(*(np.flatnonzero(part == p) for p in range(3)))
     sizes = list(split.sizes().values())
     if min(sizes) == 0:
@@ -57,10 +62,12 @@ def split_by_group(groups: Sequence[str], train: float, val: float, seed: int) -
 def hold_out(among: Indices, groups: Sequence[str], share: float, seed: int) -> tuple[Indices, Indices]:
     """A share of some crystals for early stopping, by whole groups; none where there are too few groups.
 
+    A group larger than the share trains, unless all are.
+
     Returns:
         Those to train on, and those to validate with.
     """
-    rank, _ = _shuffled([groups[i] for i in among], seed)
+    rank, _ = _shuffled([groups[i] for i in among], seed, large_last=share)
     if share <= 0 or len(among) == 0 or len(np.unique(rank)) < 3:
         return among, among[:0]
     held = _share_before(rank) < share  # at least the first group, and not the last one
@@ -111,6 +118,8 @@ def split_of_column(values: Sequence[Any], groups: Sequence[str], val: float, se
     texts = ["" if _absent(v) else str(v).strip().lower() for v in values]
     said = np.array([NAMES.get(t, t) for t in texts], dtype=object)
     test = NAMES.get(test.lower(), test.lower())
+    if test == "train":
+        raise SplitError("--test-value train: those who train cannot test")
     train, tested = np.flatnonzero(said == "train"), np.flatnonzero(said == test)
     if len(train) == 0 or len(tested) == 0:
         found = ", ".join(f"{name or 'nothing'}: {(said == name).sum()}" for name in sorted(set(said.tolist())))
@@ -130,11 +139,22 @@ def _folds(fold: Indices, numbers: Sequence[int], groups: Sequence[str], val: fl
     return splits
 
 
-def _shuffled(groups: Sequence[str], seed: int) -> tuple[Indices, Indices]:
-    """The place of each crystal's group in a seeded order of the groups, and its number: (n,), (n,)."""
-    names, member = np.unique(np.array(groups), return_inverse=True)
+def _shuffled(
+    groups: Sequence[str], seed: int, *, large_first: float = 1.0, large_last: float = 1.0
+) -> tuple[Indices, Indices]:
+    """The place of each crystal's group in a seeded order of the groups, and its number: (n,), (n,).
+
+    Groups of more than a share of the crystals are taken out of this order and stand before the others, the largest of
+    them first, or behind, the smallest first.
+    """
+    names, member, sizes = np.unique(np.array(groups), return_inverse=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(names))
+    for share, first in ((large_first, True), (large_last, False)):
+        large = sizes[order] > share * len(groups) + 1e-9
+        apart = order[large][np.argsort(sizes[order[large]], kind="stable")]
+        order = np.concatenate([apart[::-1], order[~large]] if first else [order[~large], apart])
     place = np.empty(len(names), np.int64)
-    place[np.random.default_rng(seed).permutation(len(names))] = np.arange(len(names))
+    place[order] = np.arange(len(names))
     return place[member], member
 
 
@@ -145,4 +165,6 @@ def _share_before(rank: Indices) -> NDArray[np.float64]:
 
 
 def _absent(value: Any) -> bool:
-    return value is None or value == "" or (isinstance(value, float) and np.isnan(value))
+    if isinstance(value, str):
+        return value.strip().lower() in ("", "nan")
+    return value is None or (isinstance(value, float) and np.isnan(value))

@@ -60,11 +60,6 @@ class Task:
         """Their names."""
         return self.classes or tuple(t.name for t in self.targets)
 
-    @property
-    def metric(self) -> str:
-        """What early stopping watches; smaller is better."""
-        return "log_loss" if self.classes else "mae"
-
     @staticmethod
     def read(content: dict[str, Any]) -> Task:
         """From what ``dataclasses.asdict`` made of it."""
@@ -79,7 +74,7 @@ class Task:
 
         Returns:
             Regression: the mean absolute error by name of target. Classification: ``log_loss`` (nats) and ``accuracy``.
-            NaN where nothing is known.
+            NaN where nothing is known, infinite where a prediction is not finite.
         """
         if self.classes:
             known = np.isfinite(true[:, 0])
@@ -90,9 +85,10 @@ class Task:
             hits = predicted[known].argmax(axis=1) == right
             return {"log_loss": float(-np.log(np.maximum(chance, 1e-12)).mean()), "accuracy": float(hits.mean())}
         off = np.abs(predicted - true)
+        off[np.isfinite(true) & ~np.isfinite(off)] = np.inf
         return {
-            t.name: float(column[np.isfinite(column)].mean()) if np.isfinite(column).any() else np.nan
-            for t, column in zip(self.targets, off.T, strict=True)
+            t.name: float(column[known].mean()) if known.any() else np.nan
+            for t, column, known in zip(self.targets, off.T, np.isfinite(true).T, strict=True)
         }
 
 

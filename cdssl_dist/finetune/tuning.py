@@ -28,6 +28,10 @@ class TuningError(ValueError):
     """Labels that nothing can be learned from, or a training that went wrong: said in one line."""
 
 
+class DivergedError(TuningError):
+    """The loss, or every validation error, was not finite."""
+
+
 @dataclass(frozen=True)
 class FineTuning:
     """How a network is trained on labels."""
@@ -88,7 +92,7 @@ def fit(
         tick: called after each epoch.
 
     Raises:
-        TuningError: where there is no label to learn from, or the loss is no longer finite.
+        TuningError: where there is no label to learn from; ``DivergedError`` where the loss is no longer finite.
     """
     train = split.train[np.isfinite(targets[split.train]).any(axis=1)]
     val = split.val[np.isfinite(targets[split.val]).any(axis=1)]
@@ -120,7 +124,9 @@ def fit(
                 optimizer.zero_grad()
                 loss = _backward(model, graphs, batch, wanted, task)
                 if not math.isfinite(loss):
-                    raise TuningError(f"the loss is {loss} in epoch {epoch}: a lower learning rate than {how.lr} helps")
+                    raise DivergedError(
+                        f"the loss is {loss} in epoch {epoch}: a lower learning rate than {how.lr} helps"
+                    )
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 total += loss * len(batch)
@@ -138,7 +144,7 @@ def fit(
             if len(val) and epoch - best_epoch >= how.patience:
                 break
     if not best_weights:
-        raise TuningError("no validation error was ever finite: are the validation crystals labeled?")
+        raise DivergedError("no validation error was ever finite: a lower learning rate may help")
     return Member({name: w.cpu() for name, w in best_weights.items()}, scaler, history, best_epoch)
 
 
@@ -149,7 +155,7 @@ def watched(task: Task, true: Array, predicted: Array, scaler: Scaler, n_atoms: 
         return errors["log_loss"]
     if len(task.targets) > 1:
         errors = task.errors(scaler.forward(true, n_atoms), scaler.forward(predicted, n_atoms))
-    known = [error for error in errors.values() if np.isfinite(error)]
+    known = [error for error in errors.values() if not math.isnan(error)]
     return float(np.mean(known)) if known else math.nan
 
 

@@ -112,12 +112,14 @@ def tuning_page(name: str, tuned: Tuned, drawn: CrystalMap | None = None) -> str
     """The page of a fine-tuning; arguments as those of ``run_page``."""
     results = tuned[0]
     errors, task, settings = results["errors"], results["task"], results.get("settings", {})
-    metric = "log_loss" if task["classes"] else task["targets"][0]["name"]
-    best = min((own[metric], arm) for arm, own in errors.items() if _finite(own[metric]))
+    metrics = ["log_loss"] if task["classes"] else [target["name"] for target in task["targets"]]
+    found = [(own[m], arm, i) for i, m in enumerate(metrics) for arm, own in errors.items() if _finite(own[m])]
+    best = min((each for each in found if each[2] == found[0][2]), default=(math.nan, "none: no test label", 0))
+    metric = metrics[best[2]]
     sizes = results.get("crystals", [])
     tiles = {
         "best of all" if len(task["targets"]) == 1 else f"best for {metric}": best[1],
-        "its error": f"{best[0]:.4g} {'' if task['classes'] else task['targets'][0]['unit']}",
+        "its error": f"{best[0]:.4g} {'' if task['classes'] else task['targets'][best[2]]['unit']}",
         **({"crystals, train / val / test": " / ".join(f"{n:,}" for n in sizes[0].values())} if sizes else {}),
         **({"folds": str(len(sizes))} if len(sizes) > 1 else {}),
         "networks": str(settings.get("members", 1)),

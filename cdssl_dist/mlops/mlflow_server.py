@@ -81,3 +81,8 @@ def say(line: str) -> None:
 def one_line(why: BaseException) -> str:
     """An error of MLflow's for people: its first line, without credentials."""
     return redact(str(why).strip().partition("\n")[0])[:200] or type(why).__name__
+
+
+def metric_name(name: str) -> str:
+    """A name that MLflow takes: a target may be called ``band gap (eV)``."""
+    return re.sub(r"[^\w./: -]", "_", name)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cdssl_dist.mlops.mlflow_server import connect, experiment, http_limits, one_line, redact, say
+from cdssl_dist.mlops.mlflow_server import connect, experiment, http_limits, metric_name, one_line, redact, say
 
 
 def record(
@@ -44,7 +44,7 @@ def record(
             settings = [Param(k, redact(str(v))[:500]) for k, v in params.items()]
             client.log_batch(
                 run_id,
-                metrics=[Metric(k, float(v), at, 0) for k, v in metrics.items()][:1000],  # MLflow's limits
+                metrics=[Metric(metric_name(k), float(v), at, 0) for k, v in metrics.items()][:1000],  # MLflow's limits
                 params=settings[:100],
                 tags=[RunTag(k, redact(v)[:5000]) for k, v in tags.items()][:100],
             )

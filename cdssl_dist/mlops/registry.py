@@ -38,8 +38,8 @@ from cdssl_dist.mlops.registry_store import (
 )
 from sharding.manifest import write_atomically
 
-__all__ = ["Pulled", "Registered", "RegistryError", "Version", "delete", "diff", "list_versions", "promote"]
-__all__ += ["pull", "pull_version", "register", "rollback", "show"]
+__all__ = ["Pulled", "Registered", "RegistryError", "Version", "check_free", "delete", "diff", "list_versions"]
+__all__ += ["promote", "pull", "pull_version", "register", "rollback", "show"]
 
 JUDGED: Final = "judged"  # tag of a version that was compared with the champion: that is done once
 
@@ -84,8 +84,7 @@ def register(folder: Path, name: str, uri: str, run_id: str | None = None, tries
     Raises:
         RegistryError: where the folder holds no sound model, or the registry does not do its part.
     """
-    if not REF.fullmatch(f"models:/{name}@latest") or name.endswith(LOCK):
-        raise RegistryError(f"{name!r} is no name for a model: use letters, digits, - and _")
+    _check_name(name)
     kind = kind_of(folder)
     checked(folder, kind)
     for left in reversed(range(tries)):
@@ -97,6 +96,28 @@ def register(folder: Path, name: str, uri: str, run_id: str | None = None, tries
             say(f"{why}; trying again")
             time.sleep(2.0)
     raise AssertionError("unreachable")
+
+
+def check_free(name: str, kind: Kind, uri: str) -> None:
+    """Whether a model of a kind could be registered under a name: to be asked before the work that makes it.
+
+    Raises:
+        RegistryError: where the name is none, holds another kind, or the registry does not answer.
+    """
+    _check_name(name)
+    with session(uri, 10, create=True) as client:
+        if name in names(client):
+            _check_kind(name, versions(client, name), kind)
+
+
+def _check_name(name: str) -> None:
+    if not REF.fullmatch(f"models:/{name}@latest") or name.endswith(LOCK):
+        raise RegistryError(f"{name!r} is no name for a model: use letters, digits, - and _")
+
+
+def _check_kind(name: str, there: list[Version], kind: Kind) -> None:
+    if there and there[0].tags.get("format", kind.format).partition(" ")[0] != kind.format:
+        raise RegistryError(f"{name!r} holds {there[0].tags['format']}, not {kind.format}: take another name")
 
 
 def _register(folder: Path, kind: Kind, name: str, uri: str, run_id: str | None) -> Registered:
@@ -114,8 +135,7 @@ def _register(folder: Path, kind: Kind, name: str, uri: str, run_id: str | None)
             if why.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         there = versions(client, name)
-        if there and there[0].tags.get("format", kind.format).partition(" ")[0] != kind.format:
-            raise RegistryError(f"{name!r} holds {there[0].tags['format']}, not {kind.format}: take another name")
+        _check_kind(name, there, kind)
         model = None if same(there) else upload(client, uri, folder, kind, name, run_id, tags)
         with exclusive(client, name):
             there = versions(client, name)

@@ -14,7 +14,7 @@ from cdssl_dist.commands import RUNS, Parser, command
 from cdssl_dist.mlops import registry
 from cdssl_dist.mlops.mlflow_server import tracking_uri
 from cdssl_dist.mlops.model_card import write_model_card
-from cdssl_dist.mlops.models import CHAMPION, KINDS
+from cdssl_dist.mlops.models import CHAMPION, KINDS, kind_of
 from cdssl_dist.mlops.registry import Version
 
 
@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     pull = actions.add_parser("pull", help="download a model, verified, and print where it is")
     pull.add_argument("ref", **ref)
     pull.add_argument("--out", metavar="FOLDER", help="copy it there, with its MODEL_CARD.md")
+    register = actions.add_parser("register", help="register a model that lies in a folder")
+    register.add_argument("folder", help="that holds encoder.json or property.json, with its weights")
+    register.add_argument("name", help="of the registered model")
     promote = actions.add_parser("promote", help="make a version the champion")
     promote.add_argument("ref", help=ref["help"])
     rollback = actions.add_parser("rollback", help="make the previous champion the champion again")
@@ -60,9 +63,16 @@ def _show(args: argparse.Namespace, uri: str) -> None:
 def _pull(args: argparse.Namespace, uri: str) -> None:
     folder = registry.pull(args.ref, uri)
     if args.out:
+        there = [kind for kind in KINDS if (Path(args.out) / kind.files[1]).exists()]
+        if there and there != [kind_of(folder)]:
+            raise registry.RegistryError(f"{args.out} holds a model of another kind; give another folder")
         folder = Path(shutil.copytree(folder, args.out, dirs_exist_ok=True))
         write_model_card(folder)
     print(folder)
+
+
+def _register(args: argparse.Namespace, uri: str) -> None:
+    print(registry.register(Path(args.folder), args.name, uri))
 
 
 def _promote(args: argparse.Namespace, uri: str) -> None:
@@ -89,6 +99,7 @@ ACTIONS: Final = {
     "list": _list,
     "show": _show,
     "pull": _pull,
+    "register": _register,
     "promote": _promote,
     "rollback": _rollback,
     "diff": _diff,

@@ -25,7 +25,16 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from cdssl_dist import __version__
 from cdssl_dist.config import Config
-from cdssl_dist.mlops.mlflow_server import connect, experiment, http_limits, one_line, redact, say, tracking_uri
+from cdssl_dist.mlops.mlflow_server import (
+    connect,
+    experiment,
+    http_limits,
+    metric_name,
+    one_line,
+    redact,
+    say,
+    tracking_uri,
+)
 from sharding.manifest import write_atomically
 
 if TYPE_CHECKING:  # mlflow takes seconds to import
@@ -329,7 +338,7 @@ def _metrics(line: bytes) -> list[Metric]:
     except (ValueError, KeyError, TypeError, AttributeError):
         return []
     numbers = {k: float("nan") if v is None else v for k, v in content.items()}
-    return [Metric(k, float(v), at, step) for k, v in numbers.items() if isinstance(v, (int, float))]
+    return [Metric(metric_name(k), float(v), at, step) for k, v in numbers.items() if isinstance(v, (int, float))]
 
 
 def _text(value: Any) -> str:

@@ -108,25 +108,33 @@ class Samples:
             StudyError: where a size is larger than the pool, or leaves nothing to choose a rate on.
         """
         sizes = self.config.sizes_of(self.target)
-        least = min(len(self.pool(seed)) for seed in (*self.config.seeds, *self.config.sweep.seeds))
+        least = min(len(self.pool(seed)) for seed in self.config.seeds)
         if sizes and sizes[-1] > least:
             raise StudyError(
                 f"targets.{self.target}: {sizes[-1]} labels to learn from are asked for, and {least} crystals may "
                 f"train; give it sizes of its own: targets.{self.target}.sizes=[…]"
             )
-        if (sizes or used) and not self.sweep_sizes():
+        if (sizes or used) and self.config.sweeps and not self.sweep_sizes():
+            left = min(len(self.pool(seed)) for seed in self.config.sweep.seeds)
+            hint = "; seeds on all folds leave none: report fewer, or give each arm one rate" if self.folds else ""
             raise StudyError(
-                f"targets.{self.target}: no rate can be chosen with {least} crystals that may train; sweep.sizes "
-                f"must leave {LEAST} of them"
+                f"targets.{self.target}: no rate can be chosen with {left} crystals that are not evaluated; "
+                f"sweep.sizes must leave {LEAST} of them{hint}"
             )
         if (sizes or used) and min(len(self.evaluated(seed)) for seed in self.config.seeds) == 0:
             raise StudyError(f"targets.{self.target}: no crystal to evaluate has a label")
 
     @functools.cache  # noqa: B019  few, and as long-lived as the study
     def pool(self, seed: int) -> Indices:
-        """Crystals that may train: of the training part, or of all folds but the seed's, with a label."""
+        """Crystals that may train: of the training part, or of all folds but the seed's, with a label.
+
+        With folds, a seed of the sweep takes those that no seed of the study is evaluated on.
+        """
         part = self.crystals.parts[self.target]
-        return self._labeled(part == TRAIN if self.folds is None else part != seed % self.folds.k)
+        if self.folds is None:
+            return self._labeled(part == TRAIN)
+        seeds = self.config.seeds if seed in self.config.sweep.seeds else (seed,)
+        return self._labeled(~np.isin(part, [s % self.folds.k for s in seeds]))
 
     @functools.cache  # noqa: B019
     def evaluated(self, seed: int) -> Indices:
@@ -208,7 +216,7 @@ class Plan:
         wanted = dict.fromkeys(
             (cell.target, self.samples[cell.target].sweep_size(cell.size), cell.arm)
             for cell in self.cells()
-            if cell.arm in self.config.arms
+            if cell.arm in self.config.arms and len(set(self.config.arms[cell.arm].rates)) > 1
         )
         return [
             Cell("sweep", target, size, seed, arm, rate)
@@ -281,8 +289,11 @@ class Plan:
     def with_rates(self, rates: dict[tuple[str, int, str], float]) -> Iterator[Cell]:
         """The reported cells for which a rate is known, with it."""
         for cell in self.cells():
-            if cell.arm not in self.config.arms:
+            arm = self.config.arms.get(cell.arm)
+            if arm is None:
                 yield cell
+            elif len(set(arm.rates)) == 1:
+                yield replace(cell, lr=arm.rates[0])
             elif rate := rates.get((cell.target, self.samples[cell.target].sweep_size(cell.size), cell.arm)):
                 yield replace(cell, lr=rate)
 

@@ -18,6 +18,15 @@ class SplitColumn(Section):
     evaluate: str = "val"
     predict: str = "test"  # only for ``predict``: labels of these crystals are never read
 
+    @model_validator(mode="after")
+    def _apart(self) -> SplitColumn:
+        if len({self.train, self.evaluate, self.predict}) < 3:
+            raise ValueError(
+                f"train, evaluate and predict must be three values, not {self.train!r}, {self.evaluate!r} and "
+                f"{self.predict!r}; labels of those to predict are never read"
+            )
+        return self
+
 
 class Folds(Section):
     """Folds over the rows of the file as scikit-learn's ``KFold(k, shuffle=True, random_state=seed)`` makes them.
@@ -119,6 +128,11 @@ class StudyConfig(Section):
     sweep: Sweep = Sweep()
     predict: Predict | None = None
     tracking: StudyTracking = StudyTracking()
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether an arm has rates to choose among."""
+        return any(len(set(arm.rates)) > 1 for arm in self.arms.values())
 
     def sizes_of(self, target: str) -> tuple[int, ...]:
         """The train sizes of a target, ascending."""

@@ -74,7 +74,7 @@ def prepare(config: StudyConfig, name: str, path: str, cutoff: float, folder: Pa
         return place
 
     found = load_labeled(
-        path, list(columns.values()), cutoff, columns=list(dict.fromkeys(texts.values())), unlabeled=True
+        path, list(dict.fromkeys(columns.values())), cutoff, columns=list(dict.fromkeys(texts.values())), unlabeled=True
     )
     per_atom = found.graphs.n_atoms.astype(np.float64)
     table: dict[str, Any] = {
@@ -130,6 +130,8 @@ def pretraining_formulas(path: str) -> set[str]:
 
 def _folds(path: str, keys: list[str], folds: Folds) -> NDArray[np.int64]:
     """The fold that each crystal is evaluated in, by the number of its row, with which its key ends."""
+    if Path(path).suffixes[:1] == [".csv"]:  # its keys number pieces, and a row without a crystal is no piece
+        raise DataSetError(f"{path}: folds go by the numbers of rows, which a CSV does not tell; give Matbench's JSON")
     of_row = np.empty(folds.rows, np.int64)
     for number, (_, rows) in enumerate(KFold(folds.k, shuffle=True, random_state=folds.seed).split(of_row)):
         of_row[rows] = number
@@ -145,7 +147,7 @@ def _folds(path: str, keys: list[str], folds: Folds) -> NDArray[np.int64]:
 
 def _digest_of(path: str) -> str:
     """SHA-256 of a file, or the digest of a data set of shards; of other sources, their name is all that is known."""
-    if Path(path).is_dir() or is_data_set(path):
+    if is_data_set(path):
         with DataSet(path) as data:
             return data.manifest.digest
     if not Path(path).is_file():

@@ -22,7 +22,7 @@ from cdssl_dist.finetune.baselines import baselines
 from cdssl_dist.finetune.experiment import new_encoder, permuted, predict
 from cdssl_dist.finetune.splits import Split
 from cdssl_dist.finetune.targets import Array, Target, Task
-from cdssl_dist.finetune.tuning import TuningError, fit
+from cdssl_dist.finetune.tuning import DivergedError, fit
 from cdssl_dist.model.export import EncoderCard, read_encoder
 from cdssl_dist.model.megnet import MEGNet
 from cdssl_dist.study.cells import Cell, Job
@@ -80,7 +80,7 @@ def run(job: Job) -> float:
         network = _start(job, encoder, card)
         try:
             member = fit(network, card.expansion, graphs, true, split, task, job.how)
-        except TuningError:
+        except DivergedError:
             if job.cell.kind != "sweep":
                 raise
             predicted = np.full((len(split.test), 1), np.nan)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -80,7 +81,7 @@ def write_all(folder: Path, findings: Findings) -> list[Path]:
             if config.predict and len(done) == len(config.predict.seeds):
                 suffix = f"-{arm}" if len(config.predict.arms) > 1 else ""
                 written.append(folder / f"preds-{target}{suffix}.csv")
-                _write_predictions(written[-1], done)
+                _write_predictions(written[-1], done, config.targets[target].extensive)
     return written
 
 
@@ -178,16 +179,16 @@ def _write_rows(path: Path, results: Sequence[Result]) -> None:
     temporary.replace(path)
 
 
-def _write_predictions(path: Path, results: Sequence[Result]) -> None:
+def _write_predictions(path: Path, results: Sequence[Result], extensive: bool) -> None:
     """``id,prediction`` of the crystals whose labels are secret, mean over seeds, in the unit of the label itself."""
     keys, true, predicted = ensemble(results)
-    atoms = results[0].atoms
+    factors = results[0].atoms if extensive else np.ones(len(keys))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["id", "prediction"])
-    for key, label, value, n in zip(keys, true, predicted, atoms, strict=True):
+    for key, label, value, factor in zip(keys, true, predicted, factors, strict=True):
         if not math.isfinite(label):
-            writer.writerow([key, f"{value * n:.6g}"])
+            writer.writerow([key, f"{value * factor:.6g}"])
     write_atomically(path, text.getvalue().encode())
 
 

@@ -142,7 +142,7 @@ class Ledger:
     def resume_point(self, cursor: int) -> int | None:
         """Where to go on from a checkpoint at ``cursor``; None where the checkpoint was rolled back over.
 
-        A roll-back from b to a makes checkpoints between the two worthless, and sends those up to a on to b.
+        A roll-back from b to a makes checkpoints between the two worthless, and sends that of a on to b.
         """
         for rollback in reversed(self.rollbacks):
             if cursor >= rollback.resumed_at:

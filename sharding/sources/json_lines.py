@@ -16,8 +16,8 @@ from sharding.sources.streams import Stream
 
 def split(stream: Stream, stem: str, options: ReadOptions) -> Iterator[Piece | Fault]:
     """A piece a line."""
-    for number, (text, last) in enumerate(cut(stream, _line_feed, options.max_record_bytes), start=1):
-        position = f"line {number}"
+    for number, (text, last) in enumerate(cut(stream, _line_feed, options.max_record_bytes)):
+        position = f"line {number + 1}"
         if text is None:
             yield Fault(position, "too_large", f"is larger than {options.max_record_bytes:,} bytes")
         elif not text.isspace():
