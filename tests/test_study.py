@@ -61,7 +61,7 @@ CONFIG: dict[str, Any] = {
     "evaluate_at_most": 25,
     "training": {"epochs": [1, 1], "hold": 0.1},
     "sweep": {"sizes": [20], "evaluate": 25},
-    "predict": {"targets": ["mass"], "seeds": [0, 1], "training": {"epochs": [1, 1]}},
+    "predict": {"targets": ["mass"], "seeds": [0, 1], "training": {"epochs": [1, 1]}, "without_graph": "median"},
 }
 SMALL = {
     "targets": {"volume": CONFIG["targets"]["volume"] | {"log": True}},
@@ -93,6 +93,9 @@ def toy(aflow: list[Crystal], tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows[i] |= {f"_split_{name}": part for name, part in zip(("volume", "mass"), parts, strict=True)}
         if i % 17 == 0:
             rows[i]["_y_volume"] = None
+    first = chosen[0]  # of which one is made without neighbours
+    chosen.append(replace(first, key="alone", lattice=20 * first.lattice, positions=20 * first.positions))
+    rows[160] = {"_y_volume": None, "_y_mass": None, "_split_volume": "", "_split_mass": "test"}
     return optimade(tmp_path_factory.mktemp("toy") / "toy.parquet", chosen, rows)
 
 
@@ -149,7 +152,7 @@ def test_who_learns_and_who_is_evaluated(toy: Path, encoder: Path, tmp_path: Pat
     assert sampled["study", "mass", 0, 20] != sampled["study", "mass", 1, 20]
     secret = {key for key, row in rows.items() if row["_split_mass"] == "test"}
     predicted = next(job for job in jobs if job.cell.kind == "predict")
-    assert set(keys[predicted.split.test]) == evaluated["mass"] | secret
+    assert set(keys[predicted.split.test]) == evaluated["mass"] | secret - {"alone"}  # which is no graph
 
     # Neither the order of the rows nor the labels that are secret change anything.
     changed = pq.read_table(toy).to_pylist()
@@ -198,6 +201,8 @@ def test_a_study_from_end_to_end(
     each = [pq.read_table(path).to_pandas().set_index("key") for path in (out / "cells").glob("predict-*")]
     written = list(csv.DictReader((out / "preds-mass.csv").open()))
     assert {row["id"] for row in written} == set(source.index[source["_split_mass"] == "test"])
+    labels = source[source["_split_mass"] == "train"]["_y_mass"].to_numpy(float)
+    assert next(float(r["prediction"]) for r in written if r["id"] == "alone") == pytest.approx(np.nanmedian(labels))
     for row in written[:5]:
         mean = np.mean([e.loc[row["id"], "predicted"] for e in each])
         assert float(row["prediction"]) == pytest.approx(
@@ -410,9 +415,9 @@ def test_predictions_of_what_grows_with_the_cell_are_of_the_cell(tmp_path: Path)
     true, atoms = np.array([1.0, np.nan, np.nan]), np.array([1, 2, 8])
     result = Result(Cell("predict", "t", 9, 0, "a"), list("abc"), true, np.array([1.0, 3.0, -1.5]), atoms, {})
     for extensive, wanted in ((False, [3.0, -1.5]), (True, [6.0, -12.0])):
-        tables._write_predictions(tmp_path / "preds.csv", [result], extensive)
+        tables._write_predictions(tmp_path / "preds.csv", [result], extensive, {"z": 0.5})
         rows = list(csv.DictReader((tmp_path / "preds.csv").open()))
-        assert [(r["id"], float(r["prediction"])) for r in rows] == [*zip("bc", wanted, strict=True)]
+        assert [(r["id"], float(r["prediction"])) for r in rows] == [*zip("bc", wanted, strict=True), ("z", 0.5)]
 
 
 def test_of_a_long_tail_the_error_is_of_the_logarithm() -> None:

@@ -34,7 +34,7 @@ def read_columns(path: str, names: Sequence[str], keys: Sequence[str]) -> dict[s
         DataSetError: where it is no table, a column is missing, ids included, or no row is a crystal's.
     """
     values: dict[str, tuple[Any, ...]] = {}
-    for key, row in _rows(path, names):
+    for key, row in rows_of(path, names):
         values.setdefault(key, row)
     nothing = (None,) * len(names)
     found = [values.get(key) or values.get(key.rpartition("#")[2]) or nothing for key in keys]
@@ -45,7 +45,8 @@ def read_columns(path: str, names: Sequence[str], keys: Sequence[str]) -> dict[s
     return {name: [row[i] for row in found] for i, name in enumerate(names)}
 
 
-def _rows(path: str, names: Sequence[str]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def rows_of(path: str, names: Sequence[str]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """The id of every row of a CSV or Parquet file, and its values of some columns; errors as of ``read_columns``."""
     ending = Path(path).suffix.lower()
     try:
         if ending == ".parquet":

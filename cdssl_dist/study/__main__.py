@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import yaml
 
 from cdssl_dist import __version__
@@ -129,7 +130,23 @@ def gather(plan: Plan, about: dict[str, str], failures: dict[str, str], seen: Co
             for target, s in plan.samples.items()
         }
     planned = len(plan.cells())
-    return Findings(plan.config, about, list(sweeps.values()), list(results.values()), planned, failures, rates, keys)
+    return Findings(
+        plan.config, about, list(sweeps.values()), list(results.values()), planned, failures, rates, without(plan), keys
+    )
+
+
+def without(plan: Plan) -> dict[str, dict[str, float]]:
+    """What is said of crystals without a graph, where something is to be: the median of the labels that may train."""
+    predict = plan.config.predict
+    found: dict[str, dict[str, float]] = {}
+    if predict is None or predict.without_graph == "omit":
+        return found
+    for target in predict.targets:
+        crystals, pool = plan.samples[target].crystals, plan.samples[target].pool(predict.seeds[0])
+        factor = crystals.graphs.n_atoms[pool] if plan.config.targets[target].extensive else 1
+        median = float(np.median(crystals.labels[target][pool] * factor))
+        found[target] = dict.fromkeys(crystals.without[target], median)
+    return found
 
 
 def summary(findings: Findings) -> dict[str, float]:

@@ -101,6 +101,7 @@ class Predict(Section):
     arms: tuple[str, ...] = ("pretrained",)
     seeds: tuple[int, ...] = (0,)
     training: Training = Training(passes=600_000, batch_size=32, hold=0.02)
+    without_graph: Literal["omit", "median"] = "omit"  # a crystal without one has no line, or the median of the labels
 
 
 class StudyTracking(Section):

@@ -20,12 +20,13 @@ from sklearn.model_selection import KFold
 from cdssl_dist.data import subset
 from cdssl_dist.data.dataset import DataSet, is_data_set
 from cdssl_dist.data.labeled import formulas_of, load_labeled
+from cdssl_dist.data.tables import rows_of
 from cdssl_dist.finetune.targets import Array
 from cdssl_dist.study.config import Folds, SplitColumn, StudyConfig
 from sharding.graph import ARRAYS, Multigraphs
 from sharding.manifest import DataSetError, write_atomically
 
-VERSION: Final = 1  # of the cached form
+VERSION: Final = 2  # of the cached form
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class StudyCrystals:
     labels: dict[str, Array]  # target → NaN where missing; per atom where the target is extensive
     parts: dict[str, NDArray[np.int64]]  # target → TRAIN, EVALUATE, PREDICT or NONE; of folds, the number of the fold
     source: str  # digest of what was read
+    without: dict[str, list[str]]  # target → ids to predict for that have no graph
 
 
 TRAIN, EVALUATE, PREDICT, NONE = 0, 1, 2, -1
@@ -95,12 +97,15 @@ def prepare(config: StudyConfig, name: str, path: str, cutoff: float, folder: Pa
                 )
             values = np.where(np.isin(table[f"part.{t}"], (TRAIN, EVALUATE)), values, np.nan)  # others stay secret
         table[f"y.{t}"] = values / per_atom if t in extensive else values
+    without = _without_graph(path, texts, split, set(found.graphs.keys)) if isinstance(split, SplitColumn) else {}
     temporary = folder / f".{place.name}.{os.getpid()}.tmp"
     temporary.mkdir(parents=True)
     for array, content in found.graphs.arrays().items():
         np.save(temporary / f"{array}.npy", content)
     pq.write_table(pa.table(table), temporary / "crystals.parquet")
-    write_atomically(temporary / "about.json", json.dumps(about | {"sources": found.sources}, indent=1).encode())
+    write_atomically(
+        temporary / "about.json", json.dumps(about | {"sources": found.sources, "without": without}).encode()
+    )
     shutil.rmtree(place, ignore_errors=True)  # what a kill left
     temporary.rename(place)
     return place
@@ -112,13 +117,15 @@ def open_crystals(place: Path) -> StudyCrystals:
     arrays = {name: np.asarray(np.load(place / f"{name}.npy", mmap_mode="r")) for name in ARRAYS}
     table = pq.read_table(place / "crystals.parquet")
     targets = [name[2:] for name in table.column_names if name.startswith("y.")]
+    about = json.loads((place / "about.json").read_text())
     return StudyCrystals(
         graphs=Multigraphs(keys=table["key"].to_pylist(), labels={}, **arrays),
         groups=table["group"].to_pylist(),
         formulas=table["formula"].to_pylist(),
         labels={t: np.array(table[f"y.{t}"], np.float64) for t in targets},
         parts={t: np.array(table[f"part.{t}"], np.int64) for t in targets},
-        source=json.loads((place / "about.json").read_text())["source"],
+        source=about["source"],
+        without=about["without"],
     )
 
 
@@ -126,6 +133,18 @@ def pretraining_formulas(path: str) -> set[str]:
     """Reduced formulas of the crystals that a data set of shards trains with."""
     with DataSet(path) as data:
         return subset.formulas(data, "train")
+
+
+def _without_graph(path: str, columns: dict[str, str], split: SplitColumn, known: set[str]) -> dict[str, list[str]]:
+    """The ids that each target's column of splits gives to predict for, of those that are no graphs."""
+    names = list(dict.fromkeys(columns.values()))
+    found: dict[str, list[str]] = {target: [] for target in columns}
+    stems = {key.rpartition("#")[2] for key in known if "#" in key}  # ids that are mere numbers
+    for key, row in rows_of(path, names):
+        for target, column in columns.items() if key not in known and key not in stems else ():
+            if str(row[names.index(column)]).strip() == split.predict:
+                found[target].append(key)
+    return found
 
 
 def _folds(path: str, keys: list[str], folds: Folds) -> NDArray[np.int64]:

@@ -33,6 +33,7 @@ class Findings:
     planned: int  # how many of them there are
     failures: Mapping[str, str]  # name of a cell → why
     rates: Mapping[tuple[str, int, str], float]  # target, sweep size, arm
+    without: Mapping[str, Mapping[str, float]]  # target → ids without a graph → what stands in place of a prediction
     seen: Mapping[str, frozenset[str]] | None = None  # target → keys whose formula was seen in pretraining
     comparisons: dict[str, list[Comparison]] = field(default_factory=dict)  # "all", "seen", "unseen" → cases
 
@@ -81,7 +82,9 @@ def write_all(folder: Path, findings: Findings) -> list[Path]:
             if config.predict and len(done) == len(config.predict.seeds):
                 suffix = f"-{arm}" if len(config.predict.arms) > 1 else ""
                 written.append(folder / f"preds-{target}{suffix}.csv")
-                _write_predictions(written[-1], done, config.targets[target].extensive)
+                _write_predictions(
+                    written[-1], done, config.targets[target].extensive, findings.without.get(target, {})
+                )
     return written
 
 
@@ -179,7 +182,7 @@ def _write_rows(path: Path, results: Sequence[Result]) -> None:
     temporary.replace(path)
 
 
-def _write_predictions(path: Path, results: Sequence[Result], extensive: bool) -> None:
+def _write_predictions(path: Path, results: Sequence[Result], extensive: bool, without: Mapping[str, float]) -> None:
     """``id,prediction`` of the crystals whose labels are secret, mean over seeds, in the unit of the label itself."""
     keys, true, predicted = ensemble(results)
     factors = results[0].atoms if extensive else np.ones(len(keys))
@@ -189,6 +192,7 @@ def _write_predictions(path: Path, results: Sequence[Result], extensive: bool) -
     for key, label, value, factor in zip(keys, true, predicted, factors, strict=True):
         if not math.isfinite(label):
             writer.writerow([key, f"{value * factor:.6g}"])
+    writer.writerows([key, f"{value:.6g}"] for key, value in without.items())
     write_atomically(path, text.getvalue().encode())
 
 
