@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-DONE, FAILED, WRONG_USE = 0, 1, 2
+DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 RUNS = Path("runs")  # where results go, and the registry where no other is named
 
 
@@ -24,11 +26,14 @@ class Parser(argparse.ArgumentParser):
 def command(main: Callable[..., int]) -> Callable[..., int]:
     """Turn errors into a line and an exit code: 2 for what the user can mend (a ``ValueError``), 1 for the rest.
 
-    A traceback is for our own bugs; CDSSL_TRACEBACK=1 shows it for every error.
+    A traceback is for our own bugs; CDSSL_TRACEBACK=1 shows it for every error. SIGTERM ends a command as Ctrl-C does:
+    what it has begun is closed, and what is half done removed.
     """
 
     @functools.wraps(main)
     def run(*args: Any, **kwargs: Any) -> int:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _interrupt)
         try:
             return main(*args, **kwargs)
         except (ValueError, RuntimeError, OSError) as why:
@@ -39,6 +44,10 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             return WRONG_USE if isinstance(why, ValueError) else FAILED
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            return 130
+            return INTERRUPTED
 
     return run
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt

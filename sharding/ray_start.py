@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import sys
+import threading
 from typing import Any, Final
 
 LOCAL: Final = "local"  # not whatever cluster of another user's runs on this machine
@@ -42,5 +44,8 @@ def start_ray(address: str, **more: Any) -> bool:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would be sent over the network
     import ray  # not before: its mode of authentication is decided while it is imported
 
+    before = signal.getsignal(signal.SIGTERM)
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **more)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)  # Ray's handler kills three seconds later, whatever is being written then
     return True

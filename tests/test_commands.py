@@ -50,6 +50,35 @@ def test_what_a_list_of_models_needs_not_is_not_imported() -> None:
     assert not {"ray", "deepspeed", "mlflow", "torch_geometric", "sklearn", "pymatgen"} & set(loaded)
 
 
+STUBBORN = """
+import sys, time
+from cdssl_dist.commands import command
+from sharding.ray_start import start_ray
+@command
+def main():
+    start_ray("local", num_cpus=1) if sys.argv[1:] else None
+    try:
+        print("up", flush=True)
+        time.sleep(60)
+    finally:
+        time.sleep(4)
+        print("tables are written", flush=True)
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("more", [[], ["on Ray"]])
+def test_sigterm_ends_a_command_and_not_what_it_writes_then(more: list[str]) -> None:
+    """Ray's own handler would end it after three seconds."""
+    process = subprocess.Popen(
+        [PYTHON, "-c", STUBBORN, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout and process.stdout.readline() == "up\n"
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.splitlines()[-1]) == (130, "tables are written\n", "interrupted")
+
+
 def wrong(answer: subprocess.CompletedProcess[str], *words: str) -> None:
     assert answer.returncode == 2, answer.stderr
     assert "Traceback" not in answer.stderr
