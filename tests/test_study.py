@@ -361,6 +361,17 @@ def test_arms_begin_as_they_say(toy: Path, encoder: Path, tmp_path: Path, monkey
         )
         assert values == (arm in ("pretrained", "permuted"))
 
+    arms = SMALL["arms"] | {"part": {"start": "pretrained", "parts": ["element", "blocks"], "rates": [1e-3, 1e-2]}}
+    plan = plan_of(toy, encoder, tmp_path, **SMALL | {"arms": arms})
+    part, scratch = Cell("study", "volume", 20, 5, "part", 1e-2), Cell("study", "volume", 20, 5, "scratch", 1e-2)
+    study_run.run(plan.job(scratch))
+    new = seen["start"].state_dict()
+    study_run.run(plan.job(part))
+    for name, weight in seen["start"].state_dict().items():
+        source = network.state_dict() if name.startswith(("element.", "blocks.")) else new
+        assert torch.equal(weight, source[name])
+    assert plan.job(part).digest != plan.job(replace(part, arm="pretrained")).digest
+
 
 def made(arm: str, seed: int, off: list[float], size: int = 10) -> Result:
     """A result with these errors."""

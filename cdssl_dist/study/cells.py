@@ -69,6 +69,7 @@ class Job:
     crystals: Path  # see ``study.data.prepare``
     encoder: Pulled
     start: str  # of the arm; "" for a baseline
+    parts: tuple[str, ...]  # of the encoder that are taken; all where empty
     split: Split
     how: FineTuning
     target: Target
@@ -279,12 +280,15 @@ class Plan:
             shape = [card.model, card.centers, card.end, card.gamma]
             weights = "" if arm.start == "random" else card.weights_sha256  # another encoder leaves these cells alone
             content |= {"start": arm.start, "shape": shape, "weights": weights, "how": asdict(how)}
+            content |= {"parts": sorted(arm.parts)} if arm.parts else {}
         else:
             content["baseline"] = cell.arm
         digest = _digest(content)
         out = self.folder / "cells" / f"{cell.name()}-{digest[:12]}.parquet"
-        start = arm.start if arm else ""
-        return Job(cell, digest, out, self.crystals[about.data], encoder, start, split, how, about.learned(cell.target))
+        start, parts = (arm.start, arm.parts) if arm else ("", ())
+        return Job(
+            cell, digest, out, self.crystals[about.data], encoder, start, parts, split, how, about.learned(cell.target)
+        )
 
     def with_rates(self, rates: dict[tuple[str, int, str], float]) -> Iterator[Cell]:
         """The reported cells for which a rate is known, with it."""

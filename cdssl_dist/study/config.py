@@ -61,14 +61,24 @@ class StudyTarget(Section):
         return Target(name, self.unit, log=self.log)
 
 
+Part = Literal["element", "initial_state", "input_x", "input_u", "input_s", "blocks"]  # of an encoder
+
+
 class Arm(Section):
     """One way to begin."""
 
     start: Literal["pretrained", "random", "permuted"]  # permuted: pretrained weights shuffled inside each tensor
     encoder: str | None = None  # models:/NAME@ALIAS or a folder; the study's where left out
+    parts: tuple[Part, ...] = ()  # of the pretrained weights that are taken, the others are new; all where left out
     frozen: bool = False  # the readout alone learns
     sizes: tuple[PositiveInt, ...] | None = None  # only these of a target's, where a control need not be everywhere
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)  # learning rates to choose from
+
+    @model_validator(mode="after")
+    def _parts_of_something(self) -> Arm:
+        if self.parts and self.start != "pretrained":
+            raise ValueError(f"parts: of pretrained weights, where start is {self.start}")
+        return self
 
 
 class Training(Section):

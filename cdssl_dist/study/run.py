@@ -139,9 +139,14 @@ def read_results(jobs: Iterable[Job]) -> dict[Cell, Result]:
 
 
 def _start(job: Job, encoder: MEGNet, card: EncoderCard) -> MEGNet:
-    if job.start == "random":
-        return new_encoder(card, job.cell.seed)
-    return permuted(encoder, job.cell.seed) if job.start == "permuted" else encoder
+    if job.start == "permuted":
+        return permuted(encoder, job.cell.seed)
+    if job.start == "pretrained" and not job.parts:
+        return encoder
+    new = new_encoder(card, job.cell.seed)
+    taken = {name: w for name, w in encoder.state_dict().items() if name.partition(".")[0] in job.parts}
+    new.load_state_dict(taken, strict=False)
+    return new
 
 
 @functools.lru_cache(maxsize=4)

@@ -149,7 +149,7 @@ def plot_changes(path: Path, findings: Findings, arm: str) -> None:
         for x, height, case in zip(at, bars, own, strict=True):
             away, side = (3, "bottom") if height < 0 else (-3, "top")
             axes.annotate(
-                f"{case.size:,}", (x, 0), (0, away), textcoords="offset points", ha="center", va=side, fontsize=6
+                _short(case.size), (x, 0), (0, away), textcoords="offset points", ha="center", va=side, fontsize=6
             )
     axes.use_sticky_edges = False  # bars would claim 0 as an edge of the chart, where the sizes stand
     axes.margins(y=0.1)
@@ -162,6 +162,10 @@ def plot_changes(path: Path, findings: Findings, arm: str) -> None:
     )
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _short(size: int) -> str:
+    return f"{size // 1000}k" if size >= 1000 and size % 1000 == 0 else str(size)
 
 
 def _write_rows(path: Path, results: Sequence[Result]) -> None:
