@@ -10,10 +10,11 @@ import difflib
 import hashlib
 import importlib.resources
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -62,8 +63,8 @@ class NoiseConfig(Section):
     @model_validator(mode="after")
     def _positive(self) -> NoiseConfig:
         low, high = self.range
-        if not 0 < low <= high:
-            raise ValueError("sigma must be positive, and a pair in ascending order")
+        if not 0 < low <= high < math.inf:
+            raise ValueError("sigma must be positive and finite, and a pair in ascending order")
         return self
 
     @property
@@ -81,12 +82,15 @@ class ModelConfig(Section):
     seed: int = 0  # of the initial weights
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimConfig(Section):
     """AdamW."""
 
     lr: float = Field(2e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, ge=0)  # largest gradient norm; 0 does not clip
     ema: float = Field(0.0, ge=0, lt=1)  # decay of the mean of the weights that is validated and exported; 0 for none
@@ -137,7 +141,7 @@ class CheckpointConfig(Section):
 
     every: int = Field(500, ge=1)  # steps
     keep: int = Field(2, ge=1)
-    quiet: int = Field(50, ge=0)  # applied steps after which a checkpoint is known to be good
+    quiet: int = Field(50, ge=0)  # steps after which a checkpoint is known to be good
     best: bool = True  # the one with the lowest val/loss is kept too
     hours: float | None = Field(None, gt=0)  # of each such span one is kept for good
     mirror: str | None = None  # URL or folder that checkpoints are copied to, and fetched from where none is left here

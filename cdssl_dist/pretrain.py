@@ -22,7 +22,7 @@ from cdssl_dist.mlops import registry, tracking
 from cdssl_dist.mlops.mlflow_server import tracking_uri
 from cdssl_dist.train import checkpoint, cluster, live
 from cdssl_dist.train.replay import parse_place, replay, table
-from cdssl_dist.train.runlog import read_status
+from cdssl_dist.train.runlog import alone, read_status
 from sharding.manifest import Manifest
 
 
@@ -62,8 +62,15 @@ def pretrain(config: Config) -> int:
     config = located(config)
     data = DataSet(config.data_path)  # opened here first: what is missing is said before a cluster is started
     data.table("train"), data.table("val")
-    folder = prepare(config, data)
+    folder = Path(config.run)
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        prepare(config, data)
+        return trained(config, data, folder)
 
+
+def trained(config: Config, data: DataSet, folder: Path) -> int:
+    """Train on the workers of a cluster, and register what comes of it; returns the exit code."""
     tags = {"data_digest": data.manifest.digest}
     with tracking.follow(folder, config, params=about(data.manifest), tags=tags) as tracked, live.watching(folder):
         complete = False
@@ -102,8 +109,8 @@ def located(config: Config) -> Config:
     return config.model_copy(update={"run": run, "data": config.data.model_copy(update={"path": path})})
 
 
-def prepare(config: Config, data: DataSet) -> Path:
-    """Make the run folder, with its configuration.
+def prepare(config: Config, data: DataSet) -> None:
+    """Write the configuration into the run folder.
 
     Raises:
         CheckpointError: where it holds another run; ranks would find out as well, when a cluster is at hand.
@@ -113,9 +120,7 @@ def prepare(config: Config, data: DataSet) -> Path:
         counts = {"name": data.name, **data.manifest.splits}
         now = replace(found.progress, data_digest=data.manifest.digest, data=counts)
         checkpoint.check_fits(found, config, now)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    return folder
 
 
 def about(manifest: Manifest) -> dict[str, str]:

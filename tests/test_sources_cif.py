@@ -213,6 +213,18 @@ def test_labels_are_tags() -> None:
     assert crystal.labels == {"e": -1.25}
 
 
+def test_labels_are_read_where_pymatgen_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    plain = cif._slowly
+    monkeypatch.setattr(cif, "_slowly", lambda *args: (asked.append(args[1]), plain(*args))[1])
+    tag = "_my_gap 1.1(2)"
+    two_origins = text("Mg1 0 0 0", LABELLED, symmetry=f"_symmetry_space_group_name_H-M 'F d -3 m'\n{tag}")
+    twice = text("Fe1 0 0 0", LABELLED, symmetry=tag).replace("_cell_length_b", "_cell_length_a 4.0\n_cell_length_b")
+    for given in (two_origins, twice):
+        assert read(given, labels={"gap": "_my_gap"})[0].labels == {"gap": 1.1}
+    assert len(asked) == 2
+
+
 def test_a_syntax_that_gemmi_refuses_is_tried_by_pymatgen() -> None:
     twice = text("Fe1 0 0 0", LABELLED).replace("_cell_length_b", "_cell_length_a 4.0\n_cell_length_b")
     assert read(twice)[0].atomic_numbers.tolist() == [26]

@@ -213,3 +213,13 @@ def test_what_a_target_must_be(folder: Path) -> None:
         load_labeled(str(folder), "gap", 5.0)
     with pytest.raises(DataSetError, match=r"a cutoff of 5.0 Å, the encoder wants 4.0"):
         load_labeled(str(folder), "e", 4.0)
+
+
+def test_elements_of_some_blocks(data: DataSet) -> None:
+    table = data.table("train")
+    part = table.part(0.2)
+    found = set()
+    for block in part.block.tolist():
+        found |= set(decode(data.read(block)).atomic_numbers.tolist())
+    assert elements(data, "train", part.block) == sorted(found)
+    assert set(elements(data, "train", part.block)) < set(elements(data, "train"))

@@ -13,20 +13,26 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fsspec.implementations.local import LocalFileSystem
 from launch import launch
 from safetensors.torch import load_file
 from torch import nn
 
 from cdssl_dist import pretrain
+from cdssl_dist.cli import main as cdssl
 from cdssl_dist.config import Config, ConfigError, parse
 from cdssl_dist.data.dataset import DataSet
+from cdssl_dist.data.plan import EpochPlan
 from cdssl_dist.train import checkpoint
 from cdssl_dist.train.checkpoint import Progress, Retention
 from cdssl_dist.train.engine import EngineSettings, deepspeed_config
 from cdssl_dist.train.guard import GuardState
+from cdssl_dist.train.mirror import restore
+from cdssl_dist.train.perf import Meter
 from cdssl_dist.train.replay import replay
-from cdssl_dist.train.runlog import Ledger, Rollback, read_lines
+from cdssl_dist.train.runlog import Ledger, Rollback, RunLog, alone, read_lines
 from sharding.block import Budget, decode
+from sharding.manifest import DataSetError
 from sharding.pipeline import shard
 from sharding.settings import ShardSettings
 from sharding.sources import open_source
@@ -353,6 +359,98 @@ def test_what_is_kept(retention: Retention, kept: set[int], tmp_path: Path) -> N
             (folder / checkpoint.MARKER).touch()
     checkpoint._retain(tmp_path, retention, Ledger([Rollback(10, 30, "")]), 90)
     assert {int(path.name.split("-")[1]) for path in tmp_path.iterdir()} == kept
+
+
+def committed(folder: Path, cursor: int) -> Path:
+    """A checkpoint that is as small as can be."""
+    place = folder / f"step-{cursor:09d}-w1-0"
+    place.mkdir(parents=True)
+    (place / "progress.json").write_text(json.dumps(asdict(progress(cursor))))
+    (place / checkpoint.MARKER).write_text(json.dumps({"progress.json": checkpoint._checksum(place / "progress.json")}))
+    return place
+
+
+def test_the_good_checkpoint_outlives_a_roll_back(tmp_path: Path) -> None:
+    """1500 was rolled back over from 1521; at 2020 there is trouble again, and only 1000 is known to be good."""
+    for cursor in (1000, 1500, 2000):
+        committed(tmp_path, cursor)
+    ledger = Ledger([Rollback(1000, 1521, "")])
+    checkpoint._retain(tmp_path, Retention(keep=2, quiet=55, best=False), ledger, 2000)
+    assert {int(path.name.split("-")[1]) for path in tmp_path.iterdir()} == {1000, 2000}
+    found = checkpoint.newest(tmp_path, ledger, before=1965)
+    assert found is not None and found.progress.cursor == 1000
+
+
+def test_the_mirror_gives_what_no_roll_back_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there, run = tmp_path / "mirror", tmp_path / "run"
+    for cursor in (1000, 1500):
+        committed(there, cursor)
+    Ledger([Rollback(1000, 1521, "")]).write(there)
+    fetched = LocalFileSystem.cat_file
+
+    def torn(self: Any, path: str, *args: Any, **more: Any) -> Any:
+        if path.endswith("progress.json"):
+            raise OSError("the network is gone")
+        return fetched(self, path, *args, **more)
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", torn)
+    with pytest.raises(DataSetError, match="the network is gone"):
+        restore(str(there), run)
+    assert checkpoint.last(run / "checkpoints") is None and not list(run.glob("*.tmp"))
+    monkeypatch.undo()
+    name = restore(str(there), run)
+    assert name is not None and "1000" in name
+    found = checkpoint.newest(run / "checkpoints", Ledger.read(run))
+    assert found is not None and found.folder.name == name
+    assert restore(str(there), run) is None  # there is one now
+
+    Ledger([Rollback(0, 1521, "")]).write(there)
+    with pytest.raises(DataSetError, match="roll-backs passed over all of step-"):
+        restore(str(there), tmp_path / "other")
+
+
+def test_a_run_that_lost_what_was_good_does_not_begin_anew(data_folder: Path, tmp_path: Path) -> None:
+    committed(tmp_path / "run" / "checkpoints", 5)
+    Ledger([Rollback(2, 8, "")]).write(tmp_path / "run")
+    with pytest.raises(AssertionError, match="the guard rolled back over step-000000005"):
+        launch(1, run_training, config(tmp_path / "run", data_folder))
+
+
+def test_one_process_trains_into_a_folder(
+    data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    with alone(tmp_path / "run"):
+        assert cdssl(["pretrain", f"run={tmp_path / 'run'}", f"data.path={data_folder}"]) == 2
+    assert "another process trains into this folder" in capsys.readouterr().err
+    with alone(tmp_path / "run"):
+        pass
+
+
+def test_rates_are_of_all_ranks_where_they_do_not_divide_the_packs(data_folder: Path) -> None:
+    """Eight packs of a step on three ranks: rank 0 has two of them."""
+    with DataSet(data_folder) as data:
+        plan, shape = EpochPlan(data.table("train"), 0, 1, 8), data.shape("train", 1)
+        meter = Meter(torch.device("cpu"), "fp32", 1.0)
+        for lane in plan.lanes(0, 3):
+            raw = data.pack(plan.pack(0, lane), plan.table, shape)
+            meter.add(raw)
+    found = meter.rates(len(plan.lanes(0, 3)) / 8)
+    assert found["perf/edges_s"] / found["perf/mfu"] / meter.peak == pytest.approx(8 / 2)
+
+
+def test_the_last_validation_of_a_run_is_told_once(tmp_path: Path) -> None:
+    lines = [{"step": 5, "val/loss": 2.0}, {"step": 10, "train/loss": 1.0}, {"step": 10, "val/loss": 1.5}]
+    for ended, kept in ((False, lines), (True, lines[:2])):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        RunLog(tmp_path, 10, ended=ended).close()
+        assert read_lines(tmp_path / "metrics.jsonl") == kept
+
+
+def test_a_torn_line_costs_that_line(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "keys": ["a{"step": 3}\n{"step": 4}\n{"st')
+    assert read_lines(path) == [{"step": 1}, {"step": 4}]
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def measure(args: argparse.Namespace) -> Figures:
     """See the module."""
     with tempfile.TemporaryDirectory(prefix="cdssl-bench-") as made:
-        folder = Path(args.data) if args.data else _made(Path(made) / "data")
+        folder = args.data or _made(Path(made) / "data")
         device = torch.device(args.device)
         if device.type == "cpu":
             torch.set_num_threads(1)

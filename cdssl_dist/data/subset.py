@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from cdssl_dist.data.dataset import DataSet
 from sharding.block import decode
@@ -108,19 +109,22 @@ def read(data: DataSet, rows: pa.Table) -> Multigraphs:
     return found.take(place)
 
 
-def formulas(data: DataSet, split: str) -> set[str]:
-    """The reduced formulas of the crystals of a split."""
+def formulas(data: DataSet, split: str, blocks: NDArray[Any] | None = None) -> set[str]:
+    """The reduced formulas of the crystals of a split, or of some of its blocks."""
     found: set[str] = set()
+    these = None if blocks is None else pa.array(blocks.astype(np.int64))
     for name in sorted(name for name in data.manifest.tables if name.startswith(GRAPHS)):
         with data.open(name) as file:
-            rows = pq.read_table(file, columns=["formula"], filters=[("split", "==", split)])
+            rows = pq.read_table(file, columns=["formula", "block"], filters=[("split", "==", split)])
+        if these is not None:
+            rows = rows.filter(pc.is_in(rows["block"].cast(pa.int64()), value_set=these))
         found |= set(pc.unique(rows["formula"]).to_pylist())
     return found
 
 
-def elements(data: DataSet, split: str) -> list[int]:
-    """Atomic numbers that occur in a split, by the formulas of the graph table."""
-    symbols = {symbol for formula in formulas(data, split) for symbol in re.findall("[A-Z][a-z]?", formula)}
+def elements(data: DataSet, split: str, blocks: NDArray[Any] | None = None) -> list[int]:
+    """Atomic numbers that occur in a split, or in some of its blocks, by the formulas of the graph table."""
+    symbols = {symbol for formula in formulas(data, split, blocks) for symbol in re.findall("[A-Z][a-z]?", formula)}
     return sorted(ATOMIC_NUMBER[symbol] for symbol in symbols)
 
 

@@ -217,12 +217,18 @@ def _batches(order: Indices, size: int) -> Iterator[Indices]:
 
 @contextmanager
 def _quiet(how: FineTuning) -> Iterator[None]:
-    """Seed torch, and leave its generators and threads as they were."""
+    """Seed torch, and leave its generators and threads as they were.
+
+    Denormal numbers are zeros meanwhile: where a network has come to say one number for all, its gradients and their
+    moments fade into them, and a processor takes twice the time for a step.
+    """
     threads = torch.get_num_threads()
     with torch.random.fork_rng():
         torch.manual_seed(how.seed)
         torch.set_num_threads(how.threads)
+        torch.set_flush_denormal(True)
         try:
             yield
         finally:
+            torch.set_flush_denormal(False)
             torch.set_num_threads(threads)

@@ -126,7 +126,7 @@ def newest(root: Path, ledger: Ledger, before: int | None = None) -> Checkpoint 
     """
     found = [
         folder
-        for folder in _committed(root)
+        for folder in committed(root)
         if ledger.resume_point(_cursor(folder)) is not None and (before is None or _cursor(folder) <= before)
     ]
     if not found:
@@ -137,7 +137,7 @@ def newest(root: Path, ledger: Ledger, before: int | None = None) -> Checkpoint 
 
 def last(root: Path) -> Checkpoint | None:
     """The committed checkpoint with the highest cursor, to see what its run began with: its weights are not read."""
-    found = _committed(root)
+    found = committed(root)
     return Checkpoint(found[-1], read_progress(found[-1])) if found else None
 
 
@@ -226,17 +226,17 @@ def _cursor(folder: Path) -> int:
     return int(folder.name.split("-")[1])
 
 
-def _committed(root: Path) -> list[Path]:
+def committed(root: Path) -> list[Path]:
     """Committed checkpoints, oldest first."""
-    return sorted((p.parent for p in root.glob(f"*/{MARKER}")), key=lambda p: (_cursor(p), p.stat().st_mtime_ns))
+    return sorted((p.parent for p in root.glob(f"step-*/{MARKER}")), key=lambda p: (_cursor(p), p.stat().st_mtime_ns))
 
 
 def _retain(root: Path, retention: Retention, ledger: Ledger, cursor: int) -> None:
-    """Remove what is not kept, markers first, and what crashes left."""
-    found = _committed(root)
+    """Remove what is not kept, markers first, what crashes left, and what a roll-back made worthless."""
+    found = [f for f in committed(root) if ledger.resume_point(_cursor(f)) is not None]
     good = [f for f in found if _cursor(f) <= cursor - retention.quiet]
     kept = {*found[-retention.keep :], *good[-1:], *found[len(good) :]}  # the last have yet to become good
-    about = {f: read_progress(f) for f in found if ledger.resume_point(_cursor(f)) is not None}
+    about = {f: read_progress(f) for f in found}
     validated = [(p.loss, f) for f, p in about.items() if p.loss is not None and math.isfinite(p.loss)]
     if retention.best and validated:
         kept.add(min(validated, key=lambda pair: pair[0])[1])

@@ -138,7 +138,13 @@ class Trainer:
         """Continue from the newest checkpoint, if there is one."""
         if found := checkpoint.newest(self.checkpoints, self.ledger):
             self._load(found)
-        self.log = RunLog(self.folder, self.cursor, self.echo, self.report) if self.rank == 0 else None
+        elif there := checkpoint.committed(self.checkpoints):
+            raise checkpoint.CheckpointError(
+                f"{self.checkpoints}: the guard rolled back over {', '.join(f.name for f in there)}, and nothing "
+                "before is left to go on from; begin anew in another run folder, with a lower optim.lr perhaps"
+            )
+        ended = self.cursor >= self.config.schedule.steps
+        self.log = RunLog(self.folder, self.cursor, self.echo, self.report, ended) if self.rank == 0 else None
         if self.log and found:
             self.log.say(f"resumed from step {self.cursor} on {self.world_size} ranks")
             for change in self.changes:
@@ -151,6 +157,8 @@ class Trainer:
             self.log.say(f"on {self.device}, {engine.precision}, ZeRO {engine.stage}; edges go through {way}")
         mirror = self.config.checkpoint.mirror
         self.mirror = Mirror(mirror, self.folder, self._tell_mirror) if self.log and mirror else None
+        if self.mirror and found:
+            self.mirror.copy(found.folder)
 
     def run(self) -> None:
         """Step until the end, a stop request, or the guard's word; after a roll-back the loader starts anew."""
@@ -171,7 +179,7 @@ class Trainer:
     def finish(self) -> bool:
         """Export the encoder, or say that the run was stopped; returns whether it is complete."""
         complete = not self.stopping
-        if complete and not self.metrics:  # a finished run, started again
+        if complete and self.validated != self.cursor:  # a finished run, started again; or a roll-back at its end
             self._validate()
         weights = self.engine.weights()
         if self.log:
@@ -275,7 +283,7 @@ class Trainer:
         """A line of training metrics: of this step, over all ranks."""
         dist.all_reduce(sums)
         figures = {f"train/{name}": v for name, v in metrics_of(sums, self.task.expansion.centers).items()}
-        rates = self.meter.rates(self.world_size)
+        rates = self.meter.rates(len(self.plan.lanes(self.rank, self.world_size)) / self.plan.packs_per_step)
         guard = {"guard/norm": self.guard.norm, "guard/z": self.guard.last.z, "guard/verdict": self.guard.last.code}
         if self.log:
             self.log.metrics(self.cursor, {**figures, **guard, **rates, "lr": self.lr})
@@ -401,5 +409,5 @@ class Trainer:
             metrics=self.metrics,
             sources=self.data.manifest.sources,
             code_version=__version__,
-            elements=elements(self.data, "train"),
+            elements=elements(self.data, "train", self.plan.table.block),
         )

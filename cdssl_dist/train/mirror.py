@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from cdssl_dist.train.checkpoint import MARKER, verified
+from cdssl_dist.train.checkpoint import MARKER, CheckpointError, committed, verified
+from cdssl_dist.train.runlog import Ledger
 from sharding.manifest import DataSetError
 from sharding.sources.streams import filesystem, redacted
 
@@ -36,6 +37,7 @@ class Mirror:
         self.run, self._tell = run, tell
         self._system, self._root = _place(url)
         self.name = redacted(url)
+        shutil.rmtree(run / "mirror", ignore_errors=True)  # of a process that was killed while it copied
         self._next: Path | None = None
         self._changed = threading.Condition()
         self._closed = self._busy = False
@@ -45,7 +47,6 @@ class Mirror:
     def copy(self, folder: Path) -> None:
         """Have a committed checkpoint copied; returns at once."""
         staged = self.run / "mirror" / folder.name
-        shutil.rmtree(staged.parent / f"{staged.name}.tmp", ignore_errors=True)
         with self._changed:
             if self._next is not None:
                 shutil.rmtree(self._next, ignore_errors=True)
@@ -74,6 +75,8 @@ class Mirror:
             assert folder is not None
             try:
                 begin = time.monotonic()
+                if folder.name in _found(self._system, self._root):  # a run that goes on hands over what it begins with
+                    continue
                 self._upload(folder)
                 self._tell("copied", f"{folder.name} to {self.name} in {time.monotonic() - begin:.1f} s")
             except Exception as why:  # each kind of storage has errors of its own, and none may end the run
@@ -100,35 +103,47 @@ class Mirror:
 
 
 def restore(url: str, run: Path) -> str | None:
-    """Fetch the newest copy where the run folder has no committed checkpoint; returns its name.
+    """Fetch the newest copy that no roll-back passed over, where the run folder has no committed checkpoint.
+
+    Returns:
+        Its name; None where nothing is fetched.
 
     Raises:
         DataSetError: where the endpoint cannot be read, or the copy is damaged: a run must not begin anew over it.
     """
     checkpoints = run / "checkpoints"
-    if any(checkpoints.glob(f"*/{MARKER}")):
+    if committed(checkpoints):
         return None
     system, root = _place(url)
+    temporary = run / f"restore.{uuid.uuid4().hex[:8]}.tmp"  # where nobody looks for checkpoints
     try:
+        temporary.mkdir(parents=True)
         names = _found(system, root)
         if not names:
             return None
-        temporary = checkpoints / f"{names[-1]}.{uuid.uuid4().hex[:8]}.tmp"
-        temporary.mkdir(parents=True)
-        for path in system.ls(f"{root}/{names[-1]}", detail=False):
-            (temporary / path.rsplit("/", 1)[-1]).write_bytes(system.cat_file(path))
         for name in BESIDE:
             if not (run / name).exists() and system.exists(f"{root}/{name}"):
                 (run / name).write_bytes(system.cat_file(f"{root}/{name}"))
+        ledger = Ledger.read(run)
+        good = [name for name in names if ledger.resume_point(int(name.split("-")[1])) is not None]
+        if not good:
+            raise DataSetError(f"roll-backs passed over all of {', '.join(names)}")
+        for path in system.ls(f"{root}/{good[-1]}", detail=False):
+            (temporary / path.rsplit("/", 1)[-1]).write_bytes(system.cat_file(path))
+        verified(temporary)
+        checkpoints.mkdir(exist_ok=True)
+        temporary.rename(checkpoints / good[-1])
+        return good[-1]
+    except CheckpointError:
+        raise
     except Exception as why:
         text = " ".join(str(why).split())[:300] or type(why).__name__
         raise DataSetError(
             f"{redacted(url)}: the copy of the checkpoints cannot be read ({text}); run the same command again, or "
             "without checkpoint.mirror to begin anew"
         ) from None
-    verified(temporary)
-    temporary.rename(checkpoints / names[-1])
-    return names[-1]
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _place(url: str) -> tuple[Any, str]:
@@ -146,6 +161,9 @@ def _found(system: Any, root: str) -> list[str]:
 
 
 def _link(source: str, target: str) -> None:
-    """A hard link: no byte is copied."""
+    """A hard link, for which no byte is copied; a copy where the file system knows none."""
     Path(target).unlink(missing_ok=True)
-    Path(target).hardlink_to(source)
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:
+        shutil.copy2(source, target)

@@ -55,15 +55,19 @@ class Meter:
         self.graphs += int(raw.block_graphs[:-1].sum())
         self.edges += 2 * int(raw.n_edges[:-1].sum())
 
-    def rates(self, world_size: int) -> dict[str, float]:
-        """The metrics ``perf/*``, of all ranks (which do equal work), ``system/*`` of this machine, and a new start."""
+    def rates(self, share: float) -> dict[str, float]:
+        """The metrics ``perf/*``, of all ranks, ``system/*`` of this machine, and a new start.
+
+        Args:
+            share: of the packs of a step that this rank has; packs are equal work.
+        """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elapsed = max(time.perf_counter() - self.started, 1e-9)
         self.seconds_per_step = elapsed / max(self.steps, 1)
         rates = {
-            "perf/graphs_s": world_size * self.graphs / elapsed,
-            "perf/edges_s": world_size * self.edges / elapsed,
+            "perf/graphs_s": self.graphs / share / elapsed,
+            "perf/edges_s": self.edges / share / elapsed,
             "perf/mfu": self.edges * self.flops_per_edge / elapsed / self.peak,
             "perf/data_wait": self.waited / elapsed,
         } | self.system.sample()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +27,7 @@ class RunLog:
         cursor: consumed steps; lines of later ones are from a life that did not reach a checkpoint, and are cut.
         echo: also print what is said to people.
         report: called with each line of metrics, beside writing it.
+        ended: the last step is consumed already, and the validation that ends the run comes again.
     """
 
     def __init__(
@@ -33,11 +36,12 @@ class RunLog:
         cursor: int,
         echo: bool = True,
         report: Callable[[int, dict[str, float]], None] = lambda step, values: None,
+        ended: bool = False,
     ) -> None:
         self.folder, self.echo, self.report = folder, echo, report
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "events.jsonl"):
-            _cut(folder / name, cursor)
+            _cut(folder / name, cursor, ended)
         self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)
         self._train = open(folder / "train.log", "a", buffering=1)
 
@@ -106,21 +110,51 @@ def read_status(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a run folder; the lock goes with the process, however that ends.
+
+    Raises:
+        RunningError: where another process trains into it: each would remove what the other writes.
+    """
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunningError(
+                f"{folder}: another process trains into this folder; wait for it (cdssl status {folder}), or end it, "
+                "or take another run folder"
+            ) from None
+        except OSError:  # a file system that knows no locks
+            pass
+        yield
+
+
+class RunningError(ValueError):
+    """A run folder that is in use."""
+
+
 def _now() -> int:
     """Milliseconds since the epoch, as MLflow counts."""
     return time.time_ns() // 1_000_000
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a JSON-lines file; a torn last line is not one."""
+    """The complete lines of a JSON-lines file: not a torn last one, nor one that others were added to after a kill."""
     if not path.exists():
         return []
-    *whole, _ = path.read_text().split("\n")
-    return [json.loads(line) for line in whole if line]
+    *whole, _ = path.read_text(errors="replace").split("\n")
+    found = []
+    for line in whole:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
-def _cut(path: Path, cursor: int) -> None:
+def _cut(path: Path, cursor: int, ended: bool) -> None:
     kept = [line for line in read_lines(path) if line["step"] is None or line.get("consumed", line["step"]) <= cursor]
+    if ended:
+        kept = [line for line in kept if line["step"] != cursor or "val/loss" not in line]
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 

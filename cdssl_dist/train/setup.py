@@ -22,7 +22,15 @@ class SetupError(ValueError):
 
 
 def device_of(config: Config) -> torch.device:
-    """The GPU of this rank, or the CPU."""
+    """The GPU of this rank, or the CPU.
+
+    Raises:
+        SetupError: where a GPU is asked for, and this worker has none.
+    """
+    if config.engine.device == "cuda" and not torch.cuda.is_available():
+        raise SetupError(
+            "engine.device=cuda, and this worker sees no GPU; set cluster.gpus_per_worker=1, or engine.device=cpu"
+        )
     cuda = config.engine.device == "cuda" or (config.engine.device == "auto" and torch.cuda.is_available())
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
 

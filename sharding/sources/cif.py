@@ -16,7 +16,7 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 import gemmi
@@ -101,6 +101,8 @@ def _document(text: bytes | str) -> gemmi.cif.Document:
 
 
 def _block(block: gemmi.cif.Block, key: str, options: ReadOptions, labels: Mapping[str, float] | None) -> list[Crystal]:
+    if labels is None:
+        labels = _labels_of(block.find_value, options)
     try:
         return [_crystal(block, key, options, labels)]
     except RefusedError:
@@ -109,7 +111,13 @@ def _block(block: gemmi.cif.Block, key: str, options: ReadOptions, labels: Mappi
         return _slowly(block.as_string(), key, options, labels, str(why))
 
 
-def _crystal(block: gemmi.cif.Block, key: str, options: ReadOptions, labels: Mapping[str, float] | None) -> Crystal:
+def _labels_of(value: Callable[[str], str | None], options: ReadOptions) -> Mapping[str, float]:
+    """The labels that tags of a CIF hold."""
+    tags = {tag: _number(value(tag)) for tag in options.labels.values() if tag.startswith("_")}
+    return labels_of(tags, options.labels)
+
+
+def _crystal(block: gemmi.cif.Block, key: str, options: ReadOptions, labels: Mapping[str, float]) -> Crystal:
     cell = _numbers([block.find_value(tag) for tag in CELL])
     if not math.isfinite(sum(cell)):
         raise DoubtError("the cell is incomplete")
@@ -137,9 +145,6 @@ def _crystal(block: gemmi.cif.Block, key: str, options: ReadOptions, labels: Map
     elif operations is not None:
         fractional, site = expand(fractional, numbers, lattice, *operations)
         numbers = numbers[site]
-    if labels is None:
-        tags = {tag: _number(block.find_value(tag)) for tag in options.labels.values() if tag.startswith("_")}
-        labels = labels_of(tags, options.labels)
     return Crystal(key, lattice, fractional @ lattice, numbers, labels)
 
 
@@ -215,13 +220,18 @@ def _slowly(
     """What pymatgen reads, where gemmi is in doubt."""
     if len(text) > SLOW_LIMIT:
         raise RefusedError("unparsable", f"{why} (too long to ask pymatgen)")
-    from pymatgen.io.cif import CifParser
+    from pymatgen.io.cif import CifFile, CifParser
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about rounding and the like; what matters raises
             decoded = text if isinstance(text, str) else text.decode("utf-8", "replace")
             structures = CifParser.from_str(decoded).parse_structures(primitive=False)
+            if labels is None and options.labels:  # gemmi could not even read the tags
+                blocks = list(CifFile.from_str(decoded).data.values())
+                if len(blocks) > 1:
+                    raise ValueError("which of several blocks a label belongs to cannot be told")
+                labels = _labels_of(blocks[0].data.get, options)
     except Exception as also:  # a parser of free text raises anything
         raise RefusedError("unparsable", f"gemmi: {why}; pymatgen: {also}") from None
     keys = [f"{key}#{i}" for i in range(len(structures))] if len(structures) > 1 else [key]
