@@ -198,6 +198,27 @@ def test_structures_in_unknown_columns(tmp_path: Path) -> None:
     assert "several structures among initial, final" in refusals[0].text
 
 
+def test_records_that_begin_with_another_object(tmp_path: Path) -> None:
+    """Documents of the Materials Project, a file each, and in an array."""
+    record = {"builder_meta": {"version": "1"}, "nsites": 1, "material_id": "mp-1", "structure": STRUCTURE, "gap": 1.5}
+    for content in (record, [record], {k: v for k, v in record.items() if k != "nsites"}):
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        crystals, refusals = read(tmp_path / "a.json", labels={"gap": "gap"})
+        assert not refusals and [(c.key, c.labels) for c in crystals] == [("mp-1", {"gap": 1.5})]
+    by_id = {f"mp-{i}": {"structure": STRUCTURE, "gap": float(i)} for i in range(3)}
+    (tmp_path / "a.json").write_text(json.dumps(by_id))
+    assert [c.key for c in read(tmp_path / "a.json")[0]] == list(by_id)
+
+
+@pytest.mark.parametrize("first", ["gap", "note"])
+def test_a_table_by_column_that_begins_with_another(first: str, tmp_path: Path) -> None:
+    table = {first: {"0": 1.5, "1": 2.5}, "structure": {"0": STRUCTURE, "1": STRUCTURE}}
+    (tmp_path / "a.json").write_text(json.dumps(table))
+    crystals, refusals = read(tmp_path / "a.json", labels={"gap": "gap"} if first == "gap" else {})
+    assert not refusals and [c.key for c in crystals] == ["a#0", "a#1"]
+    assert [c.labels for c in crystals] == ([{"gap": 1.5}, {"gap": 2.5}] if first == "gap" else [{}, {}])
+
+
 def test_optimade_disorder_and_vacancies(tmp_path: Path) -> None:
     def entry(symbols: list[str], shares: list[float]) -> dict[str, Any]:
         species = {"name": "A", "chemical_symbols": symbols, "concentration": shares}

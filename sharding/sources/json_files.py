@@ -13,6 +13,7 @@ What a record may be is said in ``dialects``.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -35,6 +36,17 @@ FIELDS: Final = {  # names in records, or in structures
     *"numbers positions cell array pbc key_value_pairs data __ndarray__".split(),
 }
 
+STRUCTURE: Final = {
+    "structure",
+    "lattice",
+    "sites",
+    "atoms",
+    "lattice_mat",
+    "lattice_vectors",
+    "cif",
+}  # no id of a record
+TOKEN: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\]]|:\s*')
+
 
 def split(stream: Stream, stem: str, options: ReadOptions) -> Iterator[Piece | Fault]:
     """A piece a record."""
@@ -46,7 +58,7 @@ def split(stream: Stream, stem: str, options: ReadOptions) -> Iterator[Piece | F
         if cursor.peek() == b"[":
             yield from _elements(cursor, stem, (b"", b"[", b"{"))
             continue
-        kind, depth = _kind(_first_names(cursor.look(HEAD)))
+        kind, depth = _kind(cursor.look(HEAD), options)
         if kind == "envelope":
             yield from _envelope(cursor, stem)
         elif kind == "columns":
@@ -58,18 +70,48 @@ def split(stream: Stream, stem: str, options: ReadOptions) -> Iterator[Piece | F
             yield _piece(cursor, f"{stem}#{number}" if number > 1 else stem, f"record {number}", stem)
 
 
-def _first_names(head: bytes) -> list[str]:
+def _first_names(head: bytes, at: int = 0) -> list[str]:
     """The first name of an object, the first name of its value if that is an object, and so on."""
     names = []
-    at = 0
     while match := FIRST.match(head, at):
         names.append(match[1].decode("utf-8", "replace"))
         at = match.end()
     return names
 
 
-def _kind(names: list[str]) -> tuple[str, int]:
-    """What an object is, by its first names, and how many levels of ids it has."""
+def _kind(head: bytes, options: ReadOptions) -> tuple[str, int]:
+    """What an object is, by how it begins, and how many levels of ids it has."""
+    names = _first_names(head)
+    kind, depth = _kind_of(names)
+    if kind != "mapping":
+        return kind, depth
+    # A record, or a table by column, may begin with an object that is no field: what comes after it tells.
+    members = {name: _first_names(head, at) for name, at in _members(head)}
+    rows = len(names) > 1 and names[1].isdecimal()
+    by_column = {name for name, inside in members.items() if _is_column(name) and inside and inside[0].isdecimal()}
+    if by_column or (rows and names[0] in {column.split(".")[0] for column in options.labels.values()}):
+        return "columns", 0
+    named = any(name in IDS and not inside for name, inside in members.items())
+    return ("record", 0) if named or members.keys() & STRUCTURE else (kind, depth)
+
+
+def _members(head: bytes) -> Iterator[tuple[str, int]]:
+    """The names in the outermost object of a text that may be cut off, and where their values begin."""
+    depth, last = 0, b""
+    for token in TOKEN.finditer(head):
+        text = token[0]
+        if text in (b"{", b"["):
+            depth += 1
+        elif text in (b"}", b"]"):
+            depth -= 1
+        elif depth == 1 and text[:1] == b":":
+            yield last.decode("utf-8", "replace"), token.end()
+        elif depth == 1:
+            last = text[1:-1]
+
+
+def _kind_of(names: list[str]) -> tuple[str, int]:
+    """The same by its first names alone."""
     if not names:
         return "record", 0
     if names[0] in ENVELOPE and not (len(names) > 1 and names[0] == "index"):
