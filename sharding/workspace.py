@@ -60,6 +60,8 @@ class Workspace:
                 ) from None
             same = self._same_task()
             if complete.exists():
+                if same is None:  # what ``remove`` had not come to when it was killed
+                    shutil.rmtree(self.path)
                 if same is not True:
                     raise taken
                 self.finished = read_manifest(self.folder)
@@ -101,9 +103,11 @@ class Workspace:
 
     def remove(self) -> None:
         """The work is done. What says whose it was goes last, so that a kill here does not matter either."""
-        for stage in self.path.iterdir():
-            if stage.is_dir():
-                shutil.rmtree(stage)
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "task.json":
+                path.unlink()
         shutil.rmtree(self.path)
 
 

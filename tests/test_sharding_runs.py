@@ -78,7 +78,7 @@ def disturbed(source: Path, out: Path, workers: int, chance: random.Random, long
     """Kill at random moments and run again, until a run comes through; returns how often it was killed."""
     for kills in itertools.count():
         before = finished(out)
-        if (out / "manifest.json").exists() and not (out / ".work").exists():
+        if (out / "manifest.json").exists() and not (out / ".work" / "task.json").exists():
             return kills
         with Killable(out.with_suffix(".log"), sharded, source, out, workers) as run:
             deadline = time.monotonic() + chance.uniform(0, longest * 1.1**kills)  # in the end a run comes through
@@ -103,6 +103,14 @@ def kill_often(source: Path, undisturbed: Path, tmp_path: Path, workers: int, le
         kills += disturbed(source, tmp_path / f"{rounds}", workers, chance, longest)
         assert contents(tmp_path / f"{rounds}") == expected
         rounds += 1
+
+
+def test_killed_when_all_but_an_empty_folder_was_gone(undisturbed: Path, source: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "d")
+    (tmp_path / "d" / ".work").mkdir()
+    with pytest.raises(DataSetError, match="holds a data set already"):
+        sharded(source, tmp_path / "d")
+    assert contents(tmp_path / "d") == contents(undisturbed) and not (tmp_path / "d" / ".work").exists()
 
 
 def test_what_is_done_is_not_parsed_again(tmp_path: Path, aflow: list[Crystal]) -> None:
