@@ -143,9 +143,9 @@ def test_a_page_that_cannot_be_made_costs_a_line(run: Path, capsys: pytest.Captu
     assert "has no map (ZeroDivisionError" in capsys.readouterr().err
     assert "Gradient norm" in (run / "report.html").read_text()
     (run / "report.html").unlink()
-    (run / "metrics.jsonl").write_text("no JSON\n")
+    (run / "status.json").write_text("no JSON\n")
     leave(run, lambda drawn: of_run(run, drawn=drawn))
-    assert "not written (JSONDecodeError" in capsys.readouterr().err and not (run / "report.html").exists()
+    assert "status.json: cannot be read" in capsys.readouterr().err and not (run / "report.html").exists()
 
 
 def test_a_page_is_replaced_in_mlflow(run: Path, mlflow_store: Path) -> None:
