@@ -73,6 +73,21 @@ class NoiseConfig(Section):
         return self.sigma if isinstance(self.sigma, tuple) else (self.sigma, self.sigma)
 
 
+class PretextConfig(Section):
+    """Options beyond the paper; see ``model/beyond.py``, and docs/results.md for what each is worth."""
+
+    strain: float = Field(0.0, ge=0, lt=0.3)  # of the cell, denoised as well; more would turn cells inside out
+    sigma_in_state: bool = False
+    conditioned: bool = False  # the state is told what the encoder makes of the true crystal
+    displacement: float = Field(0.0, ge=0)  # weight of the loss of displacements at the nodes
+    masked: float = Field(0.0, ge=0, lt=1)  # share of the atoms whose element is hidden
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those that are on; empty for the paper's task."""
+        return self.model_dump(exclude_defaults=True)
+
+
 class ModelConfig(Section):
     """MEGNet."""
 
@@ -202,6 +217,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     graph: GraphConfig = GraphConfig()
     noise: NoiseConfig = NoiseConfig()
+    pretext: PretextConfig = PretextConfig()
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -218,6 +234,12 @@ class Config(Section):
             raise ValueError(
                 f"cluster.workers={self.cluster.max_workers} exceeds data.packs_per_step={self.data.packs_per_step}: "
                 "some workers would never get a pack; lower the one or raise the other"
+            )
+        if self.pretext.options and self.engine.kernels != "torch":
+            name = next(iter(self.pretext.options))
+            raise ValueError(
+                f"engine.kernels=triton knows the paper's task alone, and pretext.{name} is set; use "
+                "engine.kernels=torch, with engine.compile=true perhaps"
             )
         if self.engine.compile and self.engine.kernels != "torch":
             raise ValueError("engine.compile and engine.kernels=triton are two ways through the edges: choose one")

@@ -504,6 +504,23 @@ def test_a_run_goes_on_at_another_number_of_ranks_and_another_stage(
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_ranks_that_divide_no_tensor_resume(stage: int, data_folder: Path, tmp_path: Path) -> None:
+    """Three ranks: three divides the number of elements of hardly any tensor."""
+    content = {"data": {"packs_per_step": 3}, "model": {"width": 8, "hidden": 16, "blocks": 1}}
+    for run, ranks, steps in (("stopped", 3, (3, None)), ("undisturbed", 1, (None,))):
+        there = config(tmp_path / run, data_folder, **content, engine={"stage": stage}, optim={"ema": 0.5})
+        for step in steps:
+            launch(ranks, run_training, there, step)
+    for name in ("train/loss", "val/loss", "guard/norm"):
+        a, b = ([v for _, v in metrics(tmp_path / run, name)] for run in ("stopped", "undisturbed"))
+        assert len(a) == len(b) > 0
+        np.testing.assert_allclose(a, b, rtol=1e-4)
+    a, b = weights(tmp_path / "stopped"), weights(tmp_path / "undisturbed")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
 def spoil(contents: dict[str, dict[str, Any]]) -> dict[str, list[tuple[int, str]]]:
     """On each rank: train with one bad step, in each of several ways; returns what the guard decided, step by step.
 

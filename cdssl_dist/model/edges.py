@@ -10,22 +10,32 @@ from torch import Tensor
 from cdssl_dist.data.batch import GraphBatch
 
 
-def distances(batch: GraphBatch, positions: Tensor) -> Tensor:
-    """Distances d = ‖x_dst + n·L − x_src‖ of every half edge: an edge and its reverse have one length, computed once.
-
-    ``distances(…).index_select(0, batch.half)`` are those of the directed edges.
+def vectors(batch: GraphBatch, positions: Tensor) -> Tensor:
+    """x_dst + n·L − x_src of every half edge.
 
     Args:
         batch: half edges, shifts and lattices.
         positions: (N, 3) f32, Å; clean or displaced.
 
     Returns:
-        (H,) f32, Å.
+        (H, 3) f32, Å.
     """
     lattice = batch.lattice.index_select(0, batch.graph_of_half)
     image = torch.einsum("hi,hij->hj", batch.shift, lattice)
-    vector = positions.index_select(0, batch.dst) + image - positions.index_select(0, batch.src)
+    return positions.index_select(0, batch.dst) + image - positions.index_select(0, batch.src)
+
+
+def norms(vector: Tensor) -> Tensor:
+    """(n, 3) → (n,)."""
     return torch.sqrt((vector * vector).sum(dim=1))
+
+
+def distances(batch: GraphBatch, positions: Tensor) -> Tensor:
+    """Lengths of the half edges, (H,) f32, Å: an edge and its reverse have one, computed once. See ``vectors``.
+
+    ``distances(…).index_select(0, batch.half)`` are those of the directed edges.
+    """
+    return norms(vectors(batch, positions))
 
 
 @dataclass(frozen=True)

@@ -187,13 +187,16 @@ class MEGNet(nn.Module):
         self.input_s = Dense(ELEMENT_WIDTH, hidden, width)
         self.blocks = nn.ModuleList(Block(width, hidden, dense=i > 0) for i in range(blocks))
 
-    def forward(self, edge_features: Tensor, batch: GraphBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, edge_features: Tensor, batch: GraphBatch, hint: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Encode.
 
         Args:
             edge_features: (H, M) f32, the Gaussian expansion of the distances of half edges. What is made of them alone
                 is the same in both directions of an edge.
             batch: the graphs.
+            hint: (G, 16), added to the initial state; only options of pretraining give one.
 
         Returns:
             x̂ (N, W), û (E, W) and ŝ (G, W), after the last block.
@@ -201,7 +204,8 @@ class MEGNet(nn.Module):
         dtype = self.element.weight.dtype
         x = self.input_x(self.element(batch.atomic_numbers))
         u = self.input_u(edge_features.to(dtype)).index_select(0, batch.half)
-        s = self.input_s(self.initial_state.expand(batch.n_graphs, -1))
+        state = self.initial_state.expand(batch.n_graphs, -1)
+        s = self.input_s(state if hint is None else state + hint)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 x, u, s = checkpoint(block, x, u, s, batch, use_reentrant=False)

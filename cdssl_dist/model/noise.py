@@ -15,7 +15,7 @@ from torch import Tensor
 _WORD: Final = 0xFFFFFFFF
 _MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
 _WEYL: Final = (0x9E3779B9, 0xBB67AE85)
-_ATOMS, _GRAPHS = 0, 1  # the last word of the counter tells the uses apart
+_ATOMS, _GRAPHS, _STRETCH, _SHEAR, _MASK = range(5)  # the last word of the counter tells the uses apart
 
 
 def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
@@ -49,17 +49,18 @@ def _uniform(counter: Tensor, seed: int, use: int) -> Tensor:
     return (philox(words, (seed & _WORD, (seed >> 32) & _WORD)).to(torch.float64) + 0.5) * 2.0**-32
 
 
-def gaussian(counter: Tensor, seed: int) -> Tensor:
+def gaussian(counter: Tensor, seed: int, use: int = _ATOMS) -> Tensor:
     """Standard normal vectors by Box and Muller (1958), in f64 so that every device rounds alike to f32.
 
     Args:
         counter: (n, 3) i64 | epoch, block, atom in block.
         seed: of the noise.
+        use: what they are for; each use draws numbers of its own.
 
     Returns:
         (n, 3) f32.
     """
-    u = _uniform(counter, seed, _ATOMS)
+    u = _uniform(counter, seed, use)
     radius = torch.sqrt(-2.0 * torch.log(u[:, 0::2]))
     angle = 2.0 * math.pi * u[:, 1::2]
     normal = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)
@@ -70,3 +71,24 @@ def sigma_of(counter: Tensor, low: float, high: float, seed: int) -> Tensor:
     """σ of each graph, log-uniform in [low, high]: (n, 3) counters → (n,) f32, Å."""
     u = _uniform(counter, seed, _GRAPHS)[:, 0]
     return torch.exp(math.log(low) + u * math.log(high / low)).to(torch.float32)
+
+
+def strain_of(counter: Tensor, size: float, seed: int) -> Tensor:
+    """Random symmetric strains, alike in all directions (Gaussian orthogonal ensemble).
+
+    Args:
+        counter: (G, 3) i64 | epoch, block, graph in block.
+        size: standard deviation of a component on the diagonal; the others have 1/√2 of it.
+        seed: of the noise.
+
+    Returns:
+        (G, 3, 3) f32, no unit.
+    """
+    stretch, shear = gaussian(counter, seed, _STRETCH), gaussian(counter, seed, _SHEAR) / math.sqrt(2.0)
+    (a, b, c), (d, e, f) = stretch.unbind(1), shear.unbind(1)
+    return size * torch.stack([a, d, e, d, b, f, e, f, c], dim=1).view(-1, 3, 3)
+
+
+def masked(counter: Tensor, share: float, seed: int) -> Tensor:
+    """Which atoms hide their element, each with a probability: (N, 3) counters → (N,) bool."""
+    return _uniform(counter, seed, _MASK)[:, 0] < share

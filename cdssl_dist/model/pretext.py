@@ -35,13 +35,17 @@ class Denoising:
         """Sum of squared errors of a pack, and with a baseline the sums behind all metrics."""
         displaced, clean = self.lengths(batch)
         noisy = self.embed(displaced)
-        predicted = model(noisy, batch)
-        squared = self.squared_error(predicted, clean, batch)
+        predicted, squared = self.recovered(model, noisy, clean, batch)
         if baseline is None:
             return squared, None
         target = self.embed(clean).index_select(0, batch.half)
         noisy, displaced = noisy.index_select(0, batch.half), displaced.index_select(0, batch.half)
         return squared, figures(predicted.detach(), target, noisy, displaced, batch.scored, baseline)
+
+    def recovered(self, model: nn.Module, noisy: Tensor, clean: Tensor, batch: GraphBatch) -> tuple[Tensor, Tensor]:
+        """ê, (E, M), from e(d̃), (H, M), and the loss that d, (H,), gives it."""
+        predicted = model(noisy, batch)
+        return predicted, self.squared_error(predicted, clean, batch)
 
     def embed(self, distance: Tensor) -> Tensor:
         """e(d): (n,) Å → (n, M)."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 # What DeepSpeed is told that it would otherwise find out by compiling or guessing; before its import.
@@ -34,6 +35,8 @@ from deepspeed.utils import (  # noqa: E402
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 
 from cdssl_dist.model.precision import bf16_twin, round_into  # noqa: E402
@@ -253,9 +256,9 @@ class Engine:
                     for what, value in kept.items():
                         self._optimizer.state[master][what].copy_(value)
                 else:
-                    safe_set_full_fp32_param(p, weight)
+                    self._set(p, weight)
                     for what, value in kept.items():
-                        safe_set_full_optimizer_state(p, value, what)
+                        self._set(p, value, what)
                 # The weights that the model computes with stand beside the f32 ones that the optimizer updates.
                 with self._whole(p):
                     p.copy_(weight)
@@ -271,6 +274,23 @@ class Engine:
         if master is not None:
             return self._optimizer.state[master][what].float()
         return safe_get_full_optimizer_state(p, what)
+
+    def _set(self, p: nn.Parameter, value: Tensor, what: str | None = None) -> None:
+        """Give this rank its part of a full tensor: of the f32 weight, or of what Adam keeps."""
+        if self.settings.stage < 3:
+            if what is None:
+                safe_set_full_fp32_param(p, value)
+            else:
+                safe_set_full_optimizer_state(p, value, what)
+            return
+        # ZeRO-3's own way to do so fails where the ranks do not divide a tensor, of which the last part is padded.
+        part = p.ds_tensor.numel()  # type: ignore[attr-defined]
+        missing = part * dist.get_world_size() - value.numel()
+        mine = nn.functional.pad(value.flatten(), (0, missing)).narrow(0, part * dist.get_rank(), part)
+        if what is None:
+            safe_set_local_fp32_param(p, mine)
+        else:
+            safe_set_local_optimizer_state(p, mine, what)
 
     def _whole(self, p: nn.Parameter) -> Any:
         """A context in which all of a parameter is here and can be changed."""

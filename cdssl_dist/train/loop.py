@@ -102,8 +102,7 @@ class Trainer:
         expansion = GaussianExpansion(config.graph.centers, end, config.graph.gamma)
         torch.manual_seed(config.model.seed)
         self.size = config.model.model_dump(exclude={"seed"})
-        model, task = model_and_task(config, device, expansion, self.size)
-        self.task = task(expansion, config.noise.range, config.noise.seed)
+        model, self.task = model_and_task(config, device, expansion)
         packs, bad_blocks = config.tracking.baseline_packs, config.data.bad_blocks
         fitted = replace(self.plan, last="pad")
         self.reference = fit_reference(self.data, fitted, self.task, packs, device, bad_blocks)
@@ -410,4 +409,5 @@ class Trainer:
             sources=self.data.manifest.sources,
             code_version=__version__,
             elements=elements(self.data, "train", self.plan.table.block),
+            extra={"pretext": config} if (config := self.config.pretext.options) else {},
         )

@@ -19,11 +19,11 @@ from cdssl_dist.config import Config, load
 from cdssl_dist.data.batch import GraphBatch, widen
 from cdssl_dist.data.dataset import DataSet
 from cdssl_dist.model.edges import GaussianExpansion
-from cdssl_dist.model.megnet import PretextModel, segment_sum
+from cdssl_dist.model.megnet import segment_sum
 from cdssl_dist.model.pretext import Denoising
 from cdssl_dist.train.checkpoint import CheckpointError, newest
 from cdssl_dist.train.runlog import Ledger
-from cdssl_dist.train.setup import plan_of
+from cdssl_dist.train.setup import model_and_task, plan_of
 from sharding.block import decode
 
 WORST: Final = 5  # crystals that are named
@@ -85,8 +85,7 @@ def replay(run: Path, step: int) -> Replay:
     if data.manifest.digest != found.progress.data_digest:
         raise CheckpointError(f"{config.data_path}: not the data set that {found.folder} was trained on")
     expansion = GaussianExpansion(config.graph.centers, data.manifest.cutoff + config.graph.margin, config.graph.gamma)
-    task = Denoising(expansion, config.noise.range, config.noise.seed)
-    model = _model(config, found.folder)
+    model, task = _model_and_task(config, expansion, found.folder)
     plan = plan_of(config, data)
     total = max(plan.edges_of(step), 1)
 
@@ -121,15 +120,17 @@ def replay(run: Path, step: int) -> Replay:
 
 
 def _squared_by_graph(task: Denoising, model: nn.Module, batch: GraphBatch) -> Tensor:
-    """Squared errors of the scored edges of each graph: (G,)."""
+    """Squared errors of the scored edges of each graph: (G,). What options add to the loss is left out."""
     displaced, clean = task.lengths(batch)
     target = task.embed(clean).index_select(0, batch.half)
-    error = (model(task.embed(displaced), batch) - target) * batch.scored[:, None]
+    predicted, _ = task.recovered(model, task.embed(displaced), clean, batch)
+    error = (predicted - target) * batch.scored[:, None]
     return segment_sum(error.square().sum(dim=1, keepdim=True), batch.graph_of_edge, batch.n_graphs)[:, 0]
 
 
-def _model(config: Config, folder: Path) -> nn.Module:
-    model = PretextModel(edge_features=config.graph.centers, **config.model.model_dump(exclude={"seed"}))
+def _model_and_task(config: Config, expansion: GaussianExpansion, folder: Path) -> tuple[nn.Module, Denoising]:
+    plain = config.engine.model_copy(update={"compile": False, "kernels": "torch", "recompute": False})
+    model, task = model_and_task(config.model_copy(update={"engine": plain}), torch.device("cpu"), expansion)
     with torch.no_grad():
         own = dict(model.named_parameters())
         for path in folder.glob("state-*.safetensors"):
@@ -139,7 +140,7 @@ def _model(config: Config, folder: Path) -> nn.Module:
                         own.pop(name.removeprefix("weight/")).copy_(file.get_tensor(name))
     if own:
         raise CheckpointError(f"{folder}: weights are missing: {', '.join(own)}")
-    return model.to(torch.bfloat16) if config.engine.precision == "bf16" else model
+    return (model.to(torch.bfloat16) if config.engine.precision == "bf16" else model), task
 
 
 def table(found: Replay) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import Any
 
 import torch
 
 from cdssl_dist.config import Config
 from cdssl_dist.data.dataset import DataSet
 from cdssl_dist.data.plan import EpochPlan
+from cdssl_dist.model.beyond import BeyondDenoising, BeyondModel, CompiledBeyond, Options
 from cdssl_dist.model.compiled import CompiledDenoising, compile_model
 from cdssl_dist.model.edges import GaussianExpansion
 from cdssl_dist.model.megnet import PretextModel
@@ -42,13 +42,15 @@ def plan_of(config: Config, data: DataSet) -> EpochPlan:
 
 
 def model_and_task(
-    config: Config, device: torch.device, expansion: GaussianExpansion, size: dict[str, Any]
-) -> tuple[PretextModel, type[Denoising]]:
+    config: Config, device: torch.device, expansion: GaussianExpansion
+) -> tuple[PretextModel, Denoising]:
     """The network and the task that goes with the way its edges take.
 
     Raises:
         SetupError: where this machine, or this size, knows no such way.
     """
+    size = config.model.model_dump(exclude={"seed"})
+    about = (expansion, config.noise.range, config.noise.seed)
     if config.engine.kernels == "triton":
         if os.environ.get("TRITON_INTERPRET") != "1":
             if device.type != "cuda":
@@ -60,8 +62,18 @@ def model_and_task(
         try:
             from cdssl_dist.model.kernels.model import FusedDenoising, FusedPretextModel
 
-            return FusedPretextModel(expansion=expansion, **size), FusedDenoising
+            return FusedPretextModel(expansion=expansion, **size), FusedDenoising(*about)
         except (ImportError, ValueError) as why:  # no Triton, which comes with torch for CUDA; or another width
             raise SetupError(f"engine.kernels=triton: {why}") from None
-    model = PretextModel(edge_features=expansion.centers, recompute=config.engine.recompute, **size)
-    return (compile_model(model), CompiledDenoising) if config.engine.compile else (model, Denoising)
+    fused = config.engine.compile
+    size |= {"edge_features": expansion.centers, "recompute": config.engine.recompute}
+    model: PretextModel
+    task: Denoising
+    if config.pretext.options:
+        options = Options(**config.pretext.options)
+        model = BeyondModel(options=options, **size)
+        task = (CompiledBeyond if fused else BeyondDenoising)(*about, options)
+    else:
+        model = PretextModel(**size)
+        task = (CompiledDenoising if fused else Denoising)(*about)
+    return (compile_model(model) if fused else model), task

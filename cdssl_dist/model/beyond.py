@@ -1,0 +1,138 @@
+"""Options of pretraining that the paper does not have. None is on by default: docs/results.md says what each is worth.
+
+The encoder stays as it is, so that what fine-tunes it need not know: whatever an option adds is left behind with the
+pretext head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cdssl_dist.data.batch import GraphBatch
+from cdssl_dist.model.compiled import CompiledDenoising
+from cdssl_dist.model.edges import norms, vectors
+from cdssl_dist.model.megnet import ELEMENT_WIDTH, N_ELEMENTS, PretextModel, segment_sum
+from cdssl_dist.model.noise import gaussian, masked, sigma_of, strain_of
+from cdssl_dist.model.pretext import Denoising
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which of them, and how much.
+
+    Attributes:
+        strain: of the cell, which is denoised as well: standard deviation of a component on the diagonal.
+        sigma_in_state: the state is told by how much atoms are displaced; of a crystal as it is, by nothing.
+        conditioned: the state is told what the encoder makes of the true crystal, a bottleneck of one vector
+            (self-conditioned denoising, Perez and Gómez-Bombarelli 2026).
+        displacement: weight of a loss of the displacements at the nodes (Zaidi et al. 2022), in units of σ.
+        masked: share of the atoms whose element is hidden, and recovered from what is around them.
+    """
+
+    strain: float = 0.0
+    sigma_in_state: bool = False
+    conditioned: bool = False
+    displacement: float = 0.0
+    masked: float = 0.0
+
+
+class Recovered(NamedTuple):
+    """What the model gives back."""
+
+    edges: Tensor  # (E, M) f32 | ê
+    pulls: Tensor | None  # (E,) f32 | along each edge, on the atom that receives
+    elements: Tensor | None  # (N, 119) f32 | logits
+
+
+class BeyondModel(PretextModel):
+    """``PretextModel`` with what the options need; its encoder has the same parameters."""
+
+    def __init__(self, *, options: Options, width: int = 32, **size: Any) -> None:
+        super().__init__(width=width, **size)
+        self.of_sigma = nn.Parameter(torch.randn(1, ELEMENT_WIDTH)) if options.sigma_in_state else None
+        self.of_true = nn.Linear(width, ELEMENT_WIDTH) if options.conditioned else None
+        self.pull = nn.Linear(width, 1) if options.displacement else None
+        self.which = nn.Linear(width, N_ELEMENTS) if options.masked else None
+
+    def forward(  # type: ignore[override]
+        self, noisy: Tensor, batch: GraphBatch, clean: Tensor | None, sigma: Tensor
+    ) -> Recovered:
+        """From e(d̃) of half edges, (H, M) f32, e(d) where the state is told of it, and σ, (G,), of the largest."""
+        dtype = self.out.weight.dtype
+        hint = None
+        if self.of_sigma is not None:
+            hint = sigma[:, None].to(dtype) * self.of_sigma
+        if self.of_true is not None:
+            assert clean is not None
+            _, _, true = self.encoder(clean, batch)
+            told = self.of_true(true)
+            hint = told if hint is None else hint + told
+        x, u, s = self.encoder(noisy, batch, hint)
+        edges = self.head(x, u, s, batch)
+        return Recovered(
+            self.out(edges).float(),
+            None if self.pull is None else self.pull(edges)[:, 0].float(),
+            None if self.which is None else self.which(x).float(),
+        )
+
+
+@dataclass(frozen=True)
+class BeyondDenoising(Denoising):
+    """The task for a ``BeyondModel``. Each loss counts an atom as often as it has scored edges, so that sums and the
+    normaliser of a step are those of the edges.
+    """
+
+    options: Options
+
+    def lengths(self, batch: GraphBatch) -> tuple[Tensor, Tensor]:
+        """See ``Denoising``."""
+        return norms(self._strained(batch)), norms(vectors(batch, batch.positions))
+
+    def _strained(self, batch: GraphBatch) -> Tensor:
+        """Vectors along half edges between displaced atoms of a strained crystal: (H, 3), Å."""
+        vector = vectors(batch, self.displaced(batch))
+        if not self.options.strain:
+            return vector
+        strain = strain_of(batch.graph_counter, self.options.strain, self.seed).index_select(0, batch.graph_of_half)
+        return vector + torch.einsum("hi,hij->hj", vector, strain)
+
+    def recovered(self, model: nn.Module, noisy: Tensor, clean: Tensor, batch: GraphBatch) -> tuple[Tensor, Tensor]:
+        """See ``Denoising``; the loss is the sum of all."""
+        hides = masked(batch.noise_counter, self.options.masked, self.seed)
+        seen = replace(batch, atomic_numbers=batch.atomic_numbers.masked_fill(hides, 0))
+        sigma = sigma_of(batch.graph_counter, *self.sigma, self.seed) / self.sigma[1]
+        true = self.embed(clean) if self.options.conditioned else None
+        found: Recovered = model(noisy, seen, true, sigma)
+        loss = self.squared_error(found.edges, clean, batch)
+        edges_of_atom = segment_sum(batch.scored[:, None], batch.receiver, batch.n_atoms)[:, 0]
+        if found.pulls is not None:
+            error = self._pulled(found.pulls, batch) - self._displacements(batch)
+            loss = loss + self.options.displacement * (edges_of_atom * error.square().sum(dim=1)).sum()
+        if found.elements is not None:
+            entropy = F.cross_entropy(found.elements, batch.atomic_numbers, reduction="none")
+            loss = loss + (edges_of_atom * hides * entropy).sum()
+        return found.edges, loss
+
+    def _pulled(self, pulls: Tensor, batch: GraphBatch) -> Tensor:
+        """Mean of the pulls along the edges of each atom, which turns as the crystal does: (E,) → (N, 3)."""
+        vector = self._strained(batch)
+        towards_sender = torch.where(batch.receiver == batch.src.index_select(0, batch.half), 1.0, -1.0)
+        direction = (vector / norms(vector).clamp(min=1e-6)[:, None]).index_select(0, batch.half)
+        pull = direction * (pulls * towards_sender * batch.scored)[:, None]
+        degree = batch.row_ptr.diff().clamp(min=1)[:, None]
+        return segment_sum(pull, batch.receiver, batch.n_atoms) / degree
+
+    def _displacements(self, batch: GraphBatch) -> Tensor:
+        """ε without its mean over each crystal, which nothing can tell: (N, 3), in units of σ."""
+        noise = gaussian(batch.noise_counter, self.seed)
+        mean = segment_sum(noise, batch.graph_of_atom, batch.n_graphs) / batch.atoms_of_graph.clamp(min=1)[:, None]
+        return noise - mean.index_select(0, batch.graph_of_atom)
+
+
+class CompiledBeyond(CompiledDenoising, BeyondDenoising):
+    """The same, its passes over (E, M) fused."""
