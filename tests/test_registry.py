@@ -460,6 +460,14 @@ def test_a_card_shows_no_markup_of_others(home: Path) -> None:
     folder = write_encoder_to(home / "e", 2, sources=[{"name": "<script>|x|\n# y", "licence": "[a](b)"}])
     text = write_model_card(folder).read_text()
     assert "\\<script\\>\\|x\\| # y" in text and "\\[a\\](b)" in text
+    assert "Beyond the paper" not in text
+
+
+def test_a_card_tells_the_options_of_pretraining(home: Path) -> None:
+    folder = write_encoder_to(home / "e", 2, extra={"pretext": {"masked": 0.15, "<b>": 1}})
+    text = write_model_card(folder).read_text()
+    assert "Beyond the paper: the elements of some atoms are hidden, and recovered. In: a periodic" in text
+    assert "<b>" not in text
 
 
 def test_a_registry_that_comes_back(home: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:

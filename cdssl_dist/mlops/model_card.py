@@ -26,7 +26,7 @@ def _encoder(card: dict[str, Any]) -> str:
     return f"""# A crystal encoder
 
 MEGNet, pretrained by denoising (CDSSL, arXiv 2408.17255): atoms are displaced by Gaussian noise of σ = {sigma} Å, and
-the network recovers the distances of the true crystal. In: a periodic crystal. Out: vectors of {width} numbers for
+the network recovers the distances of the true crystal{_options(card)}. In: a periodic crystal. Out: vectors of {width} numbers for
 each atom, each edge and the crystal.
 
 {_shape(card)}
@@ -50,6 +50,21 @@ Ordered periodic crystals only, no molecules. Elements that pretraining has not 
 nothing{_elements(card)}. Distances beyond {card["cutoff"]:g} Å are
 not seen. The vectors know nothing of charges, spins or temperature.
 """
+
+
+OPTIONS: Final = {
+    "strain": "the cell is strained as well",
+    "sigma_in_state": "the state is told σ",
+    "conditioned": "the state is told what the encoder makes of the true crystal",
+    "displacement": "displacements of atoms are recovered too",
+    "masked": "the elements of some atoms are hidden, and recovered",
+}
+
+
+def _options(card: dict[str, Any]) -> str:
+    on = card.get("extra", {}).get("pretext", {})
+    said = "; ".join(text for name, text in OPTIONS.items() if name in on)
+    return f". Beyond the paper: {said}" if said else ""
 
 
 def _property(card: dict[str, Any]) -> str:
