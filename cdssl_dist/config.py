@@ -235,6 +235,11 @@ class Config(Section):
                 f"cluster.workers={self.cluster.max_workers} exceeds data.packs_per_step={self.data.packs_per_step}: "
                 "some workers would never get a pack; lower the one or raise the other"
             )
+        if self.engine.device == "cpu" and self.cluster.gpus_per_worker:
+            raise ValueError(
+                f"cluster.gpus_per_worker={self.cluster.gpus_per_worker:g} with engine.device=cpu would hold GPUs that "
+                "nothing uses; set the one to 0, or the other to cuda"
+            )
         if self.pretext.options and self.engine.kernels != "torch":
             name = next(iter(self.pretext.options))
             raise ValueError(

@@ -669,6 +669,12 @@ def test_what_compiled_code_does_not_go_with(engine: dict[str, Any], said: str) 
     parse({"engine": {"compile": True, **engine, "stage": 1, "kernels": "torch"}})
 
 
+def test_gpus_are_not_held_for_a_run_on_the_cpu() -> None:
+    with pytest.raises(ConfigError, match=r"gpus_per_worker=1 with engine.device=cpu would hold GPUs"):
+        parse({"engine": {"device": "cpu"}, "cluster": {"gpus_per_worker": 1}})
+    parse({"cluster": {"gpus_per_worker": 1}})
+
+
 def test_a_raw_deepspeed_section_passes_through() -> None:
     raw = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}, "comms_logger": {"enabled": True}}
     found = deepspeed_config(EngineSettings(stage=1, precision="fp32", micro_steps=1, clip=1.0, extra=raw))

@@ -26,8 +26,8 @@ def _encoder(card: dict[str, Any]) -> str:
     return f"""# A crystal encoder
 
 MEGNet, pretrained by denoising (CDSSL, arXiv 2408.17255): atoms are displaced by Gaussian noise of σ = {sigma} Å, and
-the network recovers the distances of the true crystal{_options(card)}. In: a periodic crystal. Out: vectors of {width} numbers for
-each atom, each edge and the crystal.
+the network recovers the distances of the true crystal{_options(card)}. In: a periodic crystal. Out: vectors of {width}
+numbers for each atom, each edge and the crystal.
 
 {_shape(card)}
 ## Quality, on crystals kept from training

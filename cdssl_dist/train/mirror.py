@@ -78,14 +78,18 @@ class Mirror:
                 if folder.name in _found(self._system, self._root):  # a run that goes on hands over what it begins with
                     continue
                 self._upload(folder)
-                self._tell("copied", f"{folder.name} to {self.name} in {time.monotonic() - begin:.1f} s")
+                self._say("copied", f"{folder.name} to {self.name} in {time.monotonic() - begin:.1f} s")
             except Exception as why:  # each kind of storage has errors of its own, and none may end the run
-                self._tell("not copied", f"{folder.name} to {self.name}: {' '.join(str(why).split())[:300]}")
+                self._say("not copied", f"{folder.name} to {self.name}: {' '.join(str(why).split())[:300]}")
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
                 with self._changed:
                     self._busy = False
                     self._changed.notify_all()
+
+    def _say(self, kind: str, what: str) -> None:
+        if not self._closed:  # after that the log of the run is closed, too
+            self._tell(kind, what)
 
     def _upload(self, folder: Path) -> None:
         there = f"{self._root}/{folder.name}"
