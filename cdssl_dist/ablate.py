@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from pydantic import PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator
 
 from cdssl_dist.commands import DONE, Parser, command
 from cdssl_dist.config import Section, load, packaged, read
@@ -26,7 +26,7 @@ from cdssl_dist.data.labeled import Labeled, load_labeled
 from cdssl_dist.encoder import CrystalEncoder
 from cdssl_dist.finetune.splits import k_folds
 from cdssl_dist.finetune.targets import Array
-from cdssl_dist.look.probe import features, probe
+from cdssl_dist.look.probe import features, probe, read_vectors
 from cdssl_dist.pretrain import located
 from cdssl_dist.study.config import SplitColumn
 from cdssl_dist.train.runlog import read_lines, read_status
@@ -41,6 +41,9 @@ class Probes(Section):
     column: str = "{target}"
     split: SplitColumn | None = None  # all labeled crystals where left out
     targets: tuple[str, ...]
+    vectors: dict[str, str] = Field(
+        default_factory=dict
+    )  # name → Parquet with key and embedding, probed besides; see cdssl probe
     crystals: PositiveInt = 4000  # of each target, at most
     folds: int = 5
 
@@ -91,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = functools.cache(lambda cutoff: labeled(ablation.probe, args.data, cutoff))
     rows = [judge(ablation, name, data) for name in ablation.variants]
     first = CrystalEncoder.from_registry(str(Path(ablation.out) / next(iter(ablation.variants))))
-    text = table(ablation, rows, probed(ablation.probe, first, data(first.cutoff), WITHOUT))
+    text = table(ablation, rows, probed(ablation.probe, first, data(first.cutoff), (*WITHOUT, *ablation.probe.vectors)))
     write_atomically(Path(ablation.out) / "table.md", text.encode())
     print(text)
     return DONE
@@ -151,6 +154,7 @@ def probed(
             every = {"encoder": encoder.embed_graphs(each.graphs).astype(np.float64)}
         else:
             every = features(encoder, each.graphs, 0)
+            every |= {name: read_vectors(path, each.graphs.keys) for name, path in probes.vectors.items()}
         folds = k_folds(each.groups, probes.folds, 0.0, 0)
         scores = probe({name: every[name] for name in names}, each.targets[:, 0], folds)
         for name in names:

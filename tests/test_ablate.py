@@ -68,6 +68,14 @@ def test_what_is_done_is_probed_and_not_trained_again(
         assert float(rows[name][-1]) == pytest.approx(float(said[name]), abs=0.15)
 
 
+def test_vectors_of_others_have_a_row(config: Path) -> None:
+    assert cdssl(["embed", "--encoder", "ablation/base", "--data", "aflow:100", "--out", "own.parquet"]) == 0
+    assert run(config, "probe.vectors={other: own.parquet}") == 0
+    rows = [line.strip("| ").split(" | ") for line in Path("ablation/table.md").read_text().splitlines()]
+    score = {cells[0]: cells[-1] for cells in rows}
+    assert float(score["other"]) == pytest.approx(float(score["base"]), abs=0.002)
+
+
 def test_what_is_not_done_is_trained(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[Sequence[str]] = []
 

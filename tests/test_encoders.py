@@ -472,3 +472,26 @@ def test_probes(home: Path, folder: Path, table: Path, capsys: pytest.CaptureFix
         maes.append(np.abs(ridge.predict((x[fold.test] - mean) / std) - data.targets[fold.test, 0]).mean())
     assert probe({"x": x}, data.targets[:, 0], folds)["x"].mae == pytest.approx(maes, rel=1e-4)
     assert found["encoder"]["mae"] == pytest.approx(maes, rel=1e-3)
+
+
+def test_vectors_of_others_are_probed(
+    home: Path, folder: Path, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cdssl(["embed", "--encoder", str(folder), "--data", str(table), "--out", "own.parquet"]) == 0
+    command = ["probe", "--encoder", str(folder), "--data", str(table), "--target", "volume", "--folds", "3"]
+    assert cdssl([*command, "--vectors", "same=own.parquet", "--out", "probe.json"]) == 0
+    found = json.loads(Path("probe.json").read_text())["volume"]
+    assert found["same"]["mae"] == pytest.approx(found["encoder"]["mae"], rel=1e-3)
+
+    own = pq.read_table("own.parquet")
+    pq.write_table(own.slice(2), "few.parquet")
+    pq.write_table(own.drop_columns(["embedding"]), "none.parquet")
+    for said, why in (
+        ("few=few.parquet", "no vector for 2 of "),
+        ("none=none.parquet", "no Parquet with key and embedding"),
+        ("gone=gone.parquet", "no Parquet with key and embedding"),
+        ("encoder=own.parquet", "a name that is not one of encoder"),
+        ("own.parquet", "say NAME=FILE"),
+    ):
+        assert cdssl([*command, "--vectors", said]) == 2
+        assert why in capsys.readouterr().err

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
@@ -31,6 +33,7 @@ from cdssl_dist.finetune.targets import Array
 from cdssl_dist.mlops.models import CHAMPION
 from cdssl_dist.model.embedding import embed_graphs
 from sharding.graph import Multigraphs
+from sharding.manifest import DataSetError
 
 ALPHAS: Final = np.logspace(-3, 5, 17)
 RANDOM_SEEDS: Final = 3
@@ -53,6 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--data", required=True, help="a data set of shards, or a file or source that cdssl shard reads")
     p.add_argument("--labels", metavar="FILE", help="CSV or Parquet with ids; targets are read of it")
     p.add_argument("--target", required=True, nargs="+", help=f"labels or columns, or of {', '.join(COMPUTED)}")
+    p.add_argument(
+        "--vectors",
+        nargs="+",
+        default=[],
+        metavar="NAME=FILE",
+        help="Parquet with key and embedding, as cdssl embed writes it: vectors of something else, probed as well",
+    )
     p.add_argument("--split", choices=("train", "val", "test"), help="use this split of a data set of shards only")
     p.add_argument("--where", metavar="CONDITION", help="of a data set of shards, as in 'n_atoms <= 20'")
     p.add_argument("--folds", type=int, default=5, help="of the cross-validation, by whole groups")
@@ -65,6 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     encoder = CrystalEncoder.from_registry(args.encoder, args.registry)
     data = load_labeled(args.data, args.target, encoder.cutoff, args.split, where=args.where, table=args.labels)
     every = features(encoder, data.graphs, args.seed)
+    for said in args.vectors:
+        name, equals, path = said.partition("=")
+        if not name or not equals or name in every:
+            raise DataSetError(f"--vectors {said}: say NAME=FILE, with a name that is not one of {', '.join(every)}")
+        every[name] = read_vectors(path, data.graphs.keys)
     results = {}
     for t, name in enumerate(data.names):
         known = np.flatnonzero(np.isfinite(data.targets[:, t]))
@@ -90,6 +105,27 @@ def features(encoder: CrystalEncoder, graphs: Multigraphs, seed: int) -> dict[st
     found["composition + volume"] = simple
     found["encoder + composition + volume"] = np.column_stack([found["encoder"], simple])
     return found
+
+
+def read_vectors(path: str | Path, keys: Sequence[str]) -> Array:
+    """Vectors from a Parquet with ``key`` and ``embedding``, in the order of these keys: (n, features).
+
+    Raises:
+        DataSetError: where it cannot be read, or has no vector for some of them.
+    """
+    try:
+        table = pq.read_table(path, columns=["key", "embedding"])
+    except (OSError, ValueError, pa.ArrowException) as why:
+        raise DataSetError(f"{path}: no Parquet with key and embedding ({' '.join(str(why).split())[:200]})") from None
+    table = table.filter(table["embedding"].is_valid())  # of a row that was refused there is none
+    place = {key: i for i, key in reversed(list(enumerate(table["key"].to_pylist())))}  # of twice one id the first
+    if missing := [key for key in keys if key not in place]:
+        raise DataSetError(
+            f"{path}: no vector for {len(missing):,} of {len(keys):,} crystals, {missing[0]} for one; probes are of "
+            "the same crystals: embed these as well, or leave them out of the data"
+        )
+    rows = table["embedding"].take([place[key] for key in keys]).to_pylist()
+    return np.array(rows, np.float64)
 
 
 def probe(features: Mapping[str, Array], target: Array, folds: Sequence[Split]) -> dict[str, Probed]:
