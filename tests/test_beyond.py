@@ -20,6 +20,7 @@ from cdssl_dist.config import ConfigError, parse
 from cdssl_dist.data.batch import GraphBatch
 from cdssl_dist.model.beyond import BeyondDenoising, BeyondModel, CompiledBeyond, Options
 from cdssl_dist.model.compiled import compile_model
+from cdssl_dist.model.edges import gaussians
 from cdssl_dist.model.export import read_encoder
 from cdssl_dist.model.megnet import PretextModel
 from cdssl_dist.model.noise import masked, strain_of
@@ -210,7 +211,7 @@ def test_compiled_is_eager(crystals: list[Crystal]) -> None:
     compiled = CompiledBeyond(EXPANSION, SIGMA, 5, options)
     monkey = pytest.MonkeyPatch()
     with monkey.context() as m:  # the fused passes over (E, M), without inductor's minutes
-        m.setattr("cdssl_dist.model.compiled._embed", lambda expansion, d: expansion(d))
+        m.setattr("cdssl_dist.model.compiled._embed", gaussians)
         m.setattr("cdssl_dist.model.compiled._squared_error", _error)
         same_loss, same = gradients(fast, compiled, batch)
     assert same_loss == pytest.approx(loss, rel=1e-5)
@@ -218,8 +219,8 @@ def test_compiled_is_eager(crystals: list[Crystal]) -> None:
         torch.testing.assert_close(same[name], grad, rtol=1e-3, atol=1e-5 * float(grad.abs().max()), msg=name)
 
 
-def _error(expansion: object, predicted: Tensor, clean: Tensor, scored: Tensor) -> Tensor:
-    return ((predicted - EXPANSION(clean)) * scored[:, None]).square().sum()
+def _error(predicted: Tensor, clean: Tensor, centers: Tensor, scored: Tensor) -> Tensor:
+    return ((predicted - gaussians(clean, centers)) * scored[:, None]).square().sum()
 
 
 @pytest.mark.parametrize("name", ["displacement", "masked"])

@@ -60,8 +60,7 @@ class Plain:
         self.module = model.to(dtype)
         self.weights: list[Tensor] = list(model.parameters())
         self.masters = [p.detach().float() if dtype != torch.float32 else p for p in self.weights]
-        fused = self.weights[0].device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4, fused=fused)
+        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4, fused=True)
 
     def backward(self, loss: Tensor) -> None:
         """See ``Engine``."""

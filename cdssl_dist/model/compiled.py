@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cdssl_dist.data.batch import GraphBatch
-from cdssl_dist.model.edges import GaussianExpansion
+from cdssl_dist.model.edges import gaussians
 from cdssl_dist.model.loss import squared_error
 from cdssl_dist.model.megnet import PretextModel
 from cdssl_dist.model.pretext import Denoising
@@ -55,25 +55,21 @@ class CompiledDenoising(Denoising):
 
     def embed(self, distance: Tensor) -> Tensor:
         """See ``Denoising``."""
-        return _embed(self.expansion, distance) if torch.is_grad_enabled() else super().embed(distance)
+        return _embed(*self.expansion.scaled(distance)) if torch.is_grad_enabled() else super().embed(distance)
 
     def squared_error(self, predicted: Tensor, clean: Tensor, batch: GraphBatch) -> Tensor:
         """See ``Denoising``."""
         if not torch.is_grad_enabled():
             return super().squared_error(predicted, clean, batch)
-        return _squared_error(self.expansion, predicted, clean.index_select(0, batch.half), batch.scored)
+        return _squared_error(predicted, *self.expansion.scaled(clean.index_select(0, batch.half)), batch.scored)
 
 
-def _expansion(expansion: GaussianExpansion, distance: Tensor) -> Tensor:
-    return expansion(distance)
+def _error(predicted: Tensor, clean: Tensor, centers: Tensor, scored: Tensor) -> Tensor:
+    return squared_error(predicted, gaussians(clean, centers), scored)
 
 
-def _error(expansion: GaussianExpansion, predicted: Tensor, clean: Tensor, scored: Tensor) -> Tensor:
-    return squared_error(predicted, expansion(clean), scored)
-
-
-# Made once and compiled at the first call.
-_embed: Callable[..., Tensor] = torch.compile(_expansion, dynamic=False)
+# Made once and compiled at the first call. Centres come from outside: compiled code would make them anew for each edge.
+_embed: Callable[..., Tensor] = torch.compile(gaussians, dynamic=False)
 _squared_error: Callable[..., Tensor] = torch.compile(_error, dynamic=False)
 
 

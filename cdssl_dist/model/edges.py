@@ -51,6 +51,13 @@ class GaussianExpansion:
 
     def __call__(self, distance: Tensor) -> Tensor:
         """(n,) f32, Å → (n, M) f32. Distances carry no gradient, so it is computed in place."""
-        mu = torch.linspace(0.0, self.end, self.centers, device=distance.device)
-        scaled = (distance / self.gamma)[:, None] - mu / self.gamma
-        return scaled.square_().neg_().exp_()
+        return gaussians(*self.scaled(distance))
+
+    def scaled(self, distance: Tensor) -> tuple[Tensor, Tensor]:
+        """d/γ, (n,), and μ/γ, (M,)."""
+        return distance / self.gamma, torch.linspace(0.0, self.end, self.centers, device=distance.device) / self.gamma
+
+
+def gaussians(distance: Tensor, centers: Tensor) -> Tensor:
+    """exp(−(d − μ)²), both in units of γ: (n,), (M,) → (n, M)."""
+    return (distance[:, None] - centers).square_().neg_().exp_()

@@ -16,8 +16,7 @@ SUMS = ("edges", "squared", "absolute", "noisy", "mean", "single")
 
 def squared_error(predicted: Tensor, target: Tensor, scored: Tensor) -> Tensor:
     """Σ over scored edges and features of (ê − e)², f32."""
-    error = (predicted - target) * scored[:, None]
-    return (error * error).sum()
+    return ((predicted - target).square().sum(dim=1) * scored).sum()
 
 
 class SquaredError(torch.autograd.Function):

@@ -54,6 +54,25 @@ class CompiledSoftplus(torch.autograd.Function):
         return gradients[0] * (1.0 - 0.5 * torch.exp(-y))
 
 
+class CompiledBias(torch.autograd.Function):
+    """x + b as compiled code has it: in the pass over x that comes next, and its gradient a product with ones.
+
+    A matrix product that adds b would begin by copying it to every row; a sum over rows would read them once for each
+    16 columns.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        """(n, W), (W,) → (n, W)."""
+        return (x.unsqueeze(0) + bias).squeeze(0)  # in two dimensions torch would make it part of the product again
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """Of x and of the bias."""
+        (gradient,) = gradients
+        return gradient, gradient.new_ones(1, len(gradient)).mm(gradient).squeeze(0)
+
+
 def _is_fused(x: Tensor) -> bool:
     """Whether passes over it are compiled, in f32: bf16 has no digits for a derivative from what came out."""
     return torch.compiler.is_compiling() and x.dtype == torch.float32
@@ -66,12 +85,14 @@ def shifted_softplus(x: Tensor) -> Tensor:
     return F.softplus(x).sub_(LOG_2)  # in place: the gradient of softplus needs x alone
 
 
-def _linear(layer: Any, x: Tensor) -> Tensor:
-    """W x + b. Fused, b is added in the pass that takes φ: a matrix product would begin by copying it to every row."""
-    if not _is_fused(x):
-        return layer(x)
-    product: Tensor = x @ layer.weight.t()
-    return (product.unsqueeze(0) + layer.bias).squeeze(0)  # in two dimensions torch would make it one product again
+class Linear(nn.Linear):
+    """``nn.Linear``, which compiled code has in two parts: the product and the bias."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(n, in) → (n, out)."""
+        if _is_fused(input):
+            return CompiledBias.apply(input @ self.weight.t(), self.bias)  # type: ignore[no-untyped-call]
+        return super().forward(input)
 
 
 class Dense(nn.Module):
@@ -79,12 +100,12 @@ class Dense(nn.Module):
 
     def __init__(self, *sizes: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, first size) → (n, last size)."""
         for layer in self.layers:
-            x = shifted_softplus(_linear(layer, x))
+            x = shifted_softplus(layer(x))
         return x
 
 
@@ -127,8 +148,10 @@ class EdgeUpdate(nn.Module):
         receiving, sending, edge, state = self.first(x, x, u, s)
         # The state of a graph is added to its atoms first: one gather fewer over the edges.
         receiving = receiving + state.index_select(0, batch.graph_of_atom)
-        h = edge.add_(receiving.index_select(0, batch.receiver)).add_(sending.index_select(0, batch.sender))
-        return self.rest(shifted_softplus(h))
+        # In two dimensions compiled code would gather first, copy what it gathered and add the product to it.
+        h = edge.unsqueeze(0) if _is_fused(edge) else edge
+        h = h.add_(receiving.index_select(0, batch.receiver)).add_(sending.index_select(0, batch.sender))
+        return self.rest(shifted_softplus(h.view_as(edge)))
 
 
 class Block(nn.Module):
