@@ -6,6 +6,10 @@ with torch for CUDA; without it there is nothing to test.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
@@ -16,6 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed; it comes with tor
 from test_model import EXPANSION, FEATURES, TASK, batch_of, room_for, scaled
 
 from cdssl_dist.bench import gpu
+from cdssl_dist.bench.kernels import SHARED
 from cdssl_dist.data.batch import GraphBatch, PackShape, collate, widen
 from cdssl_dist.model.cost import flops_per_edge
 from cdssl_dist.model.edges import GaussianExpansion, distances
@@ -107,7 +112,7 @@ def test_the_bench_counts_the_flops_of_the_kernels() -> None:
         sum(flops for name, (_, flops) in gpu.by_hand(100, **sizes).items() if name.endswith(end))
         for end in ("forward", "backward")
     )
-    assert backward == 3 * forward
+    assert backward == 3 * forward + 2 * (3 - 1) * 2 * 32 * 64  # what dense layers make, once for each of two kernels
     inputs = 100 * 64 + 64 * 32  # which the reference has once for each half edge, and the kernels for each edge
     assert 3 * (forward - inputs) == pytest.approx(flops_per_edge(100, **sizes), rel=0.12)  # that has nodes as well
 
@@ -153,3 +158,25 @@ def test_sums_of_rows() -> None:
 def test_sizes_that_the_kernels_do_not_take() -> None:
     with pytest.raises(ValueError, match=r"width of 16, 32, 64, 128, not 256.*engine.kernels=torch"):
         FusedPretextModel(expansion=EXPANSION, width=256)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(["--first"], id="first shapes"),
+        pytest.param([], marks=pytest.mark.slow, id="all shapes"),
+        pytest.param(["--width", "128", "--hidden", "128"], marks=pytest.mark.slow, id="largest"),
+        pytest.param(["--width", "16", "--hidden", "16", "--dtype", "f32"], marks=pytest.mark.slow, id="smallest"),
+    ],
+)
+def test_each_launch_of_a_step_compiles_for_a_device(options: list[str]) -> None:
+    """The interpreter takes what the compiler refuses, and has all the shared memory and registers that there are."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "cdssl_dist.bench", "kernels", "--json", *options]
+    found = json.loads(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
+    by_kernel: dict[str, list[float]] = {}
+    for row in found["kernels"]:
+        by_kernel.setdefault(f"{row['kernel']}, {row['of']}", []).append(row["shared"] / 1024)
+    assert {name.split(",")[0] for name in by_kernel} == set(gpu.by_hand(100, 32, 64, 3))
+    for name, shared in by_kernel.items():
+        assert min(shared) <= SHARED[90], f"{name}: no shape fits"

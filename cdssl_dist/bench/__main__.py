@@ -18,6 +18,7 @@ BENCHMARKS: Final = {
     "step": ("cdssl_dist.bench.step", "one training step, eager and compiled, beside matgl: edges per second"),
     "growth": ("cdssl_dist.bench.growth", "how a step's cost grows with pack, width, depth, Gaussians and cutoff"),
     "gpu": ("cdssl_dist.bench.gpu", "what only a GPU can show: kernels checked, timed, and held against their bounds"),
+    "kernels": ("cdssl_dist.bench.kernels", "kernels compiled for a GPU that is not there: registers, shared memory"),
     "overhead": ("cdssl_dist.bench.overhead", "what engine, guard, metrics and checkpoints add to a plain torch loop"),
     "scaling": (
         "cdssl_dist.bench.scaling",

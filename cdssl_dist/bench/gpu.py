@@ -132,14 +132,16 @@ def by_hand(centers: int, width: int, hidden: int, blocks: int) -> dict[str, tup
     m, w, h = centers, width, hidden
     dense, update = 2 * w * h, 2 * w * h + h * h
     inputs = m * h + h * w
-    layers = (blocks - 1) * dense + (blocks + 1) * update  # the head has no dense layers
+    steps = blocks + 1  # the head has no dense layers, nor has the first block
+    again = (blocks - 1) * dense
+    layers = again + steps * update
     gathered = 2 * 2 * h + 8  # two rows of projections, two indices
-    steps = blocks + 1
     return {
         "_expand_forward": (4 + 2 * w, 2 * inputs),
         "_expand_backward": (4 + 2 * w, 3 * 2 * inputs),
         "_forward": (steps * (2 * w + gathered + 2 * w) + blocks * 2 * w, 2 * layers),
-        "_backward": (steps * (3 * 2 * w + gathered + 2 * h) + blocks * 4 * w, 3 * 2 * layers),
+        "_backward": (steps * (3 * 2 * w + gathered + 2 * h) + blocks * 4 * w, 2 * (again + 3 * steps * update)),
+        "_dense_backward": ((blocks - 1) * 4 * 2 * w, 3 * 2 * again),
         "_loss_forward": (2 * w + 5, 2 * w * m),
         "_loss_backward": (2 * w + 5 + 2 * w, 3 * 2 * w * m),
         "_sum": (blocks * 2 * w + steps * (2 * 2 * h + 4), 0.0),

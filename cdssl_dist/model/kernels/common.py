@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -22,21 +23,30 @@ def check_width(name: str, value: int) -> None:
         )
 
 
-def rows_per_tile(widest: int) -> int:
-    """Edges that a program handles at once."""
-    return 64 if widest <= 64 else 32
+def tuned(*shapes: tuple[int, int]) -> Callable[[Any], Any]:
+    """Decorate a kernel that ends with ``TILE``: how many edges a program handles at once, and in how many warps.
+
+    For each size and type of a layer all shapes are tried at the first call on a device; the fastest is kept on disk,
+    so that the next process starts with it, and adds in the same order. Loads are not staged (``num_stages=1``): the
+    buffers would take the shared memory that weights need.
+    """
+    if triton.knobs.runtime.interpret:  # on a CPU, which is a test
+        shapes = ((16, 4),)
+    configs = [triton.Config({"TILE": tile}, num_warps=warps, num_stages=1) for tile, warps in shapes]
+    keys = ["CENTERS", "WIDTH", "HIDDEN", "DENSE", "RESIDUAL"]
+    return lambda kernel: triton.autotune(
+        configs, [key for key in keys if key in kernel.arg_names], cache_results=True
+    )(kernel)
 
 
-def programs(tiles: int, device: torch.device) -> int:
+def programs(device: torch.device) -> int:
     """Of a kernel in which each program goes through several tiles and keeps sums of its own."""
-    if device.type != "cuda":
-        return min(tiles, FEW)
-    return min(tiles, 2 * torch.cuda.get_device_properties(device).multi_processor_count)
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else FEW
 
 
-def tiles_of(rows: int, per_tile: int) -> int:
-    """At least one, so that a pack without edges needs no case of its own."""
-    return max(-(-rows // per_tile), 1)
+def tiles_of(rows: int) -> Callable[[dict[str, int]], tuple[int]]:
+    """The grid of a kernel with a program for each tile; at least one, so that no edges need no case of their own."""
+    return lambda about: (max(triton.cdiv(rows, about["TILE"]), 1),)
 
 
 def partial(count: int, like: Tensor) -> Tensor:
@@ -50,37 +60,37 @@ def total(parts: Tensor, like: Tensor) -> Tensor:
 
 
 @triton.jit
-def softplus(x: Any) -> Any:
+def softplus(x: tl.tensor) -> tl.tensor:
     """The shifted softplus, zero at zero, f32."""
     return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x))) - 0.6931471805599453
 
 
 @triton.jit
-def linear(x: Any, weight: Any, INPUT: tl.constexpr, OUTPUT: tl.constexpr) -> Any:
+def linear(x: tl.tensor, weight: tl.tensor, INPUT: tl.constexpr, OUTPUT: tl.constexpr) -> tl.tensor:
     """X Wᵀ of a tile: (B, INPUT), weight (OUTPUT, INPUT) in memory → (B, OUTPUT) f32."""
     i = tl.arange(0, INPUT)
     o = tl.arange(0, OUTPUT)
     transposed = tl.load(weight + o[None, :] * INPUT + i[:, None])
-    return tl.dot(x, transposed, input_precision="ieee")
+    return tl.dot(x, transposed, input_precision="tf32x3")
 
 
 @triton.jit
-def back(dz: Any, weight: Any, INPUT: tl.constexpr, OUTPUT: tl.constexpr) -> Any:
+def back(dz: tl.tensor, weight: tl.tensor, INPUT: tl.constexpr, OUTPUT: tl.constexpr) -> tl.tensor:
     """Dz W: (B, OUTPUT) → (B, INPUT) f32, the gradient of what ``linear`` was given."""
     i = tl.arange(0, INPUT)
     o = tl.arange(0, OUTPUT)
     stored = tl.load(weight + o[:, None] * INPUT + i[None, :])
-    return tl.dot(dz, stored, input_precision="ieee")
+    return tl.dot(dz, stored, input_precision="tf32x3")
 
 
 @triton.jit
-def outer(dz: Any, x: Any) -> Any:
+def outer(dz: tl.tensor, x: tl.tensor) -> tl.tensor:
     """dzᵀ x: (B, OUTPUT), (B, INPUT) → (OUTPUT, INPUT) f32, the gradient of a weight."""
-    return tl.dot(tl.trans(dz), x, input_precision="ieee")
+    return tl.dot(tl.trans(dz), x, input_precision="tf32x3")
 
 
 @triton.jit
-def store_matrix(to: Any, value: Any, ROWS: tl.constexpr, COLUMNS: tl.constexpr) -> None:
+def store_matrix(to: tl.tensor, value: tl.tensor, ROWS: tl.constexpr, COLUMNS: tl.constexpr) -> None:
     """Of one program, f32."""
     r = tl.arange(0, ROWS)
     c = tl.arange(0, COLUMNS)
@@ -89,6 +99,6 @@ def store_matrix(to: Any, value: Any, ROWS: tl.constexpr, COLUMNS: tl.constexpr)
 
 
 @triton.jit
-def store_vector(to: Any, value: Any, SIZE: tl.constexpr) -> None:
+def store_vector(to: tl.tensor, value: tl.tensor, SIZE: tl.constexpr) -> None:
     """Of one program, f32."""
     tl.store(to + tl.program_id(0) * SIZE + tl.arange(0, SIZE), value)

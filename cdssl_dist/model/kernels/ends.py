@@ -19,24 +19,24 @@ from cdssl_dist.model.kernels.common import (
     outer,
     partial,
     programs,
-    rows_per_tile,
     softplus,
     store_matrix,
     store_vector,
     tiles_of,
     total,
+    tuned,
 )
 
 
 @triton.jit
-def _expanded(distance: Any, spacing: Any, gamma: Any, PADDED: tl.constexpr) -> Any:
+def _expanded(distance: tl.tensor, spacing: tl.tensor, gamma: tl.tensor, PADDED: tl.constexpr) -> tl.tensor:
     """(B,) Å → (B, PADDED) f32; columns beyond the last centre are multiplied with nothing."""
     scaled = (distance[:, None] - tl.arange(0, PADDED).to(tl.float32)[None, :] * spacing) / gamma
     return tl.exp(-scaled * scaled)
 
 
 @triton.jit
-def _padded(weight: Any, ROWS: tl.constexpr, CENTERS: tl.constexpr, PADDED: tl.constexpr) -> Any:
+def _padded(weight: tl.tensor, ROWS: tl.constexpr, CENTERS: tl.constexpr, PADDED: tl.constexpr) -> tl.tensor:
     """(ROWS, CENTERS) in memory → (PADDED, ROWS), zeros beyond."""
     r = tl.arange(0, ROWS)
     m = tl.arange(0, PADDED)
@@ -45,35 +45,36 @@ def _padded(weight: Any, ROWS: tl.constexpr, CENTERS: tl.constexpr, PADDED: tl.c
 
 @triton.jit
 def _input_layers(
-    features: Any,
-    w1: Any,
-    b1: Any,
-    w2: Any,
-    b2: Any,
+    features: tl.tensor,
+    w1: tl.tensor,
+    b1: tl.tensor,
+    w2: tl.tensor,
+    b2: tl.tensor,
     CENTERS: tl.constexpr,
     PADDED: tl.constexpr,
     WIDTH: tl.constexpr,
     HIDDEN: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     first = _padded(w1, HIDDEN, CENTERS, PADDED)
-    z1 = tl.dot(features, first, input_precision="ieee")
+    z1 = tl.dot(features, first, input_precision="tf32x3")
     z1 += tl.load(b1 + tl.arange(0, HIDDEN)).to(tl.float32)[None, :]
     h1 = softplus(z1).to(features.dtype)
     z2 = linear(h1, w2, HIDDEN, WIDTH) + tl.load(b2 + tl.arange(0, WIDTH)).to(tl.float32)[None, :]
     return z1, h1, z2
 
 
+@tuned((64, 4), (64, 8), (32, 4), (16, 4))
 @triton.jit
 def _expand_forward(
-    distance: Any,
-    w1: Any,
-    b1: Any,
-    w2: Any,
-    b2: Any,
-    out: Any,
-    n: Any,
-    spacing: Any,
-    gamma: Any,
+    distance: tl.tensor,
+    w1: tl.tensor,
+    b1: tl.tensor,
+    w2: tl.tensor,
+    b2: tl.tensor,
+    out: tl.tensor,
+    n: tl.tensor,
+    spacing: tl.tensor,
+    gamma: tl.tensor,
     CENTERS: tl.constexpr,
     PADDED: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -89,22 +90,22 @@ def _expand_forward(
     tl.store(out + at, softplus(z2).to(features.dtype), mask=live[:, None])
 
 
+@tuned((64, 4), (64, 8), (32, 4), (32, 8), (16, 8))
 @triton.jit
 def _expand_backward(
-    distance: Any,
-    w1: Any,
-    b1: Any,
-    w2: Any,
-    b2: Any,
-    g_out: Any,
-    g_w1: Any,
-    g_b1: Any,
-    g_w2: Any,
-    g_b2: Any,
-    n: Any,
-    tiles: Any,
-    spacing: Any,
-    gamma: Any,
+    distance: tl.tensor,
+    w1: tl.tensor,
+    b1: tl.tensor,
+    w2: tl.tensor,
+    b2: tl.tensor,
+    g_out: tl.tensor,
+    g_w1: tl.tensor,
+    g_b1: tl.tensor,
+    g_w2: tl.tensor,
+    g_b2: tl.tensor,
+    n: tl.tensor,
+    spacing: tl.tensor,
+    gamma: tl.tensor,
     CENTERS: tl.constexpr,
     PADDED: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -115,7 +116,7 @@ def _expand_backward(
     a_b1 = tl.zeros([HIDDEN], tl.float32)
     a_w2 = tl.zeros([WIDTH, HIDDEN], tl.float32)
     a_b2 = tl.zeros([WIDTH], tl.float32)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for tile in range(tl.program_id(0), tl.cdiv(n, TILE), tl.num_programs(0)):
         row = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
         live = row < n
         d = tl.load(distance + row, mask=live, other=0.0)
@@ -147,8 +148,9 @@ class Expand(torch.autograd.Function):
         held = [w.contiguous() for w in weights]
         n, (hidden, centers), width = len(distance), held[0].shape, len(held[3])
         out = torch.empty(n, width, dtype=held[0].dtype, device=distance.device)
-        sizes = _sizes(centers, width, hidden)
-        _expand_forward[(tiles_of(n, sizes[-1]),)](distance, *held, out, n, *_numbers(expansion), *sizes)
+        _expand_forward[tiles_of(n)](
+            distance, *held, out, n, *_numbers(expansion), centers, _padding(centers), width, hidden
+        )
         ctx.save_for_backward(distance, *held)
         ctx.expansion = expansion
         return out
@@ -158,81 +160,84 @@ class Expand(torch.autograd.Function):
         """Of the weights; distances are data."""
         distance, *held = ctx.saved_tensors
         n, (hidden, centers), width = len(distance), held[0].shape, len(held[3])
-        sizes = _sizes(centers, width, hidden)
-        tiles = tiles_of(n, sizes[-1])
-        count = programs(tiles, distance.device)
+        count = programs(distance.device)
         parts = [partial(count, w) for w in held]
         _expand_backward[(count,)](
-            distance, *held, gradients[0].contiguous(), *parts, n, tiles, *_numbers(ctx.expansion), *sizes
+            *(distance, *held, gradients[0].contiguous(), *parts, n, *_numbers(ctx.expansion)),
+            *(centers, _padding(centers), width, hidden),
         )
         return None, None, *(total(p, w) for p, w in zip(parts, held, strict=True))
 
 
 @triton.jit
 def _errors(
-    u: Any,
-    row: Any,
-    live: Any,
-    clean: Any,
-    scored: Any,
-    w: Any,
-    b: Any,
-    spacing: Any,
-    gamma: Any,
+    u: tl.tensor,
+    row: tl.tensor,
+    live: tl.tensor,
+    clean: tl.tensor,
+    scored: tl.tensor,
+    w: tl.tensor,
+    b: tl.tensor,
+    spacing: tl.tensor,
+    gamma: tl.tensor,
     CENTERS: tl.constexpr,
     PADDED: tl.constexpr,
     WIDTH: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """ê − e of a tile, zero where it is not scored: (B, PADDED) f32."""
     m = tl.arange(0, PADDED)
     c = tl.arange(0, WIDTH)
     inside = m < CENTERS
     last = tl.load(w + m[None, :] * WIDTH + c[:, None], mask=inside[None, :], other=0.0)
-    guess = tl.dot(u, last, input_precision="ieee") + tl.load(b + m, mask=inside, other=0.0).to(tl.float32)[None, :]
+    guess = tl.dot(u, last, input_precision="tf32x3") + tl.load(b + m, mask=inside, other=0.0).to(tl.float32)[None, :]
     d = tl.load(clean + row, mask=live, other=0.0)
     counts = tl.load(scored + row, mask=live, other=0) != 0
     return tl.where(counts[:, None] & inside[None, :], guess - _expanded(d, spacing, gamma, PADDED), 0.0)
 
 
+@tuned((64, 4), (64, 8), (32, 4), (16, 4))
 @triton.jit
 def _loss_forward(
-    u: Any,
-    clean: Any,
-    scored: Any,
-    w: Any,
-    b: Any,
-    out: Any,
-    n: Any,
-    spacing: Any,
-    gamma: Any,
+    u: tl.tensor,
+    clean: tl.tensor,
+    scored: tl.tensor,
+    w: tl.tensor,
+    b: tl.tensor,
+    out: tl.tensor,
+    n: tl.tensor,
+    spacing: tl.tensor,
+    gamma: tl.tensor,
     CENTERS: tl.constexpr,
     PADDED: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    live = row < n
-    at = row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    values = tl.load(u + at, mask=live[:, None], other=0.0)
-    error = _errors(values, row, live, clean, scored, w, b, spacing, gamma, CENTERS, PADDED, WIDTH)
-    tl.store(out + tl.program_id(0), tl.sum(tl.sum(error * error, 1), 0))
+    squared = tl.zeros([TILE], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(n, TILE), tl.num_programs(0)):
+        row = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
+        live = row < n
+        at = row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        values = tl.load(u + at, mask=live[:, None], other=0.0)
+        error = _errors(values, row, live, clean, scored, w, b, spacing, gamma, CENTERS, PADDED, WIDTH)
+        squared += tl.sum(error * error, 1)
+    tl.store(out + tl.program_id(0), tl.sum(squared, 0))
 
 
+@tuned((64, 4), (64, 8), (32, 4), (32, 8), (16, 8))
 @triton.jit
 def _loss_backward(
-    u: Any,
-    clean: Any,
-    scored: Any,
-    w: Any,
-    b: Any,
-    gradient: Any,
-    du: Any,
-    g_w: Any,
-    g_b: Any,
-    n: Any,
-    tiles: Any,
-    spacing: Any,
-    gamma: Any,
+    u: tl.tensor,
+    clean: tl.tensor,
+    scored: tl.tensor,
+    w: tl.tensor,
+    b: tl.tensor,
+    gradient: tl.tensor,
+    du: tl.tensor,
+    g_w: tl.tensor,
+    g_b: tl.tensor,
+    n: tl.tensor,
+    spacing: tl.tensor,
+    gamma: tl.tensor,
     CENTERS: tl.constexpr,
     PADDED: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -245,7 +250,7 @@ def _loss_backward(
     a_w = tl.zeros([PADDED, WIDTH], tl.float32)
     a_b = tl.zeros([PADDED], tl.float32)
     stored = tl.load(w + m[:, None] * WIDTH + c[None, :], mask=inside[:, None], other=0.0)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for tile in range(tl.program_id(0), tl.cdiv(n, TILE), tl.num_programs(0)):
         row = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
         live = row < n
         at = row[:, None] * WIDTH + c[None, :]
@@ -254,7 +259,7 @@ def _loss_backward(
         g = (twice * error).to(values.dtype)
         a_w += outer(g, values)
         a_b += tl.sum(g.to(tl.float32), 0)
-        tl.store(du + at, tl.dot(g, stored, input_precision="ieee").to(values.dtype), mask=live[:, None])
+        tl.store(du + at, tl.dot(g, stored, input_precision="tf32x3").to(values.dtype), mask=live[:, None])
     at = tl.program_id(0) * CENTERS * WIDTH + m[:, None] * WIDTH + c[None, :]
     tl.store(g_w + at, a_w, mask=inside[:, None])
     tl.store(g_b + tl.program_id(0) * CENTERS + m, a_b, mask=inside)
@@ -270,27 +275,20 @@ class Loss(torch.autograd.Function):
         """(E, W), (E,) f32 Å, (E,) bool, (M, W), (M,) → () f32."""
         u, w, counts = u.contiguous(), w.contiguous(), scored.to(torch.int8)
         centers, width = w.shape
-        sizes = _sizes(centers, width, width)
-        shape = (*sizes[:3], sizes[-1])
-        tiles = tiles_of(len(u), sizes[-1])
-        out = torch.empty(tiles, dtype=torch.float32, device=u.device)
-        _loss_forward[(tiles,)](u, clean, counts, w, b, out, len(u), *_numbers(expansion), *shape)
+        ctx.about = (*_numbers(expansion), centers, _padding(centers), width)
+        out = torch.empty(programs(u.device), dtype=torch.float32, device=u.device)
+        _loss_forward[(len(out),)](u, clean, counts, w, b, out, len(u), *ctx.about)
         ctx.save_for_backward(u, clean, counts, w, b)
-        ctx.expansion, ctx.shape = expansion, shape
         return out.sum()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         """Of edges and weights."""
         u, clean, counts, w, b = ctx.saved_tensors
-        tiles = tiles_of(len(u), ctx.shape[-1])
-        count = programs(tiles, u.device)
+        count = programs(u.device)
         du, g_w, g_b = torch.empty_like(u), partial(count, w), partial(count, b)
         gradient = gradients[0].to(torch.float32).contiguous()
-        _loss_backward[(count,)](
-            *(u, clean, counts, w, b, gradient, du, g_w, g_b, len(u), tiles),
-            *(*_numbers(ctx.expansion), *ctx.shape),
-        )
+        _loss_backward[(count,)](u, clean, counts, w, b, gradient, du, g_w, g_b, len(u), *ctx.about)
         return du, None, None, None, total(g_w, w), total(g_b, b)
 
 
@@ -299,6 +297,6 @@ def _numbers(expansion: GaussianExpansion) -> tuple[float, float]:
     return expansion.end / (expansion.centers - 1), expansion.gamma
 
 
-def _sizes(centers: int, width: int, hidden: int) -> tuple[int, int, int, int, int]:
-    padded = max(triton.next_power_of_2(centers), 16)
-    return centers, padded, width, hidden, rows_per_tile(max(padded, hidden))
+def _padding(centers: int) -> int:
+    """Columns of a product of Gaussians, of which there must be a power of two, and 16 at least."""
+    return max(int(triton.next_power_of_2(centers)), 16)

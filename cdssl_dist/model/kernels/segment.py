@@ -14,11 +14,11 @@ ROWS = 32  # that are added at once
 
 @triton.jit
 def _sum(
-    values: Any,
-    order: Any,
-    row_ptr: Any,
-    stop: Any,
-    out: Any,
+    values: tl.tensor,
+    order: tl.tensor,
+    row_ptr: tl.tensor,
+    stop: tl.tensor,
+    out: tl.tensor,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
