@@ -103,8 +103,8 @@ class BeyondDenoising(Denoising):
 
     def recovered(self, model: nn.Module, noisy: Tensor, clean: Tensor, batch: GraphBatch) -> tuple[Tensor, Tensor]:
         """See ``Denoising``; the loss is the sum of all."""
-        hides = masked(batch.noise_counter, self.options.masked, self.seed)
-        seen = replace(batch, atomic_numbers=batch.atomic_numbers.masked_fill(hides, 0))
+        hides = masked(batch.noise_counter, self.options.masked, self.seed) if self.options.masked else None
+        seen = batch if hides is None else replace(batch, atomic_numbers=batch.atomic_numbers.masked_fill(hides, 0))
         sigma = sigma_of(batch.graph_counter, *self.sigma, self.seed) / self.sigma[1]
         true = self.embed(clean) if self.options.conditioned else None
         found: Recovered = model(noisy, seen, true, sigma)
@@ -113,7 +113,7 @@ class BeyondDenoising(Denoising):
         if found.pulls is not None:
             error = self._pulled(found.pulls, batch) - self._displacements(batch)
             loss = loss + self.options.displacement * (edges_of_atom * error.square().sum(dim=1)).sum()
-        if found.elements is not None:
+        if found.elements is not None and hides is not None:
             entropy = F.cross_entropy(found.elements, batch.atomic_numbers, reduction="none")
             loss = loss + (edges_of_atom * hides * entropy).sum()
         return found.edges, loss

@@ -19,7 +19,6 @@ from cdssl_dist.data.dataset import BadBlockError
 from cdssl_dist.data.loader import DataSet, Loader, Step
 from cdssl_dist.data.subset import elements
 from cdssl_dist.model.cost import flops_per_edge
-from cdssl_dist.model.edges import GaussianExpansion
 from cdssl_dist.model.export import EncoderCard, write_encoder
 from cdssl_dist.model.loss import SUMS, metrics_of
 from cdssl_dist.train import checkpoint
@@ -98,11 +97,9 @@ class Trainer:
         self.data = DataSet(config.data_path, cache_gb=config.data.cache_gb)
         k, per_step = config.data.blocks_per_pack, config.data.packs_per_step
         self.plan = plan_of(config, self.data)
-        end = self.data.manifest.cutoff + config.graph.margin
-        expansion = GaussianExpansion(config.graph.centers, end, config.graph.gamma)
         torch.manual_seed(config.model.seed)
         self.size = config.model.model_dump(exclude={"seed"})
-        model, self.task = model_and_task(config, device, expansion)
+        model, self.task = model_and_task(config, device, self.data.manifest.cutoff)
         packs, bad_blocks = config.tracking.baseline_packs, config.data.bad_blocks
         fitted = replace(self.plan, last="pad")
         self.reference = fit_reference(self.data, fitted, self.task, packs, device, bad_blocks)
@@ -119,7 +116,7 @@ class Trainer:
             **config.optim.model_dump(exclude={"lr"}),
         )
         self.engine = Engine(model, settings, device, self._decide)
-        self.meter = Meter(device, config.engine.precision, flops_per_edge(expansion.centers, **self.size))
+        self.meter = Meter(device, config.engine.precision, flops_per_edge(config.graph.centers, **self.size))
 
         self.cursor = 0
         self.ledger = Ledger.read(self.folder)

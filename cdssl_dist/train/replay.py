@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from cdssl_dist.config import Config, load
 from cdssl_dist.data.batch import GraphBatch, widen
 from cdssl_dist.data.dataset import DataSet
-from cdssl_dist.model.edges import GaussianExpansion
 from cdssl_dist.model.megnet import segment_sum
 from cdssl_dist.model.pretext import Denoising
 from cdssl_dist.train.checkpoint import CheckpointError, newest
@@ -84,8 +83,7 @@ def replay(run: Path, step: int) -> Replay:
     data = DataSet(config.data_path)
     if data.manifest.digest != found.progress.data_digest:
         raise CheckpointError(f"{config.data_path}: not the data set that {found.folder} was trained on")
-    expansion = GaussianExpansion(config.graph.centers, data.manifest.cutoff + config.graph.margin, config.graph.gamma)
-    model, task = _model_and_task(config, expansion, found.folder)
+    model, task = _model_and_task(config, data.manifest.cutoff, found.folder)
     plan = plan_of(config, data)
     total = max(plan.edges_of(step), 1)
 
@@ -128,9 +126,9 @@ def _squared_by_graph(task: Denoising, model: nn.Module, batch: GraphBatch) -> T
     return segment_sum(error.square().sum(dim=1, keepdim=True), batch.graph_of_edge, batch.n_graphs)[:, 0]
 
 
-def _model_and_task(config: Config, expansion: GaussianExpansion, folder: Path) -> tuple[nn.Module, Denoising]:
+def _model_and_task(config: Config, cutoff: float, folder: Path) -> tuple[nn.Module, Denoising]:
     plain = config.engine.model_copy(update={"compile": False, "kernels": "torch", "recompute": False})
-    model, task = model_and_task(config.model_copy(update={"engine": plain}), torch.device("cpu"), expansion)
+    model, task = model_and_task(config.model_copy(update={"engine": plain}), torch.device("cpu"), cutoff)
     with torch.no_grad():
         own = dict(model.named_parameters())
         for path in folder.glob("state-*.safetensors"):

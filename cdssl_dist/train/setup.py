@@ -41,15 +41,19 @@ def plan_of(config: Config, data: DataSet) -> EpochPlan:
     return EpochPlan(table, config.noise.seed, config.data.blocks_per_pack, config.data.packs_per_step)
 
 
-def model_and_task(
-    config: Config, device: torch.device, expansion: GaussianExpansion
-) -> tuple[PretextModel, Denoising]:
+def model_and_task(config: Config, device: torch.device, cutoff: float) -> tuple[PretextModel, Denoising]:
     """The network and the task that goes with the way its edges take.
+
+    Args:
+        config: of the run.
+        device: of this rank.
+        cutoff: of the graphs, Å; centres of the expansion reach beyond it by ``graph.margin``.
 
     Raises:
         SetupError: where this machine, or this size, knows no such way.
     """
     size = config.model.model_dump(exclude={"seed"})
+    expansion = GaussianExpansion(config.graph.centers, cutoff + config.graph.margin, config.graph.gamma)
     about = (expansion, config.noise.range, config.noise.seed)
     if config.engine.kernels == "triton":
         if os.environ.get("TRITON_INTERPRET") != "1":
@@ -65,15 +69,15 @@ def model_and_task(
             return FusedPretextModel(expansion=expansion, **size), FusedDenoising(*about)
         except (ImportError, ValueError) as why:  # no Triton, which comes with torch for CUDA; or another width
             raise SetupError(f"engine.kernels=triton: {why}") from None
-    fused = config.engine.compile
+    compiled = config.engine.compile
     size |= {"edge_features": expansion.centers, "recompute": config.engine.recompute}
     model: PretextModel
     task: Denoising
     if config.pretext.options:
         options = Options(**config.pretext.options)
         model = BeyondModel(options=options, **size)
-        task = (CompiledBeyond if fused else BeyondDenoising)(*about, options)
+        task = (CompiledBeyond if compiled else BeyondDenoising)(*about, options)
     else:
         model = PretextModel(**size)
-        task = (CompiledDenoising if fused else Denoising)(*about)
-    return (compile_model(model) if fused else model), task
+        task = (CompiledDenoising if compiled else Denoising)(*about)
+    return (compile_model(model) if compiled else model), task
