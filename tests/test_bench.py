@@ -192,6 +192,7 @@ def test_a_plain_step_needs_torch_and_a_data_set_only(data_folder: Path) -> None
     assert json.loads(done.stdout)["ms per step"]["plain torch"] > 0
 
 
+@pytest.mark.slow
 def test_a_step_with_everything(data_folder: Path) -> None:
     arguments = ["overhead", "--data", str(data_folder), "--steps", "2", "--repeat", "1", "--json", "--dtype", "bf16"]
     command = [sys.executable, "-m", "cdssl_dist.bench", *arguments]

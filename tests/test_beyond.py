@@ -253,7 +253,7 @@ def test_what_is_asked_for_is_learned(name: str, crystals: list[Crystal]) -> Non
     assert float(besides()) < 0.8 * blind
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_run_with_all_options_resumes_replays_and_leaves_a_plain_encoder(
     stage: int, data_folder: Path, tmp_path: Path
 ) -> None:

@@ -504,7 +504,7 @@ def test_a_run_goes_on_at_another_number_of_ranks_and_another_stage(
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2)), 3])
 def test_ranks_that_divide_no_tensor_resume(stage: int, data_folder: Path, tmp_path: Path) -> None:
     """Three ranks: three divides the number of elements of hardly any tensor."""
     content = {"data": {"packs_per_step": 3}, "model": {"width": 8, "hidden": 16, "blocks": 1}}
