@@ -26,6 +26,7 @@ from cdssl_dist.finetune.targets import Array, Target, Task
 from cdssl_dist.finetune.tuning import FineTuning, Member, fit
 from cdssl_dist.mlops.model_card import write_model_card
 from cdssl_dist.mlops.models import CHAMPION
+from cdssl_dist.model.heads import ReadoutName
 from sharding.graph import Multigraphs, concatenate
 
 
@@ -35,7 +36,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
     Args:
         encoder: ``models:/NAME@ALIAS``, a folder, or a ``CrystalEncoder``.
         registry_uri: of the MLflow server or SQLite file; see ``CrystalEncoder.from_registry``.
-        epochs, batch_size, lr, patience, warmup, freeze, layer_decay: see ``tuning.FineTuning``.
+        epochs, batch_size, lr, patience, warmup, freeze, layer_decay, readout: see ``tuning.FineTuning``.
         members: networks that answer together.
         validation: share of the crystals, by whole formulas, for early stopping; where there are fewer than three
             formulas, or it is 0, the last weights are taken.
@@ -54,6 +55,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         warmup: int = 0,
         freeze: int = 0,
         layer_decay: float = 1.0,
+        readout: ReadoutName = "set2set",
         members: int = 1,
         validation: float = 0.1,
         random_state: int = 0,
@@ -67,6 +69,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         self.warmup = warmup
         self.freeze = freeze
         self.layer_decay = layer_decay
+        self.readout = readout
         self.members = members
         self.validation = validation
         self.random_state = random_state
@@ -80,6 +83,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
             warmup=self.warmup,
             freeze=self.freeze,
             layer_decay=self.layer_decay,
+            readout=self.readout,
         )
         found = self.encoder
         if not isinstance(found, CrystalEncoder):
@@ -106,7 +110,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
     ) -> None:
         ref = self.encoder if isinstance(self.encoder, str) else repr(encoder)
         own = property_card(encoder.card, ref, members, task, graphs, asdict(how) | {"members": self.members})
-        networks = [network_of(own, task.outputs) for _ in members]
+        networks = [network_of(own, task.outputs, own.readout) for _ in members]
         for network, member in zip(networks, members, strict=True):
             network.load_state_dict(member.weights)
         self.members_ = list(members)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cdssl_dist.data.batch import GraphBatch, PackShape, collate, widen
 from cdssl_dist.model.compiled import compile_model
 from cdssl_dist.model.edges import GaussianExpansion, distances
-from cdssl_dist.model.heads import PropertyModel
+from cdssl_dist.model.heads import READOUTS, PropertyModel, ReadoutName
 from cdssl_dist.model.loss import BINS, SUMS, Baseline, baseline_sums, figures, fit_baseline, metrics_of, squared_error
 from cdssl_dist.model.megnet import CompiledSoftplus, MEGNet, PretextModel, SplitLinear, pooled, segment_sum
 from cdssl_dist.model.pretext import Denoising
@@ -191,14 +191,29 @@ def test_padding_changes_no_output(model: PretextModel, crystals: list[Crystal])
     torch.testing.assert_close(padded, tight, rtol=1e-6, atol=1e-6)
 
 
-def test_padding_changes_no_prediction_of_a_property(crystals: list[Crystal]) -> None:
-    model = scaled(PropertyModel(MEGNet(edge_features=FEATURES, width=8, hidden=12), EXPANSION, targets=2))
+@pytest.mark.parametrize("readout", READOUTS)
+def test_padding_changes_no_prediction_of_a_property(crystals: list[Crystal], readout: ReadoutName) -> None:
+    model = scaled(PropertyModel(MEGNet(edge_features=FEATURES, width=8, hidden=12), EXPANSION, 2, readout))
     tight = model(batch_of(crystals))[: len(crystals)]
     padded = model(batch_of(crystals, room_for(batch_of(crystals))))[: len(crystals)]
     alone = torch.cat([model(batch_of([c]))[:1] for c in crystals])
     torch.testing.assert_close(padded, tight, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(alone, tight, rtol=1e-4, atol=1e-4)
     assert tight.std(dim=0).min() > 0.1
+
+
+def test_a_readout_of_atoms_is_the_mean_of_what_they_add(crystals: list[Crystal]) -> None:
+    """By hand, atom by atom."""
+    crystal = max(crystals, key=lambda c: len(c.positions))
+    model = scaled(PropertyModel(MEGNet(edge_features=FEATURES, width=8, hidden=12), EXPANSION, 2, "atoms"))
+    batch = batch_of([crystal])
+    with torch.no_grad():
+        x, u, s = model.encoder(EXPANSION(distances(batch, batch.positions)), batch)
+        each = [
+            model.readout.mlp(torch.cat([x[v], u[batch.receiver == v].mean(dim=0), s[0]])[None])[0]
+            for v in range(len(crystal.positions))
+        ]
+        torch.testing.assert_close(model(batch)[0], torch.stack(each).mean(dim=0), rtol=1e-5, atol=1e-6)
 
 
 def gradients(model: nn.Module, batch: GraphBatch) -> tuple[float, dict[str, Tensor]]:

@@ -405,7 +405,9 @@ def test_a_property_of_the_older_format_predicts_and_registers(uri: str, repo: P
     old = repo / "tests" / "data" / "property-v1"
     model = read_property(old)
     assert not model.task.targets[0].log
-    assert (model.card.version, model.card.uncertainty) == (3, {}) and len(model.networks) == 2
+    assert (model.card.version, model.card.uncertainty, model.card.readout) == (4, {}, "set2set") and len(
+        model.networks
+    ) == 2
     aluminium = Structure(Lattice.cubic(4.05), ["Al"] * 4, [[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])
     said = model.predict(next(graphs_of([aluminium], model.card.cutoff, {})))
     assert said.mean.shape == said.std.shape == (1, 1) and 0 < said.mean.item() < 40  # Å³/atom; its scaler: 18.6 ± 5.6

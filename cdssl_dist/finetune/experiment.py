@@ -184,7 +184,7 @@ def permuted(encoder: MEGNet, seed: int) -> MEGNet:
 
 def predict(member: Member, card: EncoderCard, graphs: Multigraphs, task: Task) -> Array:
     """Predictions of one trained network, in the units of the targets."""
-    network: PropertyModel = network_of(card, task.outputs)
+    network: PropertyModel = network_of(card, task.outputs, member.readout)
     network.load_state_dict(member.weights)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     return outputs(network, graphs, member.scaler, task)

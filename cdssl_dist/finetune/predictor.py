@@ -15,17 +15,21 @@ from cdssl_dist.finetune.targets import Array, Scaler, Task
 from cdssl_dist.finetune.tuning import Member, outputs
 from cdssl_dist.model.edges import GaussianExpansion
 from cdssl_dist.model.export import EncoderCard, ExportError, Upgrade, read_content, read_weights, write_pair
-from cdssl_dist.model.heads import PropertyModel
+from cdssl_dist.model.heads import PropertyModel, ReadoutName
 from cdssl_dist.model.megnet import MEGNet
 from sharding.graph import Multigraphs
 
 FORMAT: Final = "cdssl-property"
-VERSION: Final = 3
+VERSION: Final = 4
 STEM: Final = "property"
 
 # version → what makes the next one of it. 1 → 2: what the deviation of an ensemble is to be multiplied by. 2 → 3:
-# whether the logarithm of a target is learned.
-UPGRADES: Final[dict[int, Upgrade]] = {1: lambda content: content | {"uncertainty": {}}, 2: lambda content: content}
+# whether the logarithm of a target is learned. 3 → 4: which readout there is.
+UPGRADES: Final[dict[int, Upgrade]] = {
+    1: lambda content: content | {"uncertainty": {}},
+    2: lambda content: content,
+    3: lambda content: content | {"readout": "set2set"},
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class PropertyCard:
     metrics: dict[str, float]
     sources: list[dict[str, str]]
     code_version: str
+    readout: ReadoutName = "set2set"
     uncertainty: dict[str, float] = field(default_factory=dict)  # target → see uncertainty.Uncertainty.factor
     weights_sha256: str = ""
     format: str = FORMAT
@@ -99,10 +104,10 @@ def unseen_elements(seen: Sequence[int], graphs: Multigraphs) -> list[list[int]]
     return found
 
 
-def network_of(card: EncoderCard | PropertyCard, outputs_: int) -> PropertyModel:
+def network_of(card: EncoderCard | PropertyCard, outputs_: int, readout: ReadoutName = "set2set") -> PropertyModel:
     """An untrained network of the right shape."""
     expansion = GaussianExpansion(card.centers, card.end, card.gamma)
-    return PropertyModel(MEGNet(edge_features=card.centers, **card.model), expansion, outputs_)
+    return PropertyModel(MEGNet(edge_features=card.centers, **card.model), expansion, outputs_, readout)
 
 
 def write_property(folder: Path, members: Sequence[Member], card: PropertyCard) -> None:
@@ -144,6 +149,7 @@ def property_card(
         elements=seen,
         encoder={"ref": ref, "weights_sha256": encoder.weights_sha256, "data_digest": encoder.data_digest},
         settings=settings,
+        readout=members[0].readout,
         code_version=__version__,
         **nothing | known,
     )
@@ -175,7 +181,7 @@ def read_property(folder: str | Path) -> Predictor:
         task = Task.read(card.task)
         networks, scalers = [], []
         for i, scaler in enumerate(card.scalers):
-            network = network_of(card, task.outputs)
+            network = network_of(card, task.outputs, card.readout)
             network.load_state_dict({n.removeprefix(f"{i}."): w for n, w in weights.items() if n.startswith(f"{i}.")})
             networks.append(network)
             scalers.append(Scaler(np.array(scaler["center"]), np.array(scaler["scale"]), task.targets))

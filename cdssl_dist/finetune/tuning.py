@@ -17,7 +17,7 @@ from cdssl_dist.finetune.splits import Indices, Split
 from cdssl_dist.finetune.targets import Array, Scaler, Task
 from cdssl_dist.model.edges import GaussianExpansion
 from cdssl_dist.model.embedding import batch_of, parts
-from cdssl_dist.model.heads import PropertyModel
+from cdssl_dist.model.heads import READOUTS, PropertyModel, ReadoutName
 from cdssl_dist.model.megnet import MEGNet
 from sharding.graph import Multigraphs
 
@@ -44,6 +44,7 @@ class FineTuning:
     freeze: int = 0  # stages of the encoder that stay as they are: 1 embedding and input layers, 2 the first block, …
     layer_decay: float = 1.0  # the rate of a stage is that of the next one times this
     weight_decay: float = 1e-5
+    readout: ReadoutName = "set2set"
     seed: int = 0
     threads: int = 1  # batches are small: more threads mostly wait for each other
 
@@ -54,6 +55,8 @@ class FineTuning:
                 raise TuningError(f"{name} must be above 0, not {getattr(self, name)}")
         if min(self.warmup, self.freeze, self.weight_decay) < 0:
             raise TuningError("warmup, freeze and weight_decay must not be below 0")
+        if self.readout not in READOUTS:
+            raise TuningError(f"readout must be one of {', '.join(READOUTS)}, not {self.readout}")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Member:
     scaler: Scaler
     history: list[dict[str, float]]  # a line an epoch: epoch, loss (standardised), val (units of the targets), lr
     best: int  # the epoch whose weights these are
+    readout: ReadoutName = "set2set"
 
 
 def fit(
@@ -109,7 +113,8 @@ def fit(
 
     with _quiet(how):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = PropertyModel(copy.deepcopy(encoder).requires_grad_(True), expansion, task.outputs).to(device)
+        own = copy.deepcopy(encoder).requires_grad_(True)
+        model = PropertyModel(own, expansion, task.outputs, how.readout).to(device)
         stages = stages_of(model)
         optimizer = _optimizer(stages, how)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, how.epochs)
@@ -145,7 +150,7 @@ def fit(
                 break
     if not best_weights:
         raise DivergedError("no validation error was ever finite: a lower learning rate may help")
-    return Member({name: w.cpu() for name, w in best_weights.items()}, scaler, history, best_epoch)
+    return Member({n: w.cpu() for n, w in best_weights.items()}, scaler, history, best_epoch, how.readout)
 
 
 def watched(task: Task, true: Array, predicted: Array, scaler: Scaler, n_atoms: Array) -> float:

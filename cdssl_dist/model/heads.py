@@ -1,16 +1,20 @@
-"""What is put on an encoder downstream: the Set2Set readout and a multilayer perceptron."""
+"""What is put on an encoder downstream: a readout and a multilayer perceptron."""
 
 from __future__ import annotations
+
+from typing import Final, Literal
 
 import torch
 from torch import Tensor, nn
 
 from cdssl_dist.data.batch import GraphBatch
 from cdssl_dist.model.edges import GaussianExpansion, distances
-from cdssl_dist.model.megnet import Dense, MEGNet
+from cdssl_dist.model.megnet import Dense, MEGNet, segment_sum
+
+ReadoutName = Literal["set2set", "atoms"]
 
 
-class Readout(nn.Module):
+class Set2SetReadout(nn.Module):
     """x̂ and û through Set2Set (Vinyals et al. 2016), concatenated with ŝ, then an MLP.
 
     Args:
@@ -36,13 +40,45 @@ class Readout(nn.Module):
         return self.mlp(torch.cat([nodes, edges, s], dim=1))
 
 
+class AtomsReadout(nn.Module):
+    """What each atom adds, by an MLP of x̂, the mean of û over its edges, and ŝ; their mean is the answer.
+
+    So N times the answer, which an extensive target is, is a sum over atoms (as in SchNet, Schütt et al. 2018).
+
+    Args:
+        width: of the encoder.
+        hidden: of the MLP.
+        targets: number of outputs.
+    """
+
+    def __init__(self, width: int, hidden: int = 64, targets: int = 1) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(Dense(3 * width, hidden, hidden // 2), nn.Linear(hidden // 2, targets))
+
+    def forward(self, x: Tensor, u: Tensor, s: Tensor, batch: GraphBatch) -> Tensor:
+        """(N, W), (E, W), (G, W) → (G, targets)."""
+        degree = batch.row_ptr.diff().clamp(min=1)[:, None]
+        edges = segment_sum(u, batch.receiver, batch.n_atoms) / degree
+        each = self.mlp(torch.cat([x, edges, s.index_select(0, batch.graph_of_atom)], dim=1))
+        total = segment_sum(each, batch.graph_of_atom, batch.n_graphs)
+        return total / batch.atoms_of_graph.clamp(min=1)[:, None]
+
+
+READOUTS: Final[dict[ReadoutName, type[Set2SetReadout | AtomsReadout]]] = {
+    "set2set": Set2SetReadout,
+    "atoms": AtomsReadout,
+}
+
+
 class PropertyModel(nn.Module):
     """Encoder and readout, from a batch of clean crystals to standardised targets."""
 
-    def __init__(self, encoder: MEGNet, expansion: GaussianExpansion, targets: int = 1) -> None:
+    def __init__(
+        self, encoder: MEGNet, expansion: GaussianExpansion, targets: int = 1, readout: ReadoutName = "set2set"
+    ) -> None:
         super().__init__()
         self.encoder, self.expansion = encoder, expansion
-        self.readout = Readout(encoder.width, targets=targets)
+        self.readout = READOUTS[readout](encoder.width, targets=targets)
 
     def forward(self, batch: GraphBatch) -> Tensor:
         """(G, targets), padding graphs included."""

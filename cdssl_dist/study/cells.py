@@ -275,11 +275,14 @@ class Plan:
             weight_decay=budget.weight_decay,
             seed=cell.seed,
             freeze=card.model["blocks"] + 1 if arm and arm.frozen else 0,
+            readout=arm.readout if arm else "set2set",
         )
         if arm:
             shape = [card.model, card.centers, card.end, card.gamma]
             weights = "" if arm.start == "random" else card.weights_sha256  # another encoder leaves these cells alone
             content |= {"start": arm.start, "shape": shape, "weights": weights, "how": asdict(how)}
+            if arm.readout == "set2set":  # cells of before there were two are those of this one
+                del content["how"]["readout"]
             content |= {"parts": sorted(arm.parts)} if arm.parts else {}
         else:
             content["baseline"] = cell.arm

@@ -8,6 +8,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from cdssl_dist.config import Section
 from cdssl_dist.finetune.targets import Target
+from cdssl_dist.model.heads import ReadoutName
 
 
 class SplitColumn(Section):
@@ -71,6 +72,7 @@ class Arm(Section):
     encoder: str | None = None  # models:/NAME@ALIAS or a folder; the study's where left out
     parts: tuple[Part, ...] = ()  # of the pretrained weights that are taken, the others are new; all where left out
     frozen: bool = False  # the readout alone learns
+    readout: ReadoutName = "set2set"
     sizes: tuple[PositiveInt, ...] | None = None  # only these of a target's, where a control need not be everywhere
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)  # learning rates to choose from
 
