@@ -149,7 +149,7 @@ class EdgeUpdate(nn.Module):
         # The state of a graph is added to its atoms first: one gather fewer over the edges.
         receiving = receiving + state.index_select(0, batch.graph_of_atom)
         # In two dimensions compiled code would gather first, copy what it gathered and add the product to it.
-        h = edge.unsqueeze(0) if _is_fused(edge) else edge
+        h = edge.unsqueeze(0) if torch.compiler.is_compiling() else edge
         h = h.add_(receiving.index_select(0, batch.receiver)).add_(sending.index_select(0, batch.sender))
         return self.rest(shifted_softplus(h.view_as(edge)))
 
