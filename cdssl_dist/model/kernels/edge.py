@@ -1,4 +1,4 @@
-"""The edge path of a block in one kernel: dense layers, edge update, residual; backward with recompute.
+"""The edge path of a block: dense layers, edge update, residual, in one kernel; backward in two, with recompute.
 
 For edge e from v' to v: u₁ = dense(u), z₁ = W_e u₁ + r[v] + t[v'], and u' = φ(W₃ φ(W₂ φ(z₁) + b₂) + b₃), where r and t
 are the projections of nodes (and state, and bias), made once for each atom. What is kept for the backward pass is u.
