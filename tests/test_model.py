@@ -399,6 +399,22 @@ def test_compiled_parts_are_the_model(crystals: list[Crystal], recompute: bool) 
     assert list(fast.state_dict()) == list(eager.state_dict())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_compiled_gradients_are_those_of_the_reference(
+    crystals: list[Crystal], dtype: torch.dtype, tolerance: float
+) -> None:
+    """What inductor makes of it, at the paper's sizes: code for others is other code, which may be right by chance."""
+    size = {"edge_features": FEATURES, "width": 32, "hidden": 64, "blocks": 3}
+    exact, fast = scaled(PretextModel(**size)), compile_model(scaled(PretextModel(**size))).to(dtype)
+    batch = batch_of(crystals)
+    torch._dynamo.reset()
+    (_, wanted), (_, found) = gradients(exact, batch), gradients(fast, batch)
+    for name, gradient in wanted.items():
+        error = (found[name].double() - gradient.double()).norm() / gradient.double().norm()
+        assert error < tolerance, f"{name}: {error}"  # where it is no number, too
+
+
 def test_distances_are_those_of_the_crystal(crystals: list[Crystal]) -> None:
     """Of all pairs within the cutoff, in f64 from the crystal as it was read."""
     for crystal in crystals[:10]:

@@ -123,9 +123,11 @@ class SplitLinear(nn.Module):
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         """The contribution of each input, in order; the bias is in the last."""
-        weights = self.joint.weight.chunk(self.parts, dim=1)
-        biases = [None] * (self.parts - 1) + [self.joint.bias]
-        return [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
+        # Transposed first, and then split: gradients are joined as they come, and not transposed one by one, which code
+        # that torch 2.13 compiles for CPUs gets wrong in bf16 (not a number here and there).
+        *others, last = self.joint.weight.t().chunk(self.parts)
+        *before, x = inputs
+        return [*map(torch.mm, before, others), torch.addmm(self.joint.bias, x, last)]
 
 
 def segment_sum(values: Tensor, index: Tensor, segments: int) -> Tensor:
