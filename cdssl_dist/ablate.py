@@ -41,9 +41,8 @@ class Probes(Section):
     column: str = "{target}"
     split: SplitColumn | None = None  # all labeled crystals where left out
     targets: tuple[str, ...]
-    vectors: dict[str, str] = Field(
-        default_factory=dict
-    )  # name → Parquet with key and embedding, probed besides; see cdssl probe
+    # name → Parquet with key and embedding, probed besides; see cdssl probe
+    vectors: dict[str, str] = Field(default_factory=dict)
     crystals: PositiveInt = 4000  # of each target, at most
     folds: int = 5
 

@@ -41,7 +41,7 @@ def measure(args: Namespace) -> Figures:
     """What each kernel takes in each shape.
 
     Raises:
-        BenchError: where there is no Triton, or it interprets.
+        BenchError: where there is no Triton, it interprets, or the kernels do not take such a size.
     """
     try:
         import triton
@@ -52,14 +52,17 @@ def measure(args: Namespace) -> Figures:
     from cdssl_dist.model.kernels.model import FusedPretextModel
 
     expansion = GaussianExpansion(bench_step.CENTERS, 5.0, 0.5)
-    model = FusedPretextModel(expansion=expansion, width=args.width, hidden=args.hidden, blocks=2)
+    try:
+        model = FusedPretextModel(expansion=expansion, width=args.width, hidden=args.hidden, blocks=2)
+    except ValueError as why:
+        raise BenchError(str(why)) from None
     model.to(bench_step.DTYPES[args.dtype])
     batch = widen(collate([], [], SHAPE, np.dtype(np.uint16)))
     distance = torch.ones(SHAPE.half_edges)
     with _compiled(args.capability, args.first) as found:
         model(distance, batch, distance).backward()
     unique = {(row["kernel"], row["of"], row["tile"], row["warps"]): row for row in found}
-    return {"capability": args.capability, "size": vars(args), "kernels": list(unique.values())}
+    return {"capability": args.capability, "kernels": list(unique.values())}
 
 
 @contextmanager
