@@ -58,4 +58,4 @@ k8s-check: setup .k8s-venv/.installed
 	PATH="$(CURDIR)/.k8s-venv/bin:$$PATH" $(BIN)/python -m k8s.check
 
 clean:
-	rm -rf runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

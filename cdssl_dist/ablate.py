@@ -20,16 +20,16 @@ import numpy as np
 import torch
 from pydantic import Field, PositiveInt, field_validator
 
-from cdssl_dist.commands import DONE, Parser, command
 from cdssl_dist.config import Section, load, packaged, read
 from cdssl_dist.data.labeled import Labeled, load_labeled
 from cdssl_dist.encoder import CrystalEncoder
 from cdssl_dist.finetune.splits import k_folds
 from cdssl_dist.finetune.targets import Array
-from cdssl_dist.look.probe import features, probe, read_vectors
+from cdssl_dist.look.probe import features, probe, vectors_of
 from cdssl_dist.pretrain import located
 from cdssl_dist.study.config import SplitColumn
 from cdssl_dist.train.runlog import read_lines, read_status
+from sharding.commands import DONE, Parser, command
 from sharding.manifest import write_atomically
 
 WITHOUT: Final = ("random encoder 1", "composition", "composition + volume")  # what is probed besides, for comparison
@@ -153,7 +153,7 @@ def probed(
             every = {"encoder": encoder.embed_graphs(each.graphs).astype(np.float64)}
         else:
             every = features(encoder, each.graphs, 0)
-            every |= {name: read_vectors(path, each.graphs.keys) for name, path in probes.vectors.items()}
+            every |= {name: vectors_of(path, each.graphs.keys) for name, path in probes.vectors.items()}
         folds = k_folds(each.groups, probes.folds, 0.0, 0)
         scores = probe({name: every[name] for name in names}, each.targets[:, 0], folds)
         for name in names:

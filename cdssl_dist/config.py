@@ -43,7 +43,7 @@ class DataConfig(Section):
     prefetch: int = Field(4, ge=1)  # packs that are read ahead
     cache_gb: float = Field(50.0, ge=0)  # 10⁹ bytes of remote shards that a node keeps; 0 keeps none
     bad_blocks: Literal["error", "skip"] = "error"  # a block that is not what its checksum says
-    val_packs: int | None = Field(None, ge=1)  # of one validation; all where left out
+    val_packs: int | None = Field(None, ge=1)  # of one validation, rounded up to whole steps; all where left out
 
 
 class GraphConfig(Section):
@@ -137,7 +137,7 @@ class EngineConfig(Section):
 class GuardConfig(Section):
     """What is done about the gradient norm; see ``guard.py``."""
 
-    on_spike: Literal["clip", "skip", "apply"] = "skip"  # apply: only what is not finite is held back
+    on_spike: Literal["clip", "skip", "apply"] = "skip"  # clip: applied, cut to optim.clip; apply: no spike is bad
     warmup: int = Field(50, ge=2)  # norms seen before any verdict on a finite one
     memory: float = Field(0.99, gt=0, lt=1)  # of the running statistics
     z_spike: float = Field(6.0, gt=0)  # in standard deviations of the log norm
@@ -201,13 +201,13 @@ class TrackingConfig(Section):
     every: int = Field(20, ge=1)  # steps between lines of metrics
     validate_every: int = Field(500, ge=1)  # steps; a validation always ends the run
     watch_every: int = Field(200, ge=0)  # steps between a closer look at gradients, updates and edges; 0 for never
-    baseline_packs: int = Field(32, ge=1)  # training packs that skill_edge's reference is fitted on
+    baseline_packs: int = Field(32, ge=1)  # training packs that skill_edge's baseline is fitted on
 
 
 class RegistryConfig(Section):
     """Where the encoder goes when the run is done."""
 
-    name: str | None = "cdssl-encoder"  # none: not registered
+    name: str | None = "cdssl-encoder"  # null: not registered
 
 
 class Config(Section):
@@ -239,6 +239,11 @@ class Config(Section):
             raise ValueError(
                 f"cluster.gpus_per_worker={self.cluster.gpus_per_worker:g} with engine.device=cpu would hold GPUs that "
                 "nothing uses; set the one to 0, or the other to cuda"
+            )
+        if self.guard.on_spike == "clip" and not self.optim.clip:
+            raise ValueError(
+                "guard.on_spike=clip with optim.clip=0 would apply a spike as it is; set optim.clip, e.g. to 1.0, or "
+                "say guard.on_spike=apply"
             )
         if self.pretext.options and self.engine.kernels != "torch":
             name = next(iter(self.pretext.options))
@@ -354,6 +359,8 @@ def _override(content: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"{override!r}: the value is not YAML") from None
+    if value == "none":
+        raise ConfigError(f"{override!r}: YAML's word for nothing is null, and none is text")
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = float(value)  # YAML 1.1 reads 1e-3 as text

@@ -13,9 +13,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cdssl_dist.commands import Parser, command
 from cdssl_dist.config import packaged
 from cdssl_dist.train.runlog import read_lines
+from sharding.commands import Parser, command
 from sharding.manifest import read_manifest
 
 HOME = Path("runs/demo")

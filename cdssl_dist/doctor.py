@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from cdssl_dist.commands import RUNS, Parser, command
 from cdssl_dist.mlops.mlflow_server import redact, tracking_uri
+from sharding.commands import RUNS, Parser, command
 
 PACKAGES: Final = ("torch", "torch-geometric", "deepspeed", "ray", "webdataset", "pymatgen", "mlflow", "numba", "gemmi")
 
@@ -60,7 +60,7 @@ def _disk() -> str:
 def _memory() -> str:
     shared = Path("/dev/shm")
     if not shared.exists() or shutil.disk_usage(shared).total < 0.2e9:
-        raise RuntimeError("/dev/shm is small or missing; Ray's object store and NCCL want at least 2 GB")
+        raise RuntimeError("/dev/shm is missing or below 0.2 GB; Ray's object store wants that, and NCCL some 2 GB")
     return f"/dev/shm holds {shutil.disk_usage(shared).total / 1e9:.1f} GB"
 
 

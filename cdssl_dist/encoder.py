@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cdssl_dist.commands import RUNS
 from cdssl_dist.data.structures import RefusedStructuresError, as_list
 from cdssl_dist.mlops import registry
 from cdssl_dist.mlops.mlflow_server import tracking_uri
@@ -22,6 +21,7 @@ from cdssl_dist.mlops.models import CHAMPION
 from cdssl_dist.model.embedding import embed_graphs, embed_structures
 from cdssl_dist.model.export import EncoderCard, read_encoder
 from cdssl_dist.model.megnet import MEGNet
+from sharding.commands import RUNS
 from sharding.graph import Multigraphs
 
 

@@ -194,10 +194,11 @@ class CrystalClassifier(ClassifierMixin, _Estimator):  # type: ignore[misc]
         Raises:
             RefusedStructuresError: naming the rows that are no ordered crystals.
         """
-        labels = np.asarray(y)
-        known = np.array([not (v is None or v != v) for v in labels.tolist()], bool)  # NaN alone is not itself
-        self.classes_, numbers = np.unique(labels[known], return_inverse=True)
-        index = np.full(len(labels), np.nan)
+        given = list(y)  # as it is: an array of text would turn NaN into a word
+        known = np.array([not (v is None or v != v) for v in given], bool)  # NaN alone is not itself
+        labels = np.asarray([v for v, there in zip(given, known, strict=True) if there])
+        self.classes_, numbers = np.unique(labels, return_inverse=True)
+        index = np.full(len(given), np.nan)
         index[known] = numbers
         if len(self.classes_) < 2:
             raise ValueError(f"y holds {len(self.classes_)} class: nothing to tell apart")

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 import yaml
 
-from cdssl_dist.commands import FAILED, Parser, command
 from cdssl_dist.config import Config, load
-from cdssl_dist.data.loader import DataSet
-from cdssl_dist.data.remote import is_remote
+from cdssl_dist.data.dataset import DataSet
 from cdssl_dist.look import report
 from cdssl_dist.look.encoder_map import map_of_validation
 from cdssl_dist.mlops import registry, tracking
@@ -23,7 +22,9 @@ from cdssl_dist.mlops.mlflow_server import tracking_uri
 from cdssl_dist.train import checkpoint, cluster, live
 from cdssl_dist.train.replay import parse_place, replay, table
 from cdssl_dist.train.runlog import alone, read_status
+from sharding.commands import FAILED, Parser, command
 from sharding.manifest import Manifest
+from sharding.sources.streams import is_remote, local_path
 
 
 @command
@@ -89,7 +90,8 @@ def trained(config: Config, data: DataSet, folder: Path) -> int:
         try:
             print(registry.register(folder, config.registry.name, uri, tracked.run_id))
         except registry.RegistryError as why:
-            print(f"error: not registered: {why}\nthe encoder is complete; run the same command again to register it")
+            text = f"error: not registered: {why}\nthe encoder is complete; run the same command again to register it"
+            print(text, file=sys.stderr)
             return FAILED
     return 0
 
@@ -104,7 +106,7 @@ def leave_report(config: Config, complete: bool) -> None:
 
 def located(config: Config) -> Config:
     """The same with absolute paths, since workers have folders of their own."""
-    path = config.data_path if is_remote(config.data_path) else str(Path(config.data_path).resolve())
+    path = config.data_path if is_remote(config.data_path) else str(local_path(config.data_path).resolve())
     run = str(Path(config.run).resolve())
     return config.model_copy(update={"run": run, "data": config.data.model_copy(update={"path": path})})
 
@@ -120,6 +122,8 @@ def prepare(config: Config, data: DataSet) -> None:
         counts = {"name": data.name, **data.manifest.splits}
         now = replace(found.progress, data_digest=data.manifest.digest, data=counts)
         checkpoint.check_fits(found, config, now)
+    if config.engine.device == "auto" and not config.cluster.gpus_per_worker and torch.cuda.is_available():
+        print("this machine has a GPU that no worker was given: cluster.gpus_per_worker=1 uses it", file=sys.stderr)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from sharding.block import Budget
-from sharding.executor import Executor, WorkerError
+from sharding.commands import DONE, INTERRUPTED, Parser, UseError, command
+from sharding.executor import Executor
 from sharding.manifest import Manifest
 from sharding.pipeline import shard
 from sharding.settings import ShardSettings
@@ -18,13 +18,9 @@ from sharding.sources import ReadOptions, open_source
 DEFAULT = ShardSettings()
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        "cdssl shard",
-        description="Turn crystal databases into shards of precomputed periodic multigraphs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    p = Parser("cdssl shard", "Turn crystal databases into shards of precomputed periodic multigraphs.")
     p.add_argument("sources", nargs="+", metavar="SOURCE", help="a file, or a scheme such as aflow:")
     p.add_argument("--out", required=True, help="folder or URL (s3://…) of the data set; must not hold one yet")
     p.add_argument("--work", help="folder in which a data set behind a URL is made first; default: below CDSSL_CACHE")
@@ -56,27 +52,27 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Shard, and say what came out."""
-    p = parser()
-    args = p.parse_args(argv)
+    args = parser().parse_args(argv)
+    labels = dict(_pair(text) for text in args.label)
+    settings = ShardSettings(
+        cutoff=args.cutoff,
+        budget=Budget(args.block_edges, args.block_atoms, args.block_graphs),
+        blocks_per_shard=args.blocks_per_shard,
+        val=args.val,
+        test=args.test,
+        seed=args.seed,
+        labels=labels,
+        fingerprints=not args.no_fingerprints,
+        duplicates="keep" if args.no_fingerprints else args.duplicates,
+    )
+    options = ReadOptions(labels=labels, limit=args.limit, occupancy=args.occupancy)
+    excluded = ReadOptions(occupancy=args.occupancy, keys=_keys(args.exclude_keys))
+    if args.exclude_keys and not args.exclude:
+        raise UseError("--exclude-keys chooses among the crystals of --exclude: give that too")
     try:
-        labels = dict(_pair(text) for text in args.label)
-        settings = ShardSettings(
-            cutoff=args.cutoff,
-            budget=Budget(args.block_edges, args.block_atoms, args.block_graphs),
-            blocks_per_shard=args.blocks_per_shard,
-            val=args.val,
-            test=args.test,
-            seed=args.seed,
-            labels=labels,
-            fingerprints=not args.no_fingerprints,
-            duplicates="keep" if args.no_fingerprints else args.duplicates,
-        )
-        options = ReadOptions(labels=labels, limit=args.limit, occupancy=args.occupancy)
-        excluded = ReadOptions(occupancy=args.occupancy, keys=_keys(args.exclude_keys))
-        if args.exclude_keys and not args.exclude:
-            raise ValueError("--exclude-keys chooses among the crystals of --exclude: give that too")
         manifest = shard(
             [open_source(s, options) for s in args.sources],
             args.out,
@@ -86,14 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             strict=args.strict,
             work=args.work,
         )
-    except (ValueError, OSError, WorkerError) as why:
-        print(f"error: {why}", file=sys.stderr)
-        return 2 if isinstance(why, ValueError) else 1
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     print(summary(manifest, args.out))
-    return 0
+    return DONE
 
 
 def summary(manifest: Manifest, folder: str) -> str:
@@ -124,7 +117,7 @@ def _keys(path: str | None) -> frozenset[str] | None:
 def _pair(text: str) -> tuple[str, str]:
     name, equals, column = text.partition("=")
     if not name or not equals or not column:
-        raise ValueError(f"--label {text}: must be NAME=COLUMN")
+        raise UseError(f"--label {text}: must be NAME=COLUMN")
     return name, column
 
 

@@ -33,9 +33,9 @@ class Executor:
     Args:
         workers: processes on this machine; 1 runs everything in this one.
         address: of a Ray cluster instead, "local" for one of its own that ends with the ``with`` block; ``workers``
-            then is the number of tasks at a time. Plain Ray tasks and not Ray Data: a stage is a list of independent
-            files to make, in an order that the result must not depend on, and which of them exist already is all the
-            state that a rerun needs.
+            then is the number of tasks at a time, 0 for as many as it has CPUs. Plain Ray tasks and not Ray Data: a
+            stage is a list of independent files to make, in an order that the result must not depend on, and which of
+            them exist already is all the state that a rerun needs.
         resources: what a Ray task takes, as in ``{"num_cpus": 2}``; one CPU where nothing is said.
     """
 
@@ -115,8 +115,9 @@ class Executor:
         remote = ray.remote(_call).options(**self.resources)
         shared = ray.put(function)  # once, with all that is bound to it
         try:
+            workers = self.workers or max(int(ray.cluster_resources().get("CPU", 1)), 1)
             started = (remote.remote(shared, task).future() for task in tasks)
-            yield from _in_order(started, self.workers, EARLY * self.workers, settle)
+            yield from _in_order(started, workers, EARLY * workers, settle)
         except RayTaskError as why:  # its text is a traceback; what our function raised is inside
             raise why.cause if isinstance(why.cause, Exception) else WorkerError(_line(why)) from None
         except RayError as why:

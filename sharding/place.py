@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
-from urllib.parse import unquote, urlsplit
 
 from sharding.manifest import VERSION, DataSetError, Manifest, read_manifest
-from sharding.sources.streams import filesystem, redacted
+from sharding.sources.streams import filesystem, is_remote, local_path, redacted
 
 MANIFEST: Final = "manifest.json"
 _AHEAD: Final = 8 * 2**20  # bytes asked for at a time of a remote file
@@ -108,12 +107,11 @@ def place_of(folder: str | Path) -> Place:
     Raises:
         SourceError: where fsspec lacks a package for a URL.
     """
-    if isinstance(folder, Path) or "://" not in folder:
-        return Place(str(folder), False)
-    if folder.startswith("file://"):
-        return Place(unquote(urlsplit(folder).path), False)
-    _filesystem(folder.rstrip("/"))
-    return Place(folder.rstrip("/"), True)
+    if not is_remote(folder):
+        return Place(str(local_path(folder)), False)
+    root = str(folder).rstrip("/")
+    _filesystem(root)
+    return Place(root, True)
 
 
 class _Remote(io.RawIOBase):

@@ -10,6 +10,10 @@ from sharding.block import Budget
 Duplicates = Literal["keep", "exact", "near"]
 
 
+class SettingsError(ValueError):
+    """Settings that cannot be, or contradict one another."""
+
+
 @dataclass(frozen=True)
 class ShardSettings:
     """What the bytes of the result depend on, beside the sources."""
@@ -26,9 +30,10 @@ class ShardSettings:
     bucket_bytes: int = 64 * 2**20  # of graphs that one task holds in memory at a time; more from 256 GiB on
 
     def __post_init__(self) -> None:
+        """Raises SettingsError for what cannot be."""
         if not 0.5 < self.cutoff <= 20:
-            raise ValueError(f"cutoff {self.cutoff} Å is outside 0.5–20 Å")
+            raise SettingsError(f"cutoff {self.cutoff} Å is outside 0.5–20 Å")
         if min(self.val, self.test) < 0 or self.val + self.test >= 1:
-            raise ValueError(f"val {self.val} and test {self.test} must leave something to train on")
+            raise SettingsError(f"val {self.val} and test {self.test} must leave something to train on")
         if self.duplicates != "keep" and not self.fingerprints:
-            raise ValueError("duplicates are found by fingerprints: keep them, or leave fingerprints on")
+            raise SettingsError("duplicates are found by fingerprints: keep them, or leave fingerprints on")

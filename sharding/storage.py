@@ -15,11 +15,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import unquote, urlsplit
 
 from sharding.manifest import WORK, DataSetError, Manifest
 from sharding.progress import Progress
-from sharding.sources.streams import base_name, filesystem, redacted
+from sharding.sources.streams import base_name, filesystem, is_remote, local_path, redacted
 
 MANIFEST: Final = "manifest.json"
 UPLOADS: Final = 8  # at a time
@@ -166,12 +165,11 @@ def target_of(out: str | Path, work: str | Path | None = None) -> Folder | Remot
         DataSetError: where ``work`` is given for a folder, which needs none.
         SourceError: where fsspec lacks a package for the URL.
     """
-    if isinstance(out, str) and "://" in out and not out.startswith("file://"):
-        return Remote(out, Path(work) if work else None)
+    if is_remote(out):
+        return Remote(str(out), Path(work) if work else None)
     if work:
         raise DataSetError(f"{out}: a data set in a folder is made in place; --work is for one behind a URL")
-    local = isinstance(out, str) and out.startswith("file://")
-    return Folder(Path(unquote(urlsplit(str(out)).path)) if local else Path(out))
+    return Folder(local_path(out))
 
 
 @contextlib.contextmanager

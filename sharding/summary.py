@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sharding.commands import DONE, FAILED, Parser, command
 from sharding.manifest import SPLITS, DataSetError, Manifest, write_atomically
 from sharding.page import page
 from sharding.place import Place, place_of
@@ -142,9 +142,9 @@ def _name(folder: str) -> str:
     return base_name(folder) if "://" in folder else Path(folder).resolve().name
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = argparse.ArgumentParser("cdssl inspect", description="Tell what is in a data set.")
+    p = Parser("cdssl inspect", "Tell what is in a data set.")
     p.add_argument("folder", metavar="DIR", help="the data set: a folder, or a URL")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.add_argument("--html", metavar="FILE", help="write a page with histograms and an element heat map")
@@ -159,21 +159,20 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Inspect: 0, or 1 for a data set that is damaged, or 2 for a wrong argument."""
     args = parser().parse_args(argv)
-    wrong_use = 2
+    place_of(args.folder).require()
     try:
-        place_of(args.folder).require()
-        wrong_use = 1
         found = inspect(args.folder, args.budget)
-        if args.html:
-            write_atomically(Path(args.html), page(found, _name(args.folder)).encode(errors="replace"))
-    except (ValueError, OSError) as why:
+    except ValueError as why:  # it is there: what is wrong is the data set, and not what was asked
         print(f"error: {why}", file=sys.stderr)
-        return wrong_use if isinstance(why, ValueError) else 1
+        return FAILED
+    if args.html:
+        write_atomically(Path(args.html), page(found, _name(args.folder)).encode(errors="replace"))
     print(json.dumps(found, indent=1) if args.json else describe(found, redacted(args.folder)))
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -13,7 +12,8 @@ from typing import Final
 
 import numpy as np
 
-from sharding.executor import Executor, WorkerError
+from sharding.commands import DONE, FAILED, Parser, UseError, command
+from sharding.executor import Executor
 from sharding.findings import Report
 from sharding.invariants import Rules
 from sharding.manifest import Manifest
@@ -113,13 +113,12 @@ def _add(report: Report, part: Report) -> None:
     report.findings += part.findings
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         "cdssl verify",
-        description="Read a data set again, all of it, and check it against its checksums and its format. "
+        "Read a data set again, all of it, and check it against its checksums and its format. "
         "Exits with 1 where anything is wrong.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("folder", metavar="DIR", help="the data set: a folder, or a URL")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that read shards")
@@ -129,21 +128,18 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Verify, and say what was found: 0 where all is well, 1 where it is not, 2 for a wrong argument."""
     args = parser().parse_args(argv)
+    if not 0 <= args.sample <= 1:
+        raise UseError(f"--sample {args.sample}: a share from 0 to 1")
     started = time.monotonic()
-    try:
-        if not 0 <= args.sample <= 1:
-            raise ValueError(f"--sample {args.sample}: a share from 0 to 1")
-        with Executor(args.workers, args.address) as executor:
-            report = verify(args.folder, executor, sample=args.sample)
-    except (ValueError, OSError, WorkerError) as why:
-        print(f"error: {why}", file=sys.stderr)
-        return 2 if isinstance(why, ValueError) else 1
+    with Executor(args.workers, args.address) as executor:
+        report = verify(args.folder, executor, sample=args.sample)
     seconds = time.monotonic() - started
     print(json.dumps(report.as_dict(), indent=1) if args.json else describe(report, redacted(args.folder), seconds))
-    return 0 if report.ok else 1
+    return DONE if report.ok else FAILED
 
 
 def describe(report: Report, folder: str, seconds: float) -> str:

@@ -81,13 +81,13 @@ def test_a_strained_crystal_is_another_crystal(crystals: list[Crystal]) -> None:
     task = task_of(Options(strain=0.05))
     batch = batch_of(crystals)
     strain = np.eye(3) + strain_of(batch.graph_counter, 0.05, 5).double().numpy()
-    displaced = task.displaced(batch).double().numpy()
+    displaced = task.displaced_positions(batch).double().numpy()
     of_atom, of_half = batch.graph_of_atom.numpy(), batch.graph_of_half.numpy()
     atoms = np.einsum("ni,nij->nj", displaced, strain[of_atom])
     lattice = np.einsum("gij,gjk->gik", batch.lattice.double().numpy(), strain)
     image = np.einsum("hi,hij->hj", batch.shift.double().numpy(), lattice[of_half])
     by_hand = np.linalg.norm(atoms[batch.dst.numpy()] + image - atoms[batch.src.numpy()], axis=1)
-    found, clean = task.lengths(batch)
+    found, clean = task.distances(batch)
     np.testing.assert_allclose(found.numpy(), by_hand, atol=1e-5)
     self_images = (batch.src == batch.dst).numpy()
     assert np.abs(by_hand - clean.numpy())[self_images].max() > 0.1  # which displacements alone leave as they are
@@ -96,7 +96,7 @@ def test_a_strained_crystal_is_another_crystal(crystals: list[Crystal]) -> None:
 def test_the_state_is_told_sigma_and_nothing_of_a_crystal_as_it_is(crystals: list[Crystal]) -> None:
     options = Options(sigma_in_state=True)
     model, batch = model_of(options), batch_of(crystals)
-    features = EXPANSION(task_of(options).lengths(batch)[0])
+    features = EXPANSION(task_of(options).distances(batch)[0])
     none, some = (model(features, batch, None, torch.full((batch.n_graphs,), t)).edges for t in (0.0, 0.7))
     plain = PretextModel(**SIZE)
     plain.load_state_dict(model.state_dict(), strict=False)
@@ -108,7 +108,7 @@ def test_the_state_is_told_sigma_and_nothing_of_a_crystal_as_it_is(crystals: lis
 def test_the_true_crystal_is_told_through_the_state_alone(crystals: list[Crystal]) -> None:
     options = Options(conditioned=True)
     model, task, batch = model_of(options), task_of(options), batch_of(crystals)
-    noisy, clean = (EXPANSION(d) for d in task.lengths(batch))
+    noisy, clean = (EXPANSION(d) for d in task.distances(batch))
     sigma = torch.ones(batch.n_graphs)
     told = model(noisy, batch, clean, sigma).edges
     assert float((told - model(noisy, batch, noisy, sigma).edges).abs().mean()) > 1e-3
@@ -122,7 +122,7 @@ def test_what_pulls_an_atom_is_the_mean_along_its_edges(crystals: list[Crystal])
     task, batch = task_of(Options(displacement=1.0)), batch_of(crystals)
     pulls = torch.randn(len(batch.receiver), generator=torch.Generator().manual_seed(0))
     found = task._pulled(pulls, batch)
-    moved, lattice = task.displaced(batch).double().numpy(), batch.lattice.double().numpy()
+    moved, lattice = task.displaced_positions(batch).double().numpy(), batch.lattice.double().numpy()
     expected = np.zeros((batch.n_atoms, 3))
     for e in range(len(pulls)):
         half, atom = int(batch.half[e]), int(batch.receiver[e])
@@ -152,7 +152,7 @@ def test_the_loss_of_displacements_does_not_turn_with_the_crystal(crystals: list
 
 
 def _of(task: BeyondDenoising, batch: GraphBatch) -> Tensor:
-    return task.lengths(batch)[0].index_select(0, batch.half)
+    return task.distances(batch)[0].index_select(0, batch.half)
 
 
 def test_a_displacement_of_all_atoms_is_none(crystals: list[Crystal]) -> None:
@@ -180,12 +180,14 @@ def test_hidden_elements_are_a_share_and_no_input(crystals: list[Crystal]) -> No
 
     with torch.no_grad():  # the loss of elements is −log softmax at the true one, counted by scored edges
         sigma = torch.ones(batch.n_graphs)
-        logits = model(EXPANSION(task.lengths(batch)[0]), replace(batch, atomic_numbers=seen[0]), None, sigma).elements
+        logits = model(
+            EXPANSION(task.distances(batch)[0]), replace(batch, atomic_numbers=seen[0]), None, sigma
+        ).elements
         p = torch.softmax(logits.double(), dim=1)
         edges = np.bincount(batch.receiver[batch.scored].numpy(), minlength=batch.n_atoms)
         by_hand = -sum(edges[i] * math.log(p[i, int(batch.atomic_numbers[i])]) for i in torch.nonzero(hides)[:, 0])
-        predicted, loss = task.recovered(model, EXPANSION(task.lengths(batch)[0]), task.lengths(batch)[1], batch)
-        edges_loss = task.squared_error(predicted, task.lengths(batch)[1], batch)
+        predicted, loss = task.recovered(model, EXPANSION(task.distances(batch)[0]), task.distances(batch)[1], batch)
+        edges_loss = task.squared_error(predicted, task.distances(batch)[1], batch)
     assert float(loss - edges_loss) == pytest.approx(by_hand, rel=1e-4)
 
 
@@ -211,7 +213,7 @@ def test_compiled_is_eager(crystals: list[Crystal]) -> None:
     compiled = CompiledBeyond(EXPANSION, SIGMA, 5, options)
     monkey = pytest.MonkeyPatch()
     with monkey.context() as m:  # the fused passes over (E, M), without inductor's minutes
-        m.setattr("cdssl_dist.model.compiled._embed", gaussians)
+        m.setattr("cdssl_dist.model.compiled._expand", gaussians)
         m.setattr("cdssl_dist.model.compiled._squared_error", _error)
         same_loss, same = gradients(fast, compiled, batch)
     assert same_loss == pytest.approx(loss, rel=1e-5)
@@ -230,7 +232,7 @@ def test_what_is_asked_for_is_learned(name: str, crystals: list[Crystal]) -> Non
     options = Options(**{name: ALL[name]})
     model, task = BeyondModel(options=options, **SIZE), task_of(options)
     batch = batch_of([c for c in crystals if len(c.positions) > 1])
-    noisy, (_, clean) = EXPANSION(task.lengths(batch)[0]), task.lengths(batch)
+    noisy, (_, clean) = EXPANSION(task.distances(batch)[0]), task.distances(batch)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
 
     def besides() -> Tensor:

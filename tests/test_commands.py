@@ -52,7 +52,7 @@ def test_what_a_list_of_models_needs_not_is_not_imported() -> None:
 
 STUBBORN = """
 import sys, time
-from cdssl_dist.commands import command
+from sharding.commands import command
 from sharding.ray_start import start_ray
 @command
 def main():

@@ -218,6 +218,8 @@ def test_classification(folder: Path, small: list[Crystal], volumes: np.ndarray)
     assert model.predict(small).tolist() == [model.classes_[i] for i in chance.argmax(axis=1)]
     with pytest.raises(ValueError, match="1 class"):
         model.fit(small, ["a"] * len(small))
+    gaps: list[Any] = [*y[:-2].tolist(), math.nan, None]
+    assert model.fit(small, gaps).classes_.tolist() == ["dense", "open"]
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from test_survival import equal
 from test_train import config, run_training
 
 from cdssl_dist.config import Config
-from cdssl_dist.data.loader import DataSet
+from cdssl_dist.data.dataset import DataSet
 from cdssl_dist.train.rank import HUNG, hung
 from cdssl_dist.train.runlog import read_lines, read_status
 

@@ -45,7 +45,7 @@ def batch(aflow: list[Crystal]) -> GraphBatch:
 
 
 def inputs(batch: GraphBatch) -> tuple[Tensor, Tensor]:
-    return distances(batch, TASK.displaced(batch)), distances(batch, batch.positions)
+    return distances(batch, TASK.displaced_positions(batch)), distances(batch, batch.positions)
 
 
 def on_device(batch: GraphBatch) -> GraphBatch:
@@ -74,8 +74,8 @@ def expected(batch: GraphBatch) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def found(model: FusedPretextModel, batch: GraphBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    displaced, clean = (d.to(DEVICE) for d in inputs(batch))
-    loss = model(displaced, on_device(batch), clean)
+    noisy, clean = (d.to(DEVICE) for d in inputs(batch))
+    loss = model(None, on_device(batch), (noisy, clean))
     (loss / batch.scored.sum().clamp(min=1)).backward()
     grads = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
     return loss.detach().cpu(), grads

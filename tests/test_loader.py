@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from cdssl_dist.data.batch import NO_BLOCK, GraphBatch, PackShape, RawPack, collate, to_pyg, widen
-from cdssl_dist.data.dataset import BadBlockError
-from cdssl_dist.data.loader import DataSet, Loader, Step
+from cdssl_dist.data.dataset import BadBlockError, DataSet
+from cdssl_dist.data.loader import Loader, Step
 from cdssl_dist.data.plan import BlockTable, Entry, EpochPlan
 from sharding.block import decode, decode_arrays, encode
 from sharding.crystal import Crystal

@@ -245,8 +245,8 @@ def test_a_pack_of_padding_has_neither_loss_nor_gradients(model: PretextModel) -
 def test_every_figure_ignores_padding(model: PretextModel, crystals: list[Crystal]) -> None:
     tight = batch_of(crystals)
     padded = batch_of(crystals, room_for(tight))
-    baseline = fit_baseline(TASK.baseline_sums(tight, 7.0), 7.0)
-    torch.testing.assert_close(TASK.baseline_sums(padded, 7.0), TASK.baseline_sums(tight, 7.0))
+    baseline = fit_baseline(TASK.baseline_sums(tight), EXPANSION.end)
+    torch.testing.assert_close(TASK.baseline_sums(padded), TASK.baseline_sums(tight))
     with torch.no_grad():
         torch.testing.assert_close(TASK.loss(model, padded, baseline)[1], TASK.loss(model, tight, baseline)[1])
 
@@ -283,7 +283,7 @@ def test_training_learns_the_task(crystals: list[Crystal]) -> None:
     """One pack by heart: from worse than handing the noisy embedding back to a third better."""
     model, batch = fresh(), batch_of(crystals[:6])
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    baseline = fit_baseline(TASK.baseline_sums(batch, 7.0), 7.0)
+    baseline = fit_baseline(TASK.baseline_sums(batch), EXPANSION.end)
     skills = []
     for _ in range(100):
         optimizer.zero_grad()
@@ -441,7 +441,7 @@ def test_a_bf16_model_takes_and_gives_f32(crystals: list[Crystal]) -> None:
     batch = batch_of(crystals)
     model = fresh().bfloat16()
     exact = fresh()
-    features = EXPANSION(distances(batch, TASK.displaced(batch)))
+    features = EXPANSION(distances(batch, TASK.displaced_positions(batch)))
     predicted = model(features, batch)
     assert predicted.dtype == torch.float32
     torch.testing.assert_close(predicted, exact(features, batch), atol=0.02, rtol=0.05)
@@ -455,13 +455,13 @@ def guesses() -> dict[str, NDArray[np.float64]]:
     """200 edges, of which about a third are not scored; and wild values there, which must not show."""
     rng = np.random.default_rng(3)
     d = rng.uniform(2.0, 5.0, 200)
-    displaced = np.abs(d + 0.4 * rng.normal(size=200))
+    noisy = np.abs(d + 0.4 * rng.normal(size=200))
     mu = np.linspace(0, 6, FEATURES)
-    target, noisy = (np.exp(-(((x[:, None] - mu) / 0.5) ** 2)) for x in (d, displaced))
+    target, features = (np.exp(-(((x[:, None] - mu) / 0.5) ** 2)) for x in (d, noisy))
     scored = rng.random(200) < 0.66
     predicted = target + 0.1 * rng.normal(size=target.shape)
     predicted[~scored] = 1e6
-    return {"predicted": predicted, "target": target, "noisy": noisy, "displaced": displaced, "scored": scored}
+    return {"predicted": predicted, "target": target, "features": features, "noisy": noisy, "scored": scored}
 
 
 def tensors(arrays: dict[str, NDArray[np.float64]]) -> dict[str, Tensor]:
@@ -470,7 +470,7 @@ def tensors(arrays: dict[str, NDArray[np.float64]]) -> dict[str, Tensor]:
 
 def test_loss_and_metrics_as_numpy_has_them(guesses: dict[str, NDArray[np.float64]]) -> None:
     t = tensors(guesses)
-    baseline = fit_baseline(baseline_sums(t["target"], t["displaced"], t["scored"], 6.0), 6.0)
+    baseline = fit_baseline(baseline_sums(t["target"], t["noisy"], t["scored"], 6.0), 6.0)
     found = metrics_of(figures(**t, baseline=baseline), FEATURES)
 
     kept = {name: values[guesses["scored"]] for name, values in guesses.items()}
@@ -479,13 +479,13 @@ def test_loss_and_metrics_as_numpy_has_them(guesses: dict[str, NDArray[np.float6
     def mse(guess: NDArray[np.float64]) -> float:
         return float(((guess - target) ** 2).mean())
 
-    bins = np.minimum((kept["displaced"] / 6.0 * BINS).astype(int), BINS - 1)
+    bins = np.minimum((kept["noisy"] / 6.0 * BINS).astype(int), BINS - 1)
     best = np.stack([target[bins == b].mean(axis=0) for b in bins])
     expected = {
         "loss": mse(kept["predicted"]) * FEATURES,
         "mae": float(np.abs(kept["predicted"] - target).mean()),
         "r2": 1 - mse(kept["predicted"]) / mse(target.mean(axis=0)),
-        "skill": 1 - mse(kept["predicted"]) / mse(kept["noisy"]),
+        "skill": 1 - mse(kept["predicted"]) / mse(kept["features"]),
         "skill_edge": 1 - mse(kept["predicted"]) / mse(best),
     }
     assert found == pytest.approx(expected, rel=1e-3)
@@ -495,11 +495,11 @@ def test_loss_and_metrics_as_numpy_has_them(guesses: dict[str, NDArray[np.float6
 
 def test_figures_add_up_over_packs(guesses: dict[str, NDArray[np.float64]]) -> None:
     t = tensors(guesses)
-    baseline = fit_baseline(baseline_sums(t["target"], t["displaced"], t["scored"], 6.0), 6.0)
+    baseline = fit_baseline(baseline_sums(t["target"], t["noisy"], t["scored"], 6.0), 6.0)
     parts = [{n: v[i::3] for n, v in t.items()} for i in range(3)]
     whole = figures(**t, baseline=baseline)
     torch.testing.assert_close(sum(figures(**part, baseline=baseline) for part in parts), whole, rtol=1e-5, atol=0)
-    fitted = sum(baseline_sums(p["target"], p["displaced"], p["scored"], 6.0) for p in parts)
+    fitted = sum(baseline_sums(p["target"], p["noisy"], p["scored"], 6.0) for p in parts)
     torch.testing.assert_close(fit_baseline(fitted, 6.0).table, baseline.table)
 
 
@@ -507,10 +507,10 @@ def test_figures_add_up_over_packs(guesses: dict[str, NDArray[np.float64]]) -> N
 def fitted(crystals: list[Crystal]) -> tuple[dict[str, Tensor], Baseline]:
     """The pretext task on real crystals, and the baseline of its own edges."""
     batch = batch_of(crystals)
-    displaced, clean = (d[batch.half] for d in TASK.lengths(batch))
+    noisy, clean = (d[batch.half] for d in TASK.distances(batch))
     target = EXPANSION(clean)
-    task = {"target": target, "noisy": EXPANSION(displaced), "displaced": displaced, "scored": batch.scored}
-    return task, fit_baseline(TASK.baseline_sums(batch, 7.0), 7.0)
+    task = {"target": target, "features": EXPANSION(noisy), "noisy": noisy, "scored": batch.scored}
+    return task, fit_baseline(TASK.baseline_sums(batch), EXPANSION.end)
 
 
 def test_references_score_zero_against_themselves(fitted: tuple[dict[str, Tensor], Baseline]) -> None:
@@ -519,8 +519,8 @@ def test_references_score_zero_against_themselves(fitted: tuple[dict[str, Tensor
     def metrics(predicted: Tensor) -> dict[str, float]:
         return metrics_of(figures(predicted, **task, baseline=baseline), FEATURES)
 
-    assert metrics(baseline.predict(task["displaced"]))["skill_edge"] == 0.0
-    assert metrics(task["noisy"])["skill"] == 0.0
+    assert metrics(baseline.predict(task["noisy"]))["skill_edge"] == 0.0
+    assert metrics(task["features"])["skill"] == 0.0
     assert metrics(baseline.mean.expand_as(task["target"]))["r2"] == 0.0
     perfect = metrics(task["target"])
     assert perfect == {"loss": 0.0, "mae": 0.0, "r2": 1.0, "skill": 1.0, "skill_edge": 1.0}
@@ -532,7 +532,7 @@ def test_no_function_of_the_distance_beats_the_baseline(fitted: tuple[dict[str, 
     def skill_edge(predicted: Tensor) -> float:
         return metrics_of(figures(predicted, **task, baseline=baseline), FEATURES)["skill_edge"]
 
-    d = task["displaced"]
+    d = task["noisy"]
     torch.manual_seed(0)
     for shrink in (0.5, 0.8, 0.9, 1.0, 1.1):
         assert skill_edge(EXPANSION(3.8 + shrink * (d - 3.8))) < 0  # towards the usual distance
@@ -543,7 +543,7 @@ def test_no_function_of_the_distance_beats_the_baseline(fitted: tuple[dict[str, 
     fit = torch.linalg.lstsq(powers, task["target"][task["scored"]].double()).solution
     polynomial = (torch.stack([(d / 6) ** n for n in range(9)], dim=1).double() @ fit).float()
     assert -1 < skill_edge(polynomial) < 0
-    assert skill_edge(task["noisy"]) < -0.05
+    assert skill_edge(task["features"]) < -0.05
 
 
 class Echo(nn.Module):
@@ -554,15 +554,15 @@ class Echo(nn.Module):
 
 
 def test_the_answer_is_no_input(crystals: list[Crystal], model: PretextModel) -> None:
-    """The model is handed the displaced distances; the clean positions in the batch are for the loss alone."""
+    """The model is handed the noisy distances; the clean positions in the batch are for the loss alone."""
     batch = batch_of(crystals)
-    baseline = fit_baseline(TASK.baseline_sums(batch, 7.0), 7.0)
+    baseline = fit_baseline(TASK.baseline_sums(batch), EXPANSION.end)
     loss, sums = TASK.loss(Echo(), batch, baseline)
     metrics = metrics_of(sums, FEATURES)
     assert metrics["skill"] == 0.0
     assert metrics["skill_edge"] < 0.0
     scored = batch.half[batch.scored]
-    noisy = EXPANSION(distances(batch, TASK.displaced(batch)))[scored].double()
+    noisy = EXPANSION(distances(batch, TASK.displaced_positions(batch)))[scored].double()
     clean = EXPANSION(distances(batch, batch.positions))[scored].double()
     assert float(loss) == pytest.approx(float((noisy - clean).square().sum()), rel=1e-5)
 

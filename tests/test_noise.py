@@ -12,7 +12,7 @@ from scipy import stats
 from torch import Tensor
 
 from cdssl_dist.data.batch import GraphBatch, PackShape, widen
-from cdssl_dist.data.loader import DataSet
+from cdssl_dist.data.dataset import DataSet
 from cdssl_dist.data.plan import Entry
 from cdssl_dist.model.edges import GaussianExpansion
 from cdssl_dist.model.noise import gaussian, philox, sigma_of
@@ -112,7 +112,7 @@ def batch_of(data: DataSet, entries: list[tuple[int, int]], shape: PackShape | N
 
 def displacements(task: Denoising, batch: GraphBatch) -> dict[tuple[int, int, int], tuple[float, ...]]:
     """(epoch, block, atom) → displacement, without padding."""
-    moves = task.displaced(batch) - batch.positions
+    moves = task.displaced_positions(batch) - batch.positions
     real = batch.atomic_numbers > 0
     keys = batch.noise_counter[real].tolist()
     return {(e, b, a): tuple(move) for (e, b, a), move in zip(keys, moves[real].tolist(), strict=True)}
@@ -148,7 +148,7 @@ def test_a_crystal_is_displaced_by_one_sigma_of_its_own(data: DataSet) -> None:
     low, high = 0.01, 1.0
     task = Denoising(TASK.expansion, (low, high), seed=11)
     batch = batch_of(data, [(epoch, 0) for epoch in range(200)])
-    moves = (task.displaced(batch) - batch.positions).double()
+    moves = (task.displaced_positions(batch) - batch.positions).double()
     of_graph = torch.zeros(batch.n_graphs, dtype=torch.float64)
     of_graph = of_graph.index_add(0, batch.graph_of_atom, moves.square().sum(dim=1))
     atoms = batch.atoms_of_graph
@@ -159,7 +159,7 @@ def test_a_crystal_is_displaced_by_one_sigma_of_its_own(data: DataSet) -> None:
 
 def test_an_atom_and_its_images_move_together(data: DataSet) -> None:
     batch = batch_of(data, [(0, block) for block in range(10)])
-    displaced, clean = TASK.lengths(batch)
+    displaced, clean = TASK.distances(batch)
     own = batch.src == batch.dst
     assert own.sum() > 100
     torch.testing.assert_close(displaced[own], clean[own], atol=2e-6, rtol=0)

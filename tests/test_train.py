@@ -7,6 +7,7 @@ import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,10 @@ from torch import nn
 
 from cdssl_dist import pretrain
 from cdssl_dist.cli import main as cdssl
-from cdssl_dist.config import Config, ConfigError, parse
+from cdssl_dist.config import Config, ConfigError, load, parse
 from cdssl_dist.data.dataset import DataSet
 from cdssl_dist.data.plan import EpochPlan
-from cdssl_dist.train import checkpoint
+from cdssl_dist.train import checkpoint, cluster
 from cdssl_dist.train.checkpoint import Progress, Retention
 from cdssl_dist.train.engine import EngineSettings, deepspeed_config
 from cdssl_dist.train.guard import GuardState
@@ -295,6 +296,12 @@ def test_another_configuration_is_refused_or_allowed_by_name(
         launch(2, run_training, config(run, data_folder, **longer, checkpoint={"allow_changed": ["optim.lr"]}))
     allowed = {"allow_changed": ["optim.lr", "schedule.steps"]}
     assert launch(2, run_training, config(run, data_folder, **longer, checkpoint=allowed)) == [True, True]
+    with pytest.raises(AssertionError, match=r"model\.blocks: 2 → 1; other weights, which these are not"):
+        launch(
+            2,
+            run_training,
+            config(run, data_folder, model={"blocks": 1}, checkpoint={"allow_changed": ["model.blocks"]}),
+        )
     told = [line["what"] for line in read_lines(run / "events.jsonl") if line["event"] == "changed"]
     assert told == ["optim.lr: 0.01 → 0.02", "schedule.steps: 8 → 9"]
 
@@ -357,8 +364,11 @@ def test_what_is_kept(retention: Retention, kept: set[int], tmp_path: Path) -> N
         (folder / "progress.json").write_text(json.dumps(asdict(about)))
         if cursor != 60:
             (folder / checkpoint.MARKER).touch()
+    (tmp_path / "a copy of mine").mkdir()
+    (tmp_path / "step-notes.txt").touch()
     checkpoint._retain(tmp_path, retention, Ledger([Rollback(10, 30, "")]), 90)
-    assert {int(path.name.split("-")[1]) for path in tmp_path.iterdir()} == kept
+    assert {int(path.name.split("-")[1]) for path in tmp_path.glob("step-0*")} == kept
+    assert (tmp_path / "a copy of mine").exists() and (tmp_path / "step-notes.txt").exists()  # not ours
 
 
 def committed(folder: Path, cursor: int) -> Path:
@@ -403,6 +413,11 @@ def test_the_mirror_gives_what_no_roll_back_passed_over(tmp_path: Path, monkeypa
     found = checkpoint.newest(run / "checkpoints", Ledger.read(run))
     assert found is not None and found.folder.name == name
     assert restore(str(there), run) is None  # there is one now
+
+    (there / name / checkpoint.MARKER).write_text(json.dumps({"progress.json": "0"}))
+    with pytest.raises(DataSetError, match=rf"{there}/{name}: damaged .*; remove it there"):
+        restore(str(there), tmp_path / "third")
+    assert not list((tmp_path / "third").iterdir())  # nor the ledger, which a run that begins anew would obey
 
     Ledger([Rollback(0, 1521, "")]).write(there)
     with pytest.raises(DataSetError, match="roll-backs passed over all of step-"):
@@ -673,6 +688,41 @@ def test_gpus_are_not_held_for_a_run_on_the_cpu() -> None:
     with pytest.raises(ConfigError, match=r"gpus_per_worker=1 with engine.device=cpu would hold GPUs"):
         parse({"engine": {"device": "cpu"}, "cluster": {"gpus_per_worker": 1}})
     parse({"cluster": {"gpus_per_worker": 1}})
+
+
+def test_a_spike_that_nothing_clips_is_not_called_clipped() -> None:
+    with pytest.raises(ConfigError, match=r"optim\.clip=0 would apply a spike as it is"):
+        parse({"guard": {"on_spike": "clip"}, "optim": {"clip": 0.0}})
+    parse({"guard": {"on_spike": "clip"}})
+
+
+def test_nothing_is_null_and_not_a_name() -> None:
+    assert load(None, ["registry.name=null"]).registry.name is None
+    with pytest.raises(ConfigError, match="null, and none is text"):
+        load(None, ["registry.name=none"])
+
+
+def test_a_data_set_may_be_named_by_file_url(tmp_path: Path) -> None:
+    found = pretrain.located(parse({"data": {"path": f"file://{tmp_path}/a%20b"}}))
+    assert found.data.path == f"{tmp_path}/a b"
+
+
+def test_workers_without_gpus_see_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ray would leave them all visible, and torch and DeepSpeed take what they see."""
+    seen = []
+
+    class Trainer:
+        def __init__(self, *_: Any, run_config: Any, **more: Any) -> None:
+            seen.append(run_config.worker_runtime_env)
+
+        def fit(self) -> Any:
+            return SimpleNamespace(return_value=("done", ""))
+
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
+    for gpus in (0, 1):
+        content = {"run": str(tmp_path), "cluster": {"gpus_per_worker": gpus}}
+        assert cluster._fit(parse(content), lambda: 0.0) == ("done", "")
+    assert seen == [{"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}, {}]
 
 
 def test_a_raw_deepspeed_section_passes_through() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from cdssl_dist.bench.common import machine
-from cdssl_dist.commands import Parser, command
+from sharding.commands import Parser, command
 
 # what → its module, imported when it is asked for: on a machine with a GPU there may be no Ray and no pymatgen
 BENCHMARKS: Final = {
@@ -43,10 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     benchmark = importlib.import_module(module)
     parser = Parser(f"cdssl bench {what}", title)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--repeat", type=int, default=5, help="runs of each measurement, of which the median is taken")
     benchmark.add_arguments(parser)
     args = parser.parse_args(rest)
-    if args.repeat < 1:
+    if getattr(args, "repeat", 1) < 1:
         parser.error("--repeat must be 1 at least")
     before = machine()
     figures = benchmark.measure(args)

@@ -7,10 +7,13 @@ import io
 import json
 import os
 import platform
+import signal
+import socket
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -38,10 +41,32 @@ def elsewhere(script: str, *arguments: object) -> Any:
         return None
     command = [str(PYTHON), str(Path(__file__).with_name(script)), *map(str, arguments)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return json.loads(output_of(command, env).splitlines()[-1])
+
+
+def output_of(command: list[str], env: Mapping[str, str] | None = None) -> str:
+    """What a process prints.
+
+    Raises:
+        BenchError: where it fails, with its last words.
+    """
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     if done.returncode:
-        raise BenchError(f"{PYTHON} {script} fails:\n{done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+        raise failed(" ".join(command), done.returncode, done.stderr)
+    return done.stdout
+
+
+def failed(what: str, code: int, stderr: str) -> BenchError:
+    """The error of a process that failed, with its last words."""
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+    return BenchError(f"{what[:200]} {how}" + (f":\n{text[-2000:]}" if (text := stderr.strip()) else ""))
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def median(repeat: int, measure: Callable[[], float]) -> float:
@@ -50,15 +75,25 @@ def median(repeat: int, measure: Callable[[], float]) -> float:
     return statistics.median(measure() for _ in range(repeat))
 
 
-def in_turns(repeat: int, measures: dict[K, Callable[[], float]]) -> dict[K, float]:
-    """The median of each measure, taken in turns, so that a busy machine is busy for all; see ``median``."""
+def turns(repeat: int, measures: Mapping[K, Callable[[], float]]) -> dict[K, list[float]]:
+    """All values of each measure, taken in turns: a busy machine is busy for all. The first round is not counted."""
     found: dict[K, list[float]] = {name: [] for name in measures}
     for i in range(repeat + 1):
         for name, measure in measures.items():
             value = measure()
             if i:
                 found[name].append(value)
-    return {name: statistics.median(values) for name, values in found.items()}
+    return found
+
+
+def in_turns(repeat: int, measures: Mapping[K, Callable[[], float]]) -> dict[K, float]:
+    """The median of each measure; see ``turns``."""
+    return {name: statistics.median(values) for name, values in turns(repeat, measures).items()}
+
+
+def add_repeat(parser: ArgumentParser, default: int = 5) -> None:
+    """The option of benchmarks that are repeated."""
+    parser.add_argument("--repeat", type=int, default=default, help="runs of each, of which the median is taken")
 
 
 def machine() -> Figures:

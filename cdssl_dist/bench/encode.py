@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from cdssl_dist.bench import data
-from cdssl_dist.bench.common import BenchError, Figures, elsewhere, median
+from cdssl_dist.bench.common import BenchError, Figures, add_repeat, elsewhere, median
 from cdssl_dist.data.labeled import density
 from cdssl_dist.data.stream import stream
 from cdssl_dist.finetune.splits import Split
@@ -52,6 +52,7 @@ sys.exit(code)
 
 def add_arguments(parser: ArgumentParser) -> None:
     """See ``cdssl_dist.bench``."""
+    add_repeat(parser)
     parser.add_argument("--crystals", type=int, default=1000, help="to embed; 100 at least")
     parser.add_argument("--epochs", type=int, default=100, help="of fine-tuning on 500 crystals")
     parser.add_argument("--times", type=int, default=10, help="as many crystals, to see whether memory grows")

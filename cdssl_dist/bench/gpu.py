@@ -6,6 +6,7 @@ through the edges; of each kernel bytes and FLOPs by hand, its time, and the sha
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -16,12 +17,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from cdssl_dist.bench import step as bench_step
-from cdssl_dist.bench.common import BenchError, Figures, data_folder
+from cdssl_dist.bench.common import BenchError, Figures, add_repeat, data_folder
 from cdssl_dist.data.batch import GraphBatch, widen
 from cdssl_dist.data.dataset import DataSet
 from cdssl_dist.model.cost import matmul_flops
 from cdssl_dist.model.edges import GaussianExpansion
-from cdssl_dist.model.kernels.model import FusedDenoising, FusedPretextModel
 from cdssl_dist.model.megnet import PretextModel
 from cdssl_dist.model.pretext import Denoising
 
@@ -31,6 +31,7 @@ PROFILED: Final = 10  # steps
 
 def add_arguments(parser: ArgumentParser) -> None:
     """See ``cdssl_dist.bench``."""
+    add_repeat(parser)
     parser.add_argument("--data", help="a data set; what is shared, or aflow:, is sharded else")
     parser.add_argument("--edges", type=int, default=2**20, help="directed edges of a timed pack")
     parser.add_argument("--eager", action="store_true", help="nothing compiled by torch: that takes minutes")
@@ -44,6 +45,8 @@ def measure(args: Namespace) -> Figures:
     """
     if not torch.cuda.is_available():
         raise BenchError("no CUDA device is visible; the kernels are checked on CPU by tests/test_kernels.py")
+    if importlib.util.find_spec("triton") is None:
+        raise BenchError("this needs triton, which comes with torch for CUDA")
     device = torch.device("cuda")
     with data_folder(args.data) as folder, DataSet(folder) as data:
         end = data.manifest.cutoff + 1.0
@@ -75,6 +78,8 @@ def check(batch: GraphBatch, expansion: GaussianExpansion, dtype: torch.dtype) -
         Relative differences: of the loss, and the norm of the difference of all gradients, of the kernels and of plain
         torch in the same dtype.
     """
+    from cdssl_dist.model.kernels.model import FusedDenoising, FusedPretextModel  # Triton is where a GPU is
+
     device = batch.positions.device
     torch.manual_seed(0)
     exact = PretextModel(edge_features=expansion.centers, **bench_step.SIZES["small"]).to(device)
@@ -106,10 +111,10 @@ def _loss(model: nn.Module, task: Denoising, batch: GraphBatch) -> Tensor:
 
 def _in_f64(model: nn.Module, task: Denoising, batch: GraphBatch) -> Tensor:
     """The reference by its own formula; distances and embeddings are made in f32 by all."""
-    displaced, clean = task.lengths(batch)
+    noisy, clean = task.distances(batch)
     assert isinstance(model, PretextModel)
-    guess = model.out(model.head(*model.encoder(task.embed(displaced).double(), batch), batch))
-    error = (guess - task.embed(clean).double().index_select(0, batch.half)) * batch.scored[:, None]
+    guess = model.out(model.head(*model.encoder(task.expand(noisy).double(), batch), batch))
+    error = (guess - task.expand(clean).double().index_select(0, batch.half)) * batch.scored[:, None]
     return error.square().sum()
 
 
@@ -152,6 +157,8 @@ def _profiled(
     packs: bench_step.Packs, expansion: GaussianExpansion, bound: dict[str, float], device: torch.device
 ) -> list[dict[str, Any]]:
     """Where the time of the small model's step in bf16 goes, the longest first."""
+    from cdssl_dist.model.kernels.model import FusedDenoising, FusedPretextModel
+
     torch.manual_seed(0)
     fused = FusedPretextModel(expansion=expansion, **bench_step.SIZES["small"])
     engine = bench_step.plain(fused, torch.bfloat16, device)

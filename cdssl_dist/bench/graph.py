@@ -21,7 +21,7 @@ from typing import Final
 import numpy as np
 
 from cdssl_dist.bench import data
-from cdssl_dist.bench.common import BenchError, Figures, elsewhere, median
+from cdssl_dist.bench.common import BenchError, Figures, add_repeat, elsewhere, failed, median
 from sharding.crystal import Crystal
 from sharding.graph import build
 from sharding.pipeline import shard
@@ -35,6 +35,7 @@ GROWTH: Final = (1, 2, 4, 8)
 
 def add_arguments(parser: ArgumentParser) -> None:
     """See ``cdssl_dist.bench``."""
+    add_repeat(parser)
     parser.add_argument("--crystals", type=int, default=16_000, help="in the largest text that is read; 64 at least")
 
 
@@ -118,20 +119,20 @@ def _searches(source: Source, repeat: int) -> Figures:
 
 def _run(arguments: list[str]) -> Figures:
     """``cdssl shard`` in a process of its own: seconds, and the memory of it and its workers together."""
-    with tempfile.TemporaryDirectory(prefix="cdssl-bench-") as out:
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(tempfile.TemporaryDirectory(prefix="cdssl-bench-"))
         begin = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sharding", *arguments, "--out", f"{out}/d"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        command = [sys.executable, "-m", "sharding", *arguments, "--out", f"{out}/d"]
+        said = stack.enter_context(tempfile.TemporaryFile("w+"))  # a pipe would fill
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
         peak = 0.0
         while process.poll() is None:
             peak = max(peak, sum(map(_memory, _family(process.pid))))
             time.sleep(0.1)
         seconds = time.perf_counter() - begin
         if process.returncode:
-            raise RuntimeError(f"cdssl shard {' '.join(arguments)} ended with {process.returncode}")
+            said.seek(0)
+            raise failed(f"cdssl shard {' '.join(arguments)}", process.returncode, said.read())
         found = inspect(f"{out}/d")
     return {"seconds": seconds, "peak MiB": peak} | {
         name: found[name] for name in ("graphs", "edges", "bytes_per_edge", "fill")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from cdssl_dist.bench.common import Figures, in_turns
+from cdssl_dist.bench.common import Figures, add_repeat, in_turns
 from cdssl_dist.bench.data import SHARED
 from cdssl_dist.bench.step import Packs, Step, plain
 from cdssl_dist.data.batch import PackShape
@@ -59,6 +59,7 @@ CRYSTALS: Final = 4_000  # that packs are cut from
 
 def add_arguments(parser: ArgumentParser) -> None:
     """See ``cdssl_dist.bench``."""
+    add_repeat(parser)
     parser.add_argument("--plot", type=Path, help="a picture to draw")
     parser.add_argument("--only", choices=[name.split()[0].strip(",") for name in SERIES], help="one of the series")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -22,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from cdssl_dist.bench import loader_others
-from cdssl_dist.bench.common import BenchError, Figures, data_folder, in_turns
+from cdssl_dist.bench.common import BenchError, Figures, add_repeat, data_folder, in_turns, output_of
 from cdssl_dist.data.batch import PackShape, RawPack, widen
 from cdssl_dist.data.dataset import DataSet
 from cdssl_dist.data.loader import Loader
@@ -35,6 +34,7 @@ MEMORY: Final = "import json, sys; from cdssl_dist.bench.loader import memory; p
 
 def add_arguments(parser: ArgumentParser) -> None:
     """See ``cdssl_dist.bench``."""
+    add_repeat(parser)
     parser.add_argument(
         "--data", help="a data set; the shared one of the Materials Project, or aflow:, is sharded else"
     )
@@ -199,8 +199,7 @@ def _spread(values: NDArray[np.float64]) -> Figures:
 
 def _memory(folder: str) -> Figures:
     """See ``memory``; in a process of its own."""
-    answer = subprocess.run([sys.executable, "-c", MEMORY, folder], capture_output=True, text=True, check=True)
-    found: Figures = json.loads(answer.stdout)
+    found: Figures = json.loads(output_of([sys.executable, "-c", MEMORY, folder]))
     return found
 
 

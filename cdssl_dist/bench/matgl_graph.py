@@ -1,4 +1,4 @@
-"""matgl's path from text to graphs, timed in an environment of its own: ``.bench-venv/bin/python matgl_path.py FILE``.
+"""matgl's path from text to graphs, in an environment of its own: ``python matgl_graph.py FILE LIMIT REPEATS``.
 
 Reads pymatgen JSON (a list of records with a ``structure``) or a CSV with a ``cif`` column, as ``cdssl bench graph``
 wrote them, and builds a graph of each with ``Structure2Graph``; nothing is written, which is in its favour.

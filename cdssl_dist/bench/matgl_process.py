@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from cdssl_dist.bench.common import PYTHON
+from cdssl_dist.bench.common import PYTHON, BenchError
 from sharding.graph import Multigraphs
 
 ARRAYS: Final = ("lattice", "atomic_numbers", "positions", "n_atoms")
@@ -53,7 +53,7 @@ class Matgl:
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
-            raise RuntimeError("matgl's process ended; its message is above")
+            raise BenchError("matgl's process ended; its message is above")
         return float(answer)
 
     def __enter__(self) -> Matgl:

@@ -11,7 +11,6 @@ import argparse
 import functools
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from cdssl_dist.bench.common import BenchError, Figures
+from cdssl_dist.bench.common import BenchError, Figures, add_repeat, data_folder, free_port, turns
+from cdssl_dist.bench.step import CENTERS, SIZES
 from cdssl_dist.data.batch import RawPack, widen
 from cdssl_dist.data.dataset import DataSet
 from cdssl_dist.data.plan import EpochPlan
@@ -35,7 +35,6 @@ from cdssl_dist.model.precision import bf16_twin, round_into
 from cdssl_dist.model.pretext import Denoising
 from cdssl_dist.train.guard import Guard, GuardRules
 
-SIZES: Final = {"small": {"width": 32, "hidden": 64, "blocks": 3}, "wide": {"width": 256, "hidden": 256, "blocks": 6}}
 METRICS_EVERY: Final = 20  # steps, the defaults of the config
 CHECKPOINT_EVERY: Final = 500
 CLIP: Final = 1.0
@@ -46,7 +45,8 @@ Run = Callable[[int], None]  # some steps
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of the command line."""
-    parser.add_argument("--data", help="a data set; one is made of aflow: where left out")
+    add_repeat(parser)
+    parser.add_argument("--data", help="a data set; what is shared, or aflow:, is sharded else")
     parser.add_argument("--engine", choices=("plain", "deepspeed", "both"), default="both", help="what is measured")
     parser.add_argument("--size", choices=tuple(SIZES), default="small", help="64/32 units × 3 blocks, or 256 × 6")
     parser.add_argument("--dtype", choices=("f32", "bf16"), default="f32", help="of weights and activations")
@@ -58,8 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace) -> Figures:
     """See the module."""
-    with tempfile.TemporaryDirectory(prefix="cdssl-bench-") as made:
-        folder = args.data or _made(Path(made) / "data")
+    with tempfile.TemporaryDirectory(prefix="cdssl-bench-") as made, data_folder(args.data) as folder:
         device = torch.device(args.device)
         if device.type == "cpu":
             torch.set_num_threads(1)
@@ -68,16 +67,16 @@ def measure(args: argparse.Namespace) -> Figures:
             plan, shape = EpochPlan(table, 0, 1, 1), data.shape("train", 1)
             packs = [data.pack(plan.pack(i, 0), table, shape).to(device) for i in range(min(args.packs, len(table)))]
             cutoff = data.manifest.cutoff
-        expansion = GaussianExpansion(100, cutoff + 1.0, 0.5)
+        expansion = GaussianExpansion(CENTERS, cutoff + 1.0, 0.5)
         task = Denoising(expansion, (0.3, 0.3), 0)
-        turns: dict[str, Run] = {}
+        runs: dict[str, Run] = {}
         if args.engine != "deepspeed":
-            turns["plain torch"] = _plain(task, packs, args, device)
+            runs["plain torch"] = _plain(task, packs, args, device)
         engine = None
         if args.engine != "plain":
             engine, more = _engine(task, packs, args, device)
-            turns |= more
-        seconds = _in_turns(turns, args, device)
+            runs |= more
+        seconds = turns(args.repeat, {n: functools.partial(_timed, run, args.steps, device) for n, run in runs.items()})
         figures: Figures = {
             "directed edges of a pack": 2 * shape.half_edges,
             "size": args.size, "dtype": args.dtype, "device": args.device, "stage": args.stage,
@@ -95,18 +94,9 @@ def measure(args: argparse.Namespace) -> Figures:
         return figures
 
 
-def _made(folder: Path) -> Path:
-    from sharding.pipeline import shard
-    from sharding.settings import ShardSettings
-    from sharding.sources import open_source
-
-    shard([open_source("aflow:3000")], folder, ShardSettings(val=0.2))
-    return folder
-
-
 def _model(args: argparse.Namespace) -> nn.Module:
     torch.manual_seed(0)
-    return PretextModel(edge_features=100, **SIZES[args.size])
+    return PretextModel(edge_features=CENTERS, **SIZES[args.size])
 
 
 def _plain(task: Denoising, packs: list[RawPack], args: argparse.Namespace, device: torch.device) -> Run:
@@ -137,7 +127,7 @@ def _engine(
 
     from cdssl_dist.train.engine import Engine, EngineSettings, init_distributed
 
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     init_distributed(device)
     guard = Guard(GuardRules(on_spike="clip", rollback_after=10**9, max_bad_share=1.0))
     state: dict[str, Any] = {"guarded": False, "loss": torch.zeros((), device=device)}
@@ -152,15 +142,15 @@ def _engine(
     precision: Any = {"f32": "fp32", "bf16": "bf16"}[args.dtype]
     settings = EngineSettings(stage=args.stage, precision=precision, micro_steps=1, clip=CLIP)
     engine = Engine(_model(args), settings, device, decide)
-    sums = torch.stack([task.baseline_sums(widen(pack), task.expansion.end) for pack in packs]).sum(dim=0)
-    reference: Baseline = fit_baseline(sums, task.expansion.end)
+    sums = torch.stack([task.baseline_sums(widen(pack)) for pack in packs]).sum(dim=0)
+    baseline: Baseline = fit_baseline(sums, task.expansion.end)
 
     def run(guarded: bool, steps: int) -> None:
         state["guarded"] = guarded
         for i in range(steps):
             batch = widen(packs[i % len(packs)])
             due = guarded and i % METRICS_EVERY == METRICS_EVERY - 1
-            squared, figures = task.loss(engine.module, batch, reference if due else None)
+            squared, figures = task.loss(engine.module, batch, baseline if due else None)
             loss = squared / batch.scored.sum()
             state["loss"] = loss.detach()
             engine.backward(loss)
@@ -172,19 +162,14 @@ def _engine(
     return engine, {"engine": plain, "engine, guard, metrics": guarded}
 
 
-def _in_turns(turns: dict[str, Run], args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
-    """Seconds per step of each, once in every round."""
+def _timed(run: Run, steps: int, device: torch.device) -> float:
+    """Seconds per step."""
     clock = time.process_time if device.type == "cpu" else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in turns}
-    for turn in range(args.repeat + 1):
-        for name, run in turns.items():
-            begin = clock()
-            run(args.steps)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if turn:  # the first loads and allocates
-                seconds[name].append((clock() - begin) / args.steps)
-    return seconds
+    begin = clock()
+    run(steps)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (clock() - begin) / steps
 
 
 def _over(seconds: dict[str, list[float]], one: str, other: str) -> float:
@@ -209,13 +194,13 @@ def _checkpoint(engine: Any, root: Path, repeat: int, step: float) -> Figures:
     return {"stall, ms": 1e3 * stall, "share": stall / (stall + CHECKPOINT_EVERY * step)}
 
 
-def _restart(data: Path, run: Path, args: argparse.Namespace) -> float:
+def _restart(data: str, run: Path, args: argparse.Namespace) -> float:
     """Seconds from SIGKILL of one rank under a bare launcher to the first step of the next life."""
     from cdssl_dist.config import parse
 
     content = {
         "run": str(run),
-        "data": {"path": str(data), "packs_per_step": 1},
+        "data": {"path": data, "packs_per_step": 1},
         "model": SIZES[args.size],
         "checkpoint": {"every": 3},
         "tracking": {"every": 1, "baseline_packs": 1, "validate_every": 10**6},
@@ -231,7 +216,7 @@ def _restart(data: Path, run: Path, args: argparse.Namespace) -> float:
     def life(until: Callable[[], bool]) -> None:
         process = subprocess.Popen(
             [sys.executable, "-c", code, json.dumps(content)],
-            env=environment | {"MASTER_PORT": str(_free_port())},
+            env=environment | {"MASTER_PORT": str(free_port())},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -251,12 +236,6 @@ def _restart(data: Path, run: Path, args: argparse.Namespace) -> float:
     begin, before = time.perf_counter(), steps()
     life(lambda: steps() > before)
     return time.perf_counter() - begin
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def table(figures: Figures) -> str:

@@ -11,7 +11,6 @@ import contextlib
 import json
 import math
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from cdssl_dist.bench.common import BenchError, Figures, data_folder
+from cdssl_dist.bench.common import BenchError, Figures, add_repeat, data_folder, failed, free_port
 from cdssl_dist.bench.step import CENTERS, SIZES, fresh
 from cdssl_dist.config import Config, parse
 from cdssl_dist.data.dataset import DataSet
@@ -80,6 +79,7 @@ def step_seconds(gpus: int, machine: Machine, job: Job) -> dict[str, float]:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """See ``cdssl_dist.bench``."""
+    add_repeat(parser, default=1)
     parser.add_argument("--data", help="a data set; what is shared, or aflow:, is sharded else")
     parser.add_argument("--size", choices=SIZES, default="small", help="of the model: 64/32 × 3 blocks, 256 × 6")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2], help="on this machine, beside one")
@@ -159,13 +159,18 @@ def _measured(folder: str, ranks: int, args: Namespace) -> Figures:
 
 def _step(folder: str, groups: Sequence[int], packs: int, args: Namespace) -> dict[str, float]:
     """A step's seconds by the clock, and of CPU in a rank, where groups of so many ranks train at the same time."""
+    found = [_once(folder, groups, packs, args) for _ in range(args.repeat)]
+    return {name: statistics.median(once[name] for once in found) for name in found[0]}
+
+
+def _once(folder: str, groups: Sequence[int], packs: int, args: Namespace) -> dict[str, float]:
     with contextlib.ExitStack() as stack:
         found = []
         for ranks in groups:
             run = stack.enter_context(tempfile.TemporaryDirectory(prefix="cdssl-bench-"))
             command = [sys.executable, "-c", RANK, _config(run, folder, packs, args).model_dump_json()]
             environment = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-            environment |= {"MASTER_PORT": str(_free_port())}
+            environment |= {"MASTER_PORT": str(free_port())}
             found += [
                 subprocess.Popen(
                     command,
@@ -179,15 +184,9 @@ def _step(folder: str, groups: Sequence[int], packs: int, args: Namespace) -> di
         answers = [process.communicate() for process in found]
     for process, (_, said) in zip(found, answers, strict=True):
         if process.returncode:
-            raise BenchError(f"a rank of {len(found)} failed: {said.strip().splitlines()[-1]}")
+            raise failed(f"a rank of {len(found)}", process.returncode, said)
     each = [json.loads(out.splitlines()[-1]) for out, _ in answers]
     return {name: statistics.mean(rank[name] for rank in each) for name in each[0]}
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _config(run: str, folder: str, packs: int, args: Namespace) -> Config:

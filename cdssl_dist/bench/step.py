@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cdssl_dist.bench.common import Figures, data_folder, in_turns
+from cdssl_dist.bench.common import BenchError, Figures, add_repeat, data_folder, in_turns
 from cdssl_dist.bench.concatenating import concatenating
 from cdssl_dist.bench.matgl_process import Matgl
 from cdssl_dist.data.batch import PackShape, RawPack, collate, widen
@@ -101,6 +101,7 @@ class Packs:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """See ``cdssl_dist.bench``."""
+    add_repeat(parser)
     parser.add_argument("--data", help="a data set; what is shared, or aflow:, is sharded else")
     parser.add_argument("--size", choices=SIZES, default="small", help="of the model: 64/32 × 3 blocks, 256 × 6")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="precision of the weights")
@@ -208,6 +209,8 @@ def _filled(blocks: Iterator[Multigraphs], edges: int) -> Iterator[Multigraphs]:
                 left -= int(parts[-1].n_edges.sum())
             if count < len(block):
                 break
+        if not parts:
+            raise BenchError(f"--edges {edges} has not room for one crystal; give more")
         yield concatenate(parts)
 
 
@@ -255,9 +258,9 @@ def table(figures: Figures) -> str:
         f"{figures['model']} on {figures['device']}, engine {figures['engine']}: {about['packs']} packs of "
         f"{about['edges of a pack']:,} directed edges, {about['padding']:.1%} of them padding"
     ]
-    other = each.get("matgl, f32") or each.get("concatenating, eager, f32")
     beside = "matgl" if "matgl, f32" in each else "concatenating"
     for name, value in each.items():
+        other = each.get("matgl, f32") or each.get(f"concatenating, eager, {name.rpartition(', ')[2]}")
         ratio = f"  {other / value:5.2f} × {beside}" if other else ""
         first = f"  first step {figures['first step, s'][name]:.1f} s" if name in figures["first step, s"] else ""
         peak = f"  {figures['peak MiB'][name]:,.0f} MiB" if name in figures["peak MiB"] else ""

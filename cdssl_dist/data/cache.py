@@ -49,7 +49,7 @@ class ShardCache:
         self.folder, self.limit = folder, limit
         self.patience = patience or Patience()
         self._refused: dict[str, float] = {}  # SHA-256, or "" for all → until when
-        self._told = False
+        self._told = set[str]()  # what is refused, said once of each
 
     def open(self, sha256: str, size: int, download: Download, stop: Event | None = None) -> int | None:
         """A descriptor of a shard, loaded first where it is not here.
@@ -147,8 +147,8 @@ class ShardCache:
 
     def _refuse(self, what: str, why: str) -> None:
         self._refused[what] = self.patience.clock() + RETRY_AFTER
-        if not self._told:
-            self._told = True
+        if (kind := "all" if what == "" else "a shard") not in self._told:
+            self._told.add(kind)
             warn(f"{self.folder}: {why}; blocks are read over the network one by one, which is slow (see CDSSL_CACHE)")
 
 

@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from cdssl_dist.data.batch import PackShape, RawPack, collate
 from cdssl_dist.data.cache import ShardCache, default_folder
 from cdssl_dist.data.plan import BlockTable, Entry, table_of
-from cdssl_dist.data.remote import DeniedError, Remote, is_remote
+from cdssl_dist.data.remote import DeniedError, Remote
 from cdssl_dist.data.storage import LocalShards, RemoteShards, Storage
 from cdssl_dist.data.waiting import Patience
 from sharding.block import decode_arrays
 from sharding.manifest import BLOCK_SCHEMA, SPLITS, WORK, DataSetError, Manifest, read_manifest
+from sharding.sources.streams import is_remote, local_path
 
 CACHE_GB: Final = 50.0
 BATCH: Final = 2**20  # blocks
@@ -50,7 +51,7 @@ class DataSet:
     """
 
     def __init__(self, folder: str | Path, *, cache_gb: float = CACHE_GB, patience: Patience | None = None) -> None:
-        self.folder = folder if is_remote(folder) else Path(str(folder).removeprefix("file://"))
+        self.folder = folder if is_remote(folder) else local_path(folder)
         self._storage: Storage
         if isinstance(self.folder, str):
             remote = Remote(self.folder, patience)
@@ -159,7 +160,7 @@ def is_data_set(path: str) -> bool:
         DataSetError: where the endpoint of a URL is dead.
     """
     if not is_remote(path):
-        folder = Path(path.removeprefix("file://"))
+        folder = local_path(path)
         return any((folder / name).exists() for name in ("manifest.json", WORK))
     try:
         return Remote(path).has("manifest.json")

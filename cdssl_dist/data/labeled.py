@@ -208,7 +208,11 @@ def _from_source(path: str, targets: list[str], cutoff: float, keys: Sequence[st
     seen: set[str] = set()
     with Progress("read", "crystals") as progress:
         for crystals, unreadable in in_batches(parse_records(source, source.records()), CRYSTALS_AT_ONCE):
-            new = [c for c in crystals if not (c.key in seen or seen.add(c.key))]  # type: ignore[func-returns-value]
+            new = []
+            for crystal in crystals:
+                if crystal.key not in seen:
+                    seen.add(crystal.key)
+                    new.append(crystal)
             graphs, bad = build(new, cutoff, tuple(targets))
             refused += len(unreadable) + len(bad)
             repeated += len(crystals) - len(new)

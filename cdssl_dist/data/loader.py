@@ -17,11 +17,9 @@ from typing import Final, Literal
 from cdssl_dist.data.batch import PackShape, RawPack
 from cdssl_dist.data.dataset import BadBlockError, DataSet
 from cdssl_dist.data.plan import EpochPlan
-from cdssl_dist.data.remote import is_remote
 from cdssl_dist.data.waiting import POLL, StoppedError, warn
 from sharding.manifest import DataSetError
-
-__all__ = ["BadBlocks", "DataSet", "Loader", "Step"]
+from sharding.sources.streams import is_remote
 
 FEW: Final = 10  # bad blocks that ``skip`` always bears
 SHARE: Final = 0.01  # of the blocks read: beyond it the data are not spoiled in places but wrong

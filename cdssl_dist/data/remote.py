@@ -184,11 +184,6 @@ class Remote:
             future.cancel()
 
 
-def is_remote(path: object) -> bool:
-    """Whether a path is a URL of something that is not a local file."""
-    return isinstance(path, str) and "://" in path and not path.startswith("file://")
-
-
 def _filesystem(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL, one of its own, and the path in it."""
     import fsspec

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from cdssl_dist.commands import DONE, FAILED, RUNS, Parser, command
 from cdssl_dist.data.labeled import COMPUTED, Labeled, class_names, load_labeled
 from cdssl_dist.encoder import CrystalEncoder
 from cdssl_dist.finetune.experiment import PRETRAINED, Map, compare
@@ -37,6 +36,7 @@ from cdssl_dist.mlops.models import CHAMPION, PROPERTY
 from cdssl_dist.mlops.record import record
 from cdssl_dist.model.export import EncoderCard, read_encoder
 from cdssl_dist.model.heads import READOUTS
+from sharding.commands import DONE, FAILED, RUNS, Parser, command
 from sharding.executor import Executor
 from sharding.progress import Progress
 

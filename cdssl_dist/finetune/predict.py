@@ -14,12 +14,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from cdssl_dist.commands import RUNS, Parser, command
 from cdssl_dist.data.stream import Rows, add_arguments, parts_of, write_rows
 from cdssl_dist.finetune.predictor import Predictor, read_property, read_property_card
 from cdssl_dist.mlops import registry
 from cdssl_dist.mlops.mlflow_server import tracking_uri
 from cdssl_dist.mlops.models import PROPERTY, kind_of
+from sharding.commands import RUNS, Parser, command
 from sharding.crystal import SYMBOLS
 from sharding.graph import Multigraphs
 

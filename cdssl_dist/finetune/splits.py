@@ -43,6 +43,8 @@ def split_by_group(groups: Sequence[str], train: float, val: float, seed: int) -
     Raises:
         SplitError: where a part is empty.
     """
+    if not (train > 0 and val > 0 and train + val < 1):
+        raise SplitError(f"train {train:g} and val {val:g}: both must be above 0, and leave something to test on")
     rank, member = _shuffled(groups, seed, large_first=min(val, 1 - train - val))
     before = _share_before(rank)
     trained = float((before < train).mean())

@@ -122,7 +122,8 @@ def fit(
         for epoch in range(how.epochs):
             for number, stage in enumerate(stages[:-1]):
                 learns = epoch >= how.warmup and number >= how.freeze
-                _ = [weight.requires_grad_(learns) for weight in stage]
+                for weight in stage:
+                    weight.requires_grad_(learns)
             model.train()
             total = 0.0
             for batch in _batches(shuffle.permutation(train), how.batch_size):

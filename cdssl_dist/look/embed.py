@@ -14,7 +14,6 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
-from cdssl_dist.commands import RUNS, Parser, command
 from cdssl_dist.data.labeled import density, formulas_of, volume_per_atom
 from cdssl_dist.data.stream import Rows, add_arguments, parts_of, write_rows
 from cdssl_dist.encoder import CrystalEncoder
@@ -23,6 +22,7 @@ from cdssl_dist.mlops import registry
 from cdssl_dist.mlops.mlflow_server import tracking_uri
 from cdssl_dist.mlops.models import CHAMPION
 from cdssl_dist.model.export import read_card
+from sharding.commands import RUNS, Parser, command
 from sharding.crystal import SYMBOLS
 from sharding.graph import Multigraphs
 

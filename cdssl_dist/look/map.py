@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
-from cdssl_dist.commands import Parser, command
 from cdssl_dist.look.map_page import page
+from sharding.commands import Parser, command
 
 NEIGHBOURS: Final = 10
 FEWEST: Final = NEIGHBOURS + 2  # crystals of a map
@@ -60,8 +60,8 @@ class CrystalMap:
 def main(argv: Sequence[str] | None = None) -> int:
     """Read vectors, map them, draw."""
     p = Parser("cdssl map", "Map the vectors of cdssl embed: a picture, a page that can be explored, and coordinates.")
-    p.add_argument("embeddings", help="Parquet file of cdssl embed, or one with columns key and embedding")
-    p.add_argument("--color", default="density", help="a column of numbers")
+    p.add_argument("embeddings", help="Parquet of cdssl embed, or one with key, embedding and numbers")
+    p.add_argument("--color", help="a column of numbers; density, else the first one, where left out")
     p.add_argument("--method", choices=METHODS, default="tsne", help="umap wants the package umap-learn")
     p.add_argument("--sample", type=int, default=10_000, help="at most so many crystals, chosen at random")
     p.add_argument("--seed", type=int, default=0, help="of the sample and of the map")
@@ -70,16 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     table, vectors = read_vectors(args.embeddings, args.sample, args.seed)
     columns = numbers(table)
-    if args.color not in columns:
-        raise MapError(f"{args.embeddings}: no column of numbers {args.color!r}; there are {', '.join(columns)}")
-    columns = {args.color: columns[args.color]} | columns
+    color = args.color or ("density" if "density" in columns else next(iter(columns), "to colour by"))
+    if color not in columns:
+        raise MapError(f"{args.embeddings}: no column of numbers {color!r}; there are {', '.join(columns) or 'none'}")
+    columns = {color: columns[color]} | columns
     names = table["key"].to_pylist()
     formulas = table["formula"].to_pylist() if "formula" in table.column_names else [""] * len(names)
     found = draw_map(Path(args.embeddings).name, names, formulas, columns, vectors, args.method, args.seed)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     write_map(out / "map.parquet", found, table)
-    draw(out / "map.png", found.place, args.color, columns[args.color])
+    draw(out / "map.png", found.place, color, columns[color])
     (out / "map.html").write_text(page(found))
     print(f"{len(names):,} crystals by {args.method}; how well {NEIGHBOURS} neighbours tell (1 all, 0 nothing):")
     for k in found.kept.values():

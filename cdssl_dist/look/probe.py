@@ -23,7 +23,6 @@ from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from cdssl_dist.commands import Parser, command
 from cdssl_dist.data.labeled import COMPUTED, load_labeled, volume_per_atom
 from cdssl_dist.encoder import CrystalEncoder
 from cdssl_dist.finetune.baselines import element_fractions
@@ -32,6 +31,7 @@ from cdssl_dist.finetune.splits import Split, k_folds
 from cdssl_dist.finetune.targets import Array
 from cdssl_dist.mlops.models import CHAMPION
 from cdssl_dist.model.embedding import embed_graphs
+from sharding.commands import Parser, command
 from sharding.graph import Multigraphs
 from sharding.manifest import DataSetError
 
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name, equals, path = said.partition("=")
         if not name or not equals or name in every:
             raise DataSetError(f"--vectors {said}: say NAME=FILE, with a name that is not one of {', '.join(every)}")
-        every[name] = read_vectors(path, data.graphs.keys)
+        every[name] = vectors_of(path, data.graphs.keys)
     results = {}
     for t, name in enumerate(data.names):
         known = np.flatnonzero(np.isfinite(data.targets[:, t]))
@@ -107,7 +107,7 @@ def features(encoder: CrystalEncoder, graphs: Multigraphs, seed: int) -> dict[st
     return found
 
 
-def read_vectors(path: str | Path, keys: Sequence[str]) -> Array:
+def vectors_of(path: str | Path, keys: Sequence[str]) -> Array:
     """Vectors from a Parquet with ``key`` and ``embedding``, in the order of these keys: (n, features).
 
     Raises:

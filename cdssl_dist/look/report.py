@@ -18,12 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from cdssl_dist.commands import Parser, command
 from cdssl_dist.look.map import CrystalMap, read_map
 from cdssl_dist.look.report_page import Tuned, run_page, tuning_page
 from cdssl_dist.mlops.mlflow_server import one_line, say, tracking_uri
 from cdssl_dist.mlops.record import attach
 from cdssl_dist.train.runlog import read_lines
+from sharding.commands import Parser, command
 
 PAGE: Final = "report.html"
 
@@ -108,7 +108,7 @@ def leave(
 def _upload(run: Path) -> bool:
     run_id = _json(run / "mlflow-run.json").get("run_id")
     if not run_id:
-        raise ReportError(f"{run}: MLflow has no run of it (no mlflow-run.json)")
+        raise ReportError(f"{run}: no pretraining or study with a run in MLflow (there is no mlflow-run.json)")
     config = run / "config.yaml"
     uri = (yaml.safe_load(config.read_text()) or {}).get("tracking", {}).get("uri") if config.exists() else None
     return attach(tracking_uri(uri, run.resolve().parent), run_id, [run / PAGE])

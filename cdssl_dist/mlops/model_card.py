@@ -67,6 +67,12 @@ def _options(card: dict[str, Any]) -> str:
     return f". Beyond the paper: {said}" if said else ""
 
 
+READ_OUT: Final = {
+    "set2set": "Set2Set on nodes and edges with the state, and a multilayer perceptron",
+    "atoms": "a multilayer perceptron of each atom with its edges and the state, of which the mean is taken",
+}
+
+
 def _property(card: dict[str, Any]) -> str:
     task = card["task"]
     lines = [
@@ -81,8 +87,8 @@ def _property(card: dict[str, Any]) -> str:
 
 {chr(10).join(lines)}
 {classes}
-An ensemble of {len(card["scalers"])} network(s): the encoder below, Set2Set on nodes and edges with the state, and a
-multilayer perceptron. {_uncertainty(card)}
+An ensemble of {len(card["scalers"])} network(s): the encoder below, and {READ_OUT[card.get("readout", "set2set")]}.
+{_uncertainty(card)}
 
 Fine-tuned from **{card["encoder"]["ref"]}** (weights {card["encoder"]["weights_sha256"][:12]}, pretrained on data
 {card["encoder"]["data_digest"][:12]}).

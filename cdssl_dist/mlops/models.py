@@ -151,10 +151,15 @@ def checked(folder: Path, kind: Kind) -> Card:
 
 
 @functools.cache
-def code_digest() -> str:
-    """SHA-256 of the Python files of this program: a version number alone does not tell one checkout from another."""
+def code_digest(*parts: str) -> str:
+    """SHA-256 of the Python files of this program: a version number alone does not tell one checkout from another.
+
+    Args:
+        parts: files and folders, all of it where left out.
+    """
     home = Path(__file__).parents[2]
-    files = [p for package in ("cdssl_dist", "sharding") for p in (home / package).rglob("*.py")]
+    named = [home / part for part in parts or ("cdssl_dist", "sharding")]
+    files = [p for part in named for p in ([part] if part.is_file() else part.rglob("*.py"))]
     listed = sorted(f"{p.relative_to(home).as_posix()} {sha256(p)}\n" for p in files)
     return hashlib.sha256("".join(listed).encode()).hexdigest()
 

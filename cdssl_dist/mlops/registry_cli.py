@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from cdssl_dist.commands import RUNS, Parser, command
 from cdssl_dist.mlops import registry
 from cdssl_dist.mlops.mlflow_server import tracking_uri
 from cdssl_dist.mlops.model_card import write_model_card
 from cdssl_dist.mlops.models import CHAMPION, KINDS, kind_of
 from cdssl_dist.mlops.registry import Version
+from sharding.commands import RUNS, Parser, command
 
 
 @command

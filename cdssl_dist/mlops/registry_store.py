@@ -85,7 +85,7 @@ def resolve(client: Any, ref: str) -> Version:
 
     match = REF.fullmatch(ref)
     if not match:
-        raise RegistryError(f"{ref}: an encoder is named models:/NAME@ALIAS or models:/NAME/VERSION, or by its folder")
+        raise RegistryError(f"{ref}: a version is named models:/NAME@ALIAS or models:/NAME/VERSION")
     name = match["name"]
     known_name(client, name)
     try:

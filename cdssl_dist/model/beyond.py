@@ -89,25 +89,25 @@ class BeyondDenoising(Denoising):
 
     options: Options
 
-    def lengths(self, batch: GraphBatch) -> tuple[Tensor, Tensor]:
+    def distances(self, batch: GraphBatch) -> tuple[Tensor, Tensor]:
         """See ``Denoising``."""
         return norms(self._strained(batch)), norms(vectors(batch, batch.positions))
 
     def _strained(self, batch: GraphBatch) -> Tensor:
         """Vectors along half edges between displaced atoms of a strained crystal: (H, 3), Å."""
-        vector = vectors(batch, self.displaced(batch))
+        vector = vectors(batch, self.displaced_positions(batch))
         if not self.options.strain:
             return vector
         strain = strain_of(batch.graph_counter, self.options.strain, self.seed).index_select(0, batch.graph_of_half)
         return vector + torch.einsum("hi,hij->hj", vector, strain)
 
-    def recovered(self, model: nn.Module, noisy: Tensor, clean: Tensor, batch: GraphBatch) -> tuple[Tensor, Tensor]:
+    def recovered(self, model: nn.Module, features: Tensor, clean: Tensor, batch: GraphBatch) -> tuple[Tensor, Tensor]:
         """See ``Denoising``; the loss is the sum of all."""
         hides = masked(batch.noise_counter, self.options.masked, self.seed) if self.options.masked else None
         seen = batch if hides is None else replace(batch, atomic_numbers=batch.atomic_numbers.masked_fill(hides, 0))
         sigma = sigma_of(batch.graph_counter, *self.sigma, self.seed) / self.sigma[1]
-        true = self.embed(clean) if self.options.conditioned else None
-        found: Recovered = model(noisy, seen, true, sigma)
+        true = self.expand(clean) if self.options.conditioned else None
+        found: Recovered = model(features, seen, true, sigma)
         loss = self.squared_error(found.edges, clean, batch)
         edges_of_atom = segment_sum(batch.scored[:, None], batch.receiver, batch.n_atoms)[:, 0]
         if found.pulls is not None:

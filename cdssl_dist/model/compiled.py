@@ -48,14 +48,14 @@ def compile_model(model: PretextModel, backend: str = "inductor") -> PretextMode
 
 
 class CompiledDenoising(Denoising):
-    """The same task, its passes over (E, M) fused: embeddings are made where they are needed, and never stored twice.
+    """The same task, its passes over (E, M) fused: expansions are made where they are needed, and never stored twice.
 
     As with the model, passes without gradients stay eager.
     """
 
-    def embed(self, distance: Tensor) -> Tensor:
+    def expand(self, distance: Tensor) -> Tensor:
         """See ``Denoising``."""
-        return _embed(*self.expansion.scaled(distance)) if torch.is_grad_enabled() else super().embed(distance)
+        return _expand(*self.expansion.scaled(distance)) if torch.is_grad_enabled() else super().expand(distance)
 
     def squared_error(self, predicted: Tensor, clean: Tensor, batch: GraphBatch) -> Tensor:
         """See ``Denoising``."""
@@ -69,7 +69,7 @@ def _error(predicted: Tensor, clean: Tensor, centers: Tensor, scored: Tensor) ->
 
 
 # Made once and compiled at the first call. Centres come from outside: compiled code would make them anew for each edge.
-_embed: Callable[..., Tensor] = torch.compile(gaussians, dynamic=False)
+_expand: Callable[..., Tensor] = torch.compile(gaussians, dynamic=False)
 _squared_error: Callable[..., Tensor] = torch.compile(_error, dynamic=False)
 
 

@@ -45,9 +45,13 @@ def saved_per_edge(centers: int, bf16: bool, width: int, hidden: int, blocks: in
 
 
 def state_bytes(count: int, bf16: bool, stage: int, ranks: int) -> float:
-    """Weights, gradients, masters and Adam's two moments of a rank under ZeRO (Rajbhandari et al. 2020)."""
-    width = 2 if bf16 else 4
-    weights, gradients, optimizer = count * width, count * width, count * (12 if bf16 else 8)
+    """Weights, gradients, masters and Adam's two moments of a rank under ZeRO (Rajbhandari et al. 2020).
+
+    Gradients are summed in f32 whatever the weights are. DeepSpeed keeps f32 masters at every stage but the first, in
+    f32 too. A running mean of the weights (``optim.ema``) comes on top, 4 bytes a parameter, sharded as moments are.
+    """
+    masters = bf16 or stage >= 1
+    weights, gradients, optimizer = count * (2 if bf16 else 4), count * 4, count * (12 if masters else 8)
     return (
         weights / (ranks if stage == 3 else 1)
         + gradients / (ranks if stage >= 2 else 1)

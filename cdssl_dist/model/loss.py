@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BINS = 512  # of the displaced distance, in the reference of skill_edge
+BINS = 512  # of the noisy distance, in the baseline of skill_edge
 
 # Order of the sums in a vector of figures; each is over scored edges and features.
 SUMS = ("edges", "squared", "absolute", "noisy", "mean", "single")
@@ -41,12 +41,12 @@ class Baseline:
     """What can be said of a clean embedding without messages: fitted on training packs."""
 
     mean: Tensor  # (M,) the mean embedding
-    table: Tensor  # (BINS, M) the mean embedding given the bin of the displaced distance
+    table: Tensor  # (BINS, M) the mean embedding given the bin of the noisy distance
     end: float  # Å, upper end of the last bin
 
-    def predict(self, displaced: Tensor) -> Tensor:
-        """Best function of the displaced distance alone: (E,) Å → (E, M)."""
-        return self.table.index_select(0, bin_of(displaced, self.end))
+    def predict(self, noisy: Tensor) -> Tensor:
+        """Best function of the noisy distance alone: (E,) Å → (E, M)."""
+        return self.table.index_select(0, bin_of(noisy, self.end))
 
 
 def bin_of(distance: Tensor, end: float) -> Tensor:
@@ -54,11 +54,11 @@ def bin_of(distance: Tensor, end: float) -> Tensor:
     return (distance * (BINS / end)).long().clamp(0, BINS - 1)
 
 
-def baseline_sums(target: Tensor, displaced: Tensor, scored: Tensor, end: float) -> Tensor:
+def baseline_sums(target: Tensor, noisy: Tensor, scored: Tensor, end: float) -> Tensor:
     """What a baseline is fitted from: (BINS, M + 1) f64, sums of embeddings and, last, counts. Adds up over packs."""
     weighted = torch.cat([target, torch.ones_like(target[:, :1])], dim=1) * scored[:, None]
     sums = torch.zeros(BINS, weighted.shape[1], dtype=torch.float64, device=target.device)
-    return sums.index_add(0, bin_of(displaced, end), weighted.double())
+    return sums.index_add(0, bin_of(noisy, end), weighted.double())
 
 
 def fit_baseline(sums: Tensor, end: float) -> Baseline:
@@ -71,13 +71,13 @@ def fit_baseline(sums: Tensor, end: float) -> Baseline:
 
 
 def figures(
-    predicted: Tensor, target: Tensor, noisy: Tensor, displaced: Tensor, scored: Tensor, baseline: Baseline
+    predicted: Tensor, target: Tensor, features: Tensor, noisy: Tensor, scored: Tensor, baseline: Baseline
 ) -> Tensor:
     """The sums behind all metrics, in the order of ``SUMS``: (6,) f64.
 
     Args:
-        predicted, target, noisy: (E, M) ê, e(d) and e(d̃).
-        displaced: (E,) d̃, Å.
+        predicted, target, features: (E, M) ê, e(d) and e(d̃).
+        noisy: (E,) d̃, Å.
         scored: (E,) bool.
         baseline: see above.
     """
@@ -93,9 +93,9 @@ def figures(
             scored.sum().double(),
             squares(predicted),
             absolute,
-            squares(noisy),
+            squares(features),
             squares(baseline.mean),
-            squares(baseline.predict(displaced)),
+            squares(baseline.predict(noisy)),
         ]
     )
 
@@ -105,13 +105,13 @@ def metrics_of(sums: Tensor, features: int) -> dict[str, float]:
 
     Returns:
         ``loss`` (per scored edge), ``mae`` (per feature), ``r2`` against the mean embedding, ``skill`` against the
-        noisy embedding handed back, ``skill_edge`` against the best function of the displaced distance alone.
+        noisy embedding handed back, ``skill_edge`` against the best function of the noisy distance alone.
     """
     edges, squared, absolute, noisy, mean, single = (float(v) for v in sums)
     edges = max(edges, 1.0)
 
-    def skill(reference: float) -> float:
-        return 1.0 - squared / reference if reference > 0 else float("nan")
+    def skill(beside: float) -> float:
+        return 1.0 - squared / beside if beside > 0 else float("nan")
 
     return {
         "loss": squared / edges,

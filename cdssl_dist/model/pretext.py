@@ -20,43 +20,43 @@ class Denoising:
     sigma: tuple[float, float]  # Å; log-uniform per graph between the two
     seed: int
 
-    def displaced(self, batch: GraphBatch) -> Tensor:
+    def displaced_positions(self, batch: GraphBatch) -> Tensor:
         """x̃ = x + σε: (N, 3), Å."""
         sigma = sigma_of(batch.graph_counter, *self.sigma, self.seed).index_select(0, batch.graph_of_atom)
         return batch.positions + sigma[:, None] * gaussian(batch.noise_counter, self.seed)
 
-    def lengths(self, batch: GraphBatch) -> tuple[Tensor, Tensor]:
-        """Of half edges, Å: d̃, (H,), whose embedding is the input, and d, (H,), which the model never sees."""
-        return distances(batch, self.displaced(batch)), distances(batch, batch.positions)
+    def distances(self, batch: GraphBatch) -> tuple[Tensor, Tensor]:
+        """Of half edges, Å: d̃, (H,), whose expansion is the input, and d, (H,), which the model never sees."""
+        return distances(batch, self.displaced_positions(batch)), distances(batch, batch.positions)
+
+    def expand(self, distance: Tensor) -> Tensor:
+        """e(d), the Gaussian expansion: (n,) Å → (n, M)."""
+        return self.expansion(distance)
 
     def loss(
         self, model: nn.Module, batch: GraphBatch, baseline: Baseline | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Sum of squared errors of a pack, and with a baseline the sums behind all metrics."""
-        displaced, clean = self.lengths(batch)
-        noisy = self.embed(displaced)
-        predicted, squared = self.recovered(model, noisy, clean, batch)
+        noisy, clean = self.distances(batch)
+        features = self.expand(noisy)
+        predicted, squared = self.recovered(model, features, clean, batch)
         if baseline is None:
             return squared, None
-        target = self.embed(clean).index_select(0, batch.half)
-        noisy, displaced = noisy.index_select(0, batch.half), displaced.index_select(0, batch.half)
-        return squared, figures(predicted.detach(), target, noisy, displaced, batch.scored, baseline)
+        target = self.expand(clean).index_select(0, batch.half)
+        features, noisy = features.index_select(0, batch.half), noisy.index_select(0, batch.half)
+        return squared, figures(predicted.detach(), target, features, noisy, batch.scored, baseline)
 
-    def recovered(self, model: nn.Module, noisy: Tensor, clean: Tensor, batch: GraphBatch) -> tuple[Tensor, Tensor]:
+    def recovered(self, model: nn.Module, features: Tensor, clean: Tensor, batch: GraphBatch) -> tuple[Tensor, Tensor]:
         """ê, (E, M), from e(d̃), (H, M), and the loss that d, (H,), gives it."""
-        predicted = model(noisy, batch)
+        predicted = model(features, batch)
         return predicted, self.squared_error(predicted, clean, batch)
-
-    def embed(self, distance: Tensor) -> Tensor:
-        """e(d): (n,) Å → (n, M)."""
-        return self.expansion(distance)
 
     def squared_error(self, predicted: Tensor, clean: Tensor, batch: GraphBatch) -> Tensor:
         """Σ over scored edges and features of (ê − e(d))², of (E, M) and d of half edges, (H,) Å."""
-        target = self.embed(clean).index_select(0, batch.half)
+        target = self.expand(clean).index_select(0, batch.half)
         return SquaredError.apply(predicted, target, batch.scored)  # type: ignore[no-untyped-call]
 
-    def baseline_sums(self, batch: GraphBatch, end: float) -> Tensor:
+    def baseline_sums(self, batch: GraphBatch) -> Tensor:
         """See ``loss.baseline_sums``."""
-        displaced, clean = (d.index_select(0, batch.half) for d in self.lengths(batch))
-        return baseline_sums(self.embed(clean), displaced, batch.scored, end)
+        noisy, clean = (d.index_select(0, batch.half) for d in self.distances(batch))
+        return baseline_sums(self.expand(clean), noisy, batch.scored, self.expansion.end)

@@ -18,7 +18,6 @@ import numpy as np
 import yaml
 
 from cdssl_dist import __version__
-from cdssl_dist.commands import DONE, FAILED, RUNS, Parser, command
 from cdssl_dist.config import ConfigError, packaged, read
 from cdssl_dist.mlops import registry
 from cdssl_dist.mlops.mlflow_server import say, tracking_uri
@@ -30,9 +29,11 @@ from cdssl_dist.study.data import open_crystals, prepare, pretraining_formulas
 from cdssl_dist.study.run import Result, read_results, run
 from cdssl_dist.study.tables import Findings, write_all
 from cdssl_dist.train.runlog import append_metrics
+from sharding.commands import DONE, FAILED, RUNS, Parser, command
 from sharding.executor import Executor, Failed
 from sharding.manifest import write_atomically
 from sharding.progress import Progress
+from sharding.ray_start import LOCAL
 
 ARTIFACTS: Final = ("study.yaml", "table.md", "changes.png", "results.parquet", "metrics.jsonl")
 EDGES_PER_SECOND: Final = 60_000.0  # directed, of one core in training: what an estimate begins with
@@ -51,9 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--pretraining-shards", metavar="DIR", help="tell formulas seen in pretraining from others")
     p.add_argument("--registry", help="MLflow URI; MLFLOW_TRACKING_URI, else runs/mlflow.db, where left out")
     p.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="cells at a time; 0: in this process, no Ray"
+        "--workers",
+        type=int,
+        help="cells at a time, as many as there are CPUs where left out; 0: in this process, no Ray",
     )
-    p.add_argument("--address", help="of a Ray cluster; one of this machine's where left out")
+    p.add_argument("--address", help="of a Ray cluster; RAY_ADDRESS, else one of this machine's, where left out")
     p.add_argument("--dry-run", action="store_true", help="tell how many cells there are, and what they cost")
     p.add_argument("--sweeps-only", action="store_true", help="to choose a budget by, on crystals of no report")
     p.add_argument("override", nargs="*", metavar="section.key=value", help="changes to the config")
@@ -68,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     left_out = seen if seen and config.unseen_only else ()
     plan = plan_of(config, args.data, tracking_uri(args.registry, RUNS), left_out)
     if args.dry_run:
-        print(estimate(plan, max(args.workers, 1)))
+        print(estimate(plan, max(os.cpu_count() or 1 if args.workers is None else args.workers, 1)))
         return DONE
 
     folder, about, failures = plan.folder, about_of(plan), dict[str, str]()
@@ -76,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     uri, params = tracking_uri(config.tracking.uri, folder.parent), config.model_dump(mode="json")
     with followed(folder, uri, config.tracking.experiment, params, about, ARTIFACTS):
         try:
-            with Executor(max(args.workers, 1), None if args.workers == 0 else args.address or "local") as executor:
+            with executor_of(args.workers, args.address) as executor:
                 work(plan, executor, failures, args.sweeps_only)
         finally:  # of a study that was interrupted, too
             findings = gather(plan, about, failures, seen)
@@ -84,6 +87,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             append_metrics(folder, len(findings.results), summary(findings))
     print(said(findings, written))
     return FAILED if failures else DONE
+
+
+def executor_of(workers: int | None, address: str | None) -> Executor:
+    """Where cells are computed; see the command line."""
+    if workers == 0:
+        return Executor()
+    return Executor(workers or 0, address or os.environ.get("RAY_ADDRESS") or LOCAL)
 
 
 def plan_of(config: StudyConfig, named: Sequence[str], registry_uri: str, seen: Collection[str]) -> Plan:

@@ -40,11 +40,18 @@ class Folds(Section):
     seed: int = 18012019
 
 
+class Shares(Section):
+    """A share of the crystals is evaluated, the others may train; twins, or crystals of one formula, stay together."""
+
+    evaluate: float = Field(0.2, gt=0, lt=1)
+    seed: int = 0
+
+
 class StudyData(Section):
     """A data set. Where it lies is said on the command line, or by CDSSL_DATA_<NAME>."""
 
     column: str = "{target}"  # that holds the labels
-    split: SplitColumn | Folds
+    split: SplitColumn | Folds | Shares = Shares()
 
 
 class StudyTarget(Section):
@@ -181,8 +188,8 @@ class StudyConfig(Section):
                 if strange := set(what) - set(there):
                     raise ValueError(f"predict: {', '.join(sorted(strange))} not in the study")
             for name in self.predict.targets:
-                if isinstance(self.data[self.targets[name].data].split, Folds):
-                    raise ValueError(f"predict: {name} has folds; predictions want a column of splits")
+                if not isinstance(self.data[self.targets[name].data].split, SplitColumn):
+                    raise ValueError(f"predict: {name} has no column of splits, which says whose labels are secret")
         return self
 
 

@@ -21,8 +21,9 @@ from cdssl_dist.data import subset
 from cdssl_dist.data.dataset import DataSet, is_data_set
 from cdssl_dist.data.labeled import formulas_of, load_labeled
 from cdssl_dist.data.tables import rows_of
+from cdssl_dist.finetune.splits import hold_out
 from cdssl_dist.finetune.targets import Array
-from cdssl_dist.study.config import Folds, SplitColumn, StudyConfig
+from cdssl_dist.study.config import Folds, Shares, SplitColumn, StudyConfig
 from sharding.graph import ARRAYS, Multigraphs
 from sharding.manifest import DataSetError, write_atomically
 
@@ -88,6 +89,8 @@ def prepare(config: StudyConfig, name: str, path: str, cutoff: float, folder: Pa
         values = found.targets[:, found.names.index(column)]
         if isinstance(split, Folds):
             table[f"part.{t}"] = _folds(path, found.graphs.keys, split)
+        elif isinstance(split, Shares):
+            table[f"part.{t}"] = _shares(found.groups, split)
         else:
             names = {split.train: TRAIN, split.evaluate: EVALUATE, split.predict: PREDICT}
             table[f"part.{t}"] = [names.get(str(v).strip(), NONE) for v in found.columns[texts[t]]]
@@ -145,6 +148,13 @@ def _without_graph(path: str, columns: dict[str, str], split: SplitColumn, known
             if str(row[names.index(column)]).strip() == split.predict:
                 found[target].append(key)
     return found
+
+
+def _shares(groups: list[str], shares: Shares) -> NDArray[np.int64]:
+    """Who may train, and who is evaluated."""
+    part = np.full(len(groups), TRAIN)
+    part[hold_out(np.arange(len(groups)), groups, shares.evaluate, shares.seed)[1]] = EVALUATE
+    return part
 
 
 def _folds(path: str, keys: list[str], folds: Folds) -> NDArray[np.int64]:

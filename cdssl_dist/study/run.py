@@ -23,6 +23,7 @@ from cdssl_dist.finetune.experiment import new_encoder, permuted, predict
 from cdssl_dist.finetune.splits import Split
 from cdssl_dist.finetune.targets import Array, Target, Task
 from cdssl_dist.finetune.tuning import DivergedError, fit
+from cdssl_dist.mlops.models import code_digest
 from cdssl_dist.model.export import EncoderCard, read_encoder
 from cdssl_dist.model.megnet import MEGNet
 from cdssl_dist.study.cells import Cell, Job
@@ -30,6 +31,8 @@ from cdssl_dist.study.config import BASELINES
 from cdssl_dist.study.data import open_crystals
 
 ABOUT: Final = b"cell"  # in the metadata of a cell's file
+# What a result depends on by its digits; changes that are no more than that leave finished cells as they are.
+COMPUTING: Final = ("cdssl_dist/model", "cdssl_dist/finetune", "cdssl_dist/study/run.py", "cdssl_dist/data/batch.py")
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ def run(job: Job) -> float:
     keys = [crystals.graphs.keys[i] for i in job.split.test]
     seconds = time.process_time() - began
     about |= errors(true[split.test, 0], predicted[:, 0])
+    about["program"] = code_digest(*COMPUTING)[:12]
     about |= {"train": len(split.train), "val": len(split.val), "seconds": seconds, "digest": job.digest}
     atoms = graphs.n_atoms[split.test].astype(np.int64)
     write_result(job.out, Result(job.cell, keys, true[split.test, 0], predicted[:, 0], atoms, about))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +97,16 @@ def markdown(findings: Findings) -> str:
     if done < findings.planned:
         lines += [f"**Not complete: {done} of {findings.planned} cells.** Figures below are of what is there.", ""]
     lines += [f"- {name}: {value}" for name, value in findings.about.items()]
+    programs = Counter(str(r.about["program"]) for r in [*findings.sweeps, *findings.results] if "program" in r.about)
+    lines += ["- computed by " + ", ".join(f"{name} ({n} cells)" for name, n in sorted(programs.items()))] * bool(
+        programs
+    )
+    if len(programs) > 1:
+        lines += [
+            "",
+            "**Cells of several versions of this program.** What differs by rounding alone can change the error "
+            "of one training by some percent.",
+        ]
     if any(findings.comparisons.values()):
         lines += ["", f"## Beside {reference}", "", *_wins(findings)]
     for target, about in config.targets.items():
@@ -270,7 +281,8 @@ def _rates(findings: Findings) -> list[str]:
         "",
         "## Learning rates",
         "",
-        "With their errors on seeds, and on crystals, that nothing is reported of; * an end of the grid.",
+        "With the errors that chose them, of what is learned (of a logarithm, where that is), on seeds and on crystals "
+        "that nothing is reported of; * an end of the grid.",
     ]
     lines += ["", f"| target | labels | {' | '.join(arms)} |", "| --- | ---: " + "| ---: " * len(arms) + "|"]
     for target, size in reached:
@@ -278,8 +290,9 @@ def _rates(findings: Findings) -> list[str]:
         for arm in arms:
             rate, grid = findings.rates.get((target, size, arm)), findings.config.arms[arm].rates
             end = "*" if len(grid) > 1 and rate in (min(grid), max(grid)) else ""
+            learned = findings.config.targets[target].learned(target)
             error = mean_of([
-                r.mae for r in findings.sweeps
+                r.error_as_learned(learned) for r in findings.sweeps
                 if (r.cell.target, r.cell.size, r.cell.arm, r.cell.lr) == (target, size, arm, rate)
             ])  # fmt: skip
             shown.append("" if rate is None else f"{rate:g}{end} ({_mean(error)})")

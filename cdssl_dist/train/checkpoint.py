@@ -31,6 +31,7 @@ from sharding.manifest import write_atomically
 
 VERSION: Final = 2
 MARKER: Final = "COMMITTED"
+SHAPE: Final = ("model.width", "model.hidden", "model.blocks", "graph.centers", "pretext.")  # keys of other networks
 
 
 class CheckpointError(ValueError):
@@ -201,11 +202,15 @@ def check_fits(checkpoint: Checkpoint, config: Config, progress: Progress) -> li
         counts = "".join(f", {key}: {change}" for key, change in _differences(old.data, progress.data))
         changes["data"] = f"digest {old.data_digest[:12]} → {progress.data_digest[:12]}{counts}"
     refused = {key: change for key, change in changes.items() if key not in config.checkpoint.allow_changed}
-    if refused:
+    shape = {key: change for key, change in changes.items() if key.startswith(SHAPE)}
+    if found := shape or refused:
+        way = "other weights, which these are not: use another run folder"
+        if not shape:
+            way = f"use another run folder, or go on nevertheless with --allow-changed {','.join(refused)}"
         raise CheckpointError(
             f"{checkpoint.folder}: this run began with something else: "
-            + "; ".join(f"{key}: {change}" for key, change in refused.items())
-            + f"; use another run folder, or go on nevertheless with --allow-changed {','.join(refused)}"
+            + "; ".join(f"{key}: {change}" for key, change in found.items())
+            + f"; {way}"
         )
     return [f"{key}: {change}" for key, change in changes.items()]
 
@@ -245,8 +250,8 @@ def _retain(root: Path, retention: Retention, ledger: Ledger, cursor: int) -> No
         for folder, progress in about.items():
             spans.setdefault(int(progress.saved // (3600 * retention.hours)), folder)
         kept |= set(spans.values())
-    for folder in root.iterdir():
-        if folder not in kept:
+    for folder in root.glob("step-*"):
+        if folder not in kept and folder.is_dir():
             (folder / MARKER).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -115,6 +115,8 @@ def _fit(config: Config, asked: Callable[[], float]) -> rank.Outcome:
             storage_path=str(folder),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             callbacks=[_failures_told(folder)],
+            # Ray leaves all GPUs of its machine visible to a worker that was given none.
+            worker_runtime_env={} if gpu else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
         ),
     )
     found: list[Any] = []

@@ -28,6 +28,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
 
 import deepspeed  # noqa: E402
+from deepspeed.accelerator import get_accelerator, set_accelerator  # noqa: E402
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator  # noqa: E402
 from deepspeed.ops import __compatible_ops__  # noqa: E402
 from deepspeed.utils import (  # noqa: E402
     safe_get_full_fp32_param,
@@ -40,6 +42,7 @@ from deepspeed.utils import (  # noqa: E402
 )
 
 from cdssl_dist.model.precision import bf16_twin, round_into  # noqa: E402
+from cdssl_dist.train.setup import SetupError  # noqa: E402
 
 MOMENTS: Final = ("exp_avg", "exp_avg_sq")  # Adam's, for each parameter
 EMA: Final = "ema"  # the running mean of the weights, beside them
@@ -97,6 +100,8 @@ def init_distributed(device: torch.device) -> None:
     """Join the process group that the launcher described in the environment."""
     # DeepSpeed would compile its shared-memory all-reduce at first use: 95 s, and a compiler needed.
     __compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cpu" and get_accelerator().device_name() != "cpu":
+        set_accelerator(CPU_Accelerator())  # a run on CPU where there are GPUs
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
@@ -213,15 +218,14 @@ class Engine:
         A collective, one at a time.
         """
         for name, p, master in self._parameters():
-            yield f"weight/{name}", master.detach().float() if master is not None else safe_get_full_fp32_param(p)
+            yield f"weight/{name}", self._full(p, master)
             for kept in self._kept:
-                yield f"{kept}/{name}", self._state(p, master, kept)
+                yield f"{kept}/{name}", self._full(p, master, kept)
 
     def weights(self) -> dict[str, Tensor]:
         """Full f32 weights by name, on CPU: their running mean where one is kept; a collective."""
-        prefix = f"{EMA}/" if self.settings.ema else "weight/"
-        found = ((name.removeprefix(prefix), t) for name, t in self.tensors() if name.startswith(prefix))
-        return {name: tensor.cpu().clone() for name, tensor in found}
+        what = EMA if self.settings.ema else None
+        return {name: self._full(p, master, what).cpu().clone() for name, p, master in self._parameters()}
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -231,7 +235,7 @@ class Engine:
             return
         saved = []
         for _, p, master in self._parameters():
-            mean = self._state(p, master, EMA)
+            mean = self._full(p, master, EMA)
             with self._whole(p), torch.no_grad():
                 saved.append(p.detach().clone())
                 p.copy_(mean)
@@ -269,11 +273,11 @@ class Engine:
     def _kept(self) -> tuple[str, ...]:
         return (*MOMENTS, EMA) if self.settings.ema else MOMENTS
 
-    def _state(self, p: nn.Parameter, master: Tensor | None, what: str) -> Tensor:
-        """Full f32 state of one parameter; a collective."""
+    def _full(self, p: nn.Parameter, master: Tensor | None, what: str | None = None) -> Tensor:
+        """The whole of one parameter, f32: its weight, or of what Adam keeps; a collective."""
         if master is not None:
-            return self._optimizer.state[master][what].float()
-        return safe_get_full_optimizer_state(p, what)
+            return (master.detach() if what is None else self._optimizer.state[master][what]).float()
+        return safe_get_full_fp32_param(p) if what is None else safe_get_full_optimizer_state(p, what)
 
     def _set(self, p: nn.Parameter, value: Tensor, what: str | None = None) -> None:
         """Give this rank its part of a full tensor: of the f32 weight, or of what Adam keeps."""
@@ -334,7 +338,7 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
     """The JSON that DeepSpeed wants.
 
     Raises:
-        ValueError: where the raw section contradicts what the typed config says.
+        SetupError: where the raw section contradicts what the typed config says.
     """
     bf16 = settings.precision == "bf16" and settings.stage > 0
     config: dict[str, Any] = {
@@ -358,7 +362,7 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
             clash = [key] if key in config and config[key] != value else []
             config.setdefault(key, value)
         if clash:
-            raise ValueError(
+            raise SetupError(
                 f"engine.deepspeed.{key} contradicts the typed configuration ({', '.join(clash)}): "
                 "say it in one place, the typed one"
             )

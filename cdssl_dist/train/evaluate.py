@@ -1,4 +1,4 @@
-"""Sums over many packs without training: the reference of skill_edge, and validation."""
+"""Sums over many packs without training: the baseline of skill_edge, and validation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cdssl_dist.data.batch import GraphBatch, widen
-from cdssl_dist.data.loader import BadBlocks, DataSet, Loader
+from cdssl_dist.data.dataset import DataSet
+from cdssl_dist.data.loader import BadBlocks, Loader
 from cdssl_dist.data.plan import EpochPlan
 from cdssl_dist.model.loss import BINS, SUMS, Baseline, fit_baseline, metrics_of
 from cdssl_dist.model.pretext import Denoising
@@ -67,14 +68,13 @@ def gathered(numbers: Sequence[int]) -> list[int]:
     return sorted(number for rank in found for number in rank)
 
 
-def fit_reference(
+def fitted_baseline(
     data: DataSet, plan: EpochPlan, task: Denoising, packs: int, device: torch.device, bad_blocks: BadBlocks
 ) -> Baseline:
     """Fit what can be said without messages, on the training packs that can be read; a collective."""
-    end = task.expansion.end
     zero = torch.zeros(BINS, task.expansion.centers + 1, dtype=torch.float64, device=device)
-    sums, _ = sum_over_split(data, plan, "train", packs, lambda b: task.baseline_sums(b, end), zero, bad_blocks)
-    return fit_baseline(sums, end)
+    sums, _ = sum_over_split(data, plan, "train", packs, task.baseline_sums, zero, bad_blocks)
+    return fit_baseline(sums, task.expansion.end)
 
 
 class Validation:
@@ -83,9 +83,9 @@ class Validation:
     Args:
         data: the data set.
         task: of the training; only the noise seed is replaced.
-        reference: for skill_edge.
+        baseline: of skill_edge.
         blocks_per_pack, packs_per_step: as in training.
-        packs: how many of them, all where None.
+        packs: how many of them, rounded up to whole steps; all where None.
         device: of this rank.
         bad_blocks: ``skip`` gives figures of the blocks that can be read, with a digest of their own.
 
@@ -97,14 +97,14 @@ class Validation:
         self,
         data: DataSet,
         task: Denoising,
-        reference: Baseline,
+        baseline: Baseline,
         blocks_per_pack: int,
         packs_per_step: int,
         packs: int | None,
         device: torch.device,
         bad_blocks: BadBlocks,
     ) -> None:
-        self.data, self.reference, self.packs, self.device = data, reference, packs, device
+        self.data, self.baseline, self.packs, self.device = data, baseline, packs, device
         self.bad_blocks, self.skipped = bad_blocks, list[int]()
         self.task = replace(task, seed=VALIDATION_SEED)
         self.plan = EpochPlan(data.table("val"), VALIDATION_SEED, blocks_per_pack, packs_per_step, last="pad")
@@ -113,7 +113,7 @@ class Validation:
         """The metrics of a model; a collective."""
 
         def figures(batch: GraphBatch) -> Tensor:
-            _, sums = self.task.loss(model, batch, self.reference)
+            _, sums = self.task.loss(model, batch, self.baseline)
             assert sums is not None
             return sums
 

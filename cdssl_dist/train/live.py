@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from cdssl_dist.train.runlog import lines_of
 from sharding.sources import SourceError
-from sharding.sources.streams import filesystem
+from sharding.sources.streams import folder_system
 
 POLL: Final = 1.0  # s
 TAIL: Final = 1 << 17  # bytes of a log that are looked at
@@ -80,12 +81,12 @@ def snapshot(run: str) -> Snapshot:
     system, root = _place(run)
     system.invalidate_cache()
     status = json.loads(_tail(system, f"{root}/status.json") or "{}")
-    lines = _lines(_tail(system, f"{root}/metrics.jsonl"))
+    lines = lines_of(_tail(system, f"{root}/metrics.jsonl"))
     if not status and not lines and not system.exists(f"{root}/config.yaml"):
         raise RunFolderError(
             f"{run}: no run is here (neither config.yaml nor status.json); give the run= of a pretraining"
         )
-    events = _lines(_tail(system, f"{root}/events.jsonl"))
+    events = lines_of(_tail(system, f"{root}/events.jsonl"))
     metrics = {name: value for line in lines for name, value in line.items() if name not in ("step", "time")}
     training = [line for line in lines if "train/loss" in line][-10:]
     rate, usual = _rate(training)
@@ -111,10 +112,9 @@ def snapshot(run: str) -> Snapshot:
 
 def _place(run: str) -> tuple[Any, str]:
     try:
-        system, root = filesystem(run.rstrip("/") if "://" in run else f"file://{Path(run).resolve()}")
+        return folder_system(run)
     except SourceError as why:
         raise RunFolderError(str(why)) from None
-    return system, root.rstrip("/")
 
 
 def _tail(system: Any, path: str) -> str:
@@ -125,15 +125,6 @@ def _tail(system: Any, path: str) -> str:
     except FileNotFoundError:
         return ""
     return text.partition("\n")[2] if start else text
-
-
-def _lines(text: str) -> list[dict[str, Any]]:
-    """The complete lines of a JSON-lines file."""
-    found = []
-    for line in text.split("\n")[:-1]:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return found
 
 
 def _rate(lines: list[dict[str, Any]]) -> tuple[float | None, float]:

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from cdssl_dist import __version__
 from cdssl_dist.config import Config
 from cdssl_dist.data.batch import widen
-from cdssl_dist.data.dataset import BadBlockError
-from cdssl_dist.data.loader import DataSet, Loader, Step
+from cdssl_dist.data.dataset import BadBlockError, DataSet
+from cdssl_dist.data.loader import Loader, Step
 from cdssl_dist.data.subset import elements
 from cdssl_dist.model.cost import flops_per_edge
 from cdssl_dist.model.export import EncoderCard, write_encoder
@@ -24,7 +24,7 @@ from cdssl_dist.model.loss import SUMS, metrics_of
 from cdssl_dist.train import checkpoint
 from cdssl_dist.train.checkpoint import Checkpoint, Progress, Retention
 from cdssl_dist.train.engine import Engine, EngineSettings, init_distributed
-from cdssl_dist.train.evaluate import Validation, fit_reference, gathered
+from cdssl_dist.train.evaluate import Validation, fitted_baseline, gathered
 from cdssl_dist.train.guard import Guard, GuardRules, GuardStop
 from cdssl_dist.train.mirror import Mirror, restore
 from cdssl_dist.train.perf import Meter
@@ -32,6 +32,7 @@ from cdssl_dist.train.runlog import Ledger, Rollback, RunLog
 from cdssl_dist.train.schedule import learning_rate
 from cdssl_dist.train.setup import device_of, model_and_task, plan_of
 from cdssl_dist.train.system import memory_errors
+from cdssl_dist.train.together import on_all_ranks, on_rank_0
 from cdssl_dist.train.watch import watched_edges
 from sharding.block import decode
 
@@ -59,18 +60,16 @@ def train(
     Raises:
         GuardStop: where the guard gives up.
         CheckpointError: where the run folder holds another run.
+        DataSetError: where the copy of the checkpoints that the run would go on from cannot be used.
         SetupError: where there is no such device, or no such kernel.
         OutOfMemory: names the packs that it was met in.
     """
     device = device_of(config)
     torch.set_num_threads(config.engine.threads)
     init_distributed(device)
-    if config.checkpoint.mirror:
-        if dist.get_rank() == 0:
-            restore(config.checkpoint.mirror, Path(config.run))
-        dist.barrier()
-    trainer = Trainer(config, device, stop_requested, echo)
-    trainer.report = report
+    if mirror := config.checkpoint.mirror:
+        on_rank_0(lambda: restore(mirror, Path(config.run)))
+    trainer = Trainer(config, device, stop_requested, report, echo)
     trainer.resume()
     with memory_errors(trainer.where):
         trainer.run()
@@ -87,9 +86,15 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, device: torch.device, stop_requested: Callable[[], bool], echo: bool = True
+        self,
+        config: Config,
+        device: torch.device,
+        stop_requested: Callable[[], bool],
+        report: Callable[[int, dict[str, float]], None] = lambda step, values: None,
+        echo: bool = True,
     ) -> None:
-        self.config, self.device, self.stop_requested, self.echo = config, device, stop_requested, echo
+        self.config, self.device = config, device
+        self.stop_requested, self.report, self.echo = stop_requested, report, echo
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.folder = Path(config.run)
         self.checkpoints = self.folder / "checkpoints"
@@ -99,14 +104,12 @@ class Trainer:
         self.plan = plan_of(config, self.data)
         torch.manual_seed(config.model.seed)
         self.size = config.model.model_dump(exclude={"seed"})
-        model, self.task = model_and_task(config, device, self.data.manifest.cutoff)
+        model, self.task = on_all_ranks(lambda: model_and_task(config, device, self.data.manifest.cutoff))
         packs, bad_blocks = config.tracking.baseline_packs, config.data.bad_blocks
         fitted = replace(self.plan, last="pad")
-        self.reference = fit_reference(self.data, fitted, self.task, packs, device, bad_blocks)
+        self.baseline = fitted_baseline(self.data, fitted, self.task, packs, device, bad_blocks)
         packs_of_val = config.data.val_packs
-        self.validation = Validation(
-            self.data, self.task, self.reference, k, per_step, packs_of_val, device, bad_blocks
-        )
+        self.validation = Validation(self.data, self.task, self.baseline, k, per_step, packs_of_val, device, bad_blocks)
 
         settings = EngineSettings(
             stage=config.engine.stage,
@@ -122,28 +125,34 @@ class Trainer:
         self.ledger = Ledger.read(self.folder)
         self.guard = Guard(GuardRules(**config.guard.model_dump()))
         self.stopping = False
-        self.skipped: tuple[int, ...] = ()  # bad blocks that this rank left out of the step
         self.lr = 0.0
         self.metrics: dict[str, float] = {}  # of the last validation
         self.validated = -1  # the cursor then
-        self.report: Callable[[int, dict[str, float]], None] = lambda step, values: None
+        self.log: RunLog | None = None  # of rank 0, from ``resume`` on
+        self.mirror: Mirror | None = None  # likewise, where checkpoints are copied
+        # Of the step under way, on this rank: its part of the loss, those of its packs, and bad blocks left out.
+        self.loss = torch.zeros((), device=device)
+        self.pack_losses: list[torch.Tensor] = []
+        self.skipped: tuple[int, ...] = ()
 
     # -- the story of a run -------------------------------------------------------------------------------------------
 
     def resume(self) -> None:
         """Continue from the newest checkpoint, if there is one."""
-        if found := checkpoint.newest(self.checkpoints, self.ledger):
-            self._load(found)
+        changes: list[str] = []
+        if found := on_rank_0(lambda: checkpoint.newest(self.checkpoints, self.ledger)):
+            changes = self._load(found)
         elif there := checkpoint.committed(self.checkpoints):
             raise checkpoint.CheckpointError(
                 f"{self.checkpoints}: the guard rolled back over {', '.join(f.name for f in there)}, and nothing "
                 "before is left to go on from; begin anew in another run folder, with a lower optim.lr perhaps"
             )
         ended = self.cursor >= self.config.schedule.steps
-        self.log = RunLog(self.folder, self.cursor, self.echo, self.report, ended) if self.rank == 0 else None
+        if self.rank == 0:
+            self.log = RunLog(self.folder, self.cursor, self.echo, self.report, ended)
         if self.log and found:
             self.log.say(f"resumed from step {self.cursor} on {self.world_size} ranks")
-            for change in self.changes:
+            for change in changes:
                 self.log.event(self.cursor, "changed", what=change)
         if self.log:
             for line in self.plan.about(self.world_size):
@@ -152,9 +161,10 @@ class Trainer:
             way = "Triton kernels" if engine.kernels == "triton" else "compiled torch" if engine.compile else "torch"
             self.log.say(f"on {self.device}, {engine.precision}, ZeRO {engine.stage}; edges go through {way}")
         mirror = self.config.checkpoint.mirror
-        self.mirror = Mirror(mirror, self.folder, self._tell_mirror) if self.log and mirror else None
-        if self.mirror and found:
-            self.mirror.copy(found.folder)
+        if self.log and mirror:
+            self.mirror = Mirror(mirror, self.folder, self._tell_mirror)
+            if found:
+                self.mirror.copy(found.folder)
 
     def run(self) -> None:
         """Step until the end, a stop request, or the guard's word; after a roll-back the loader starts anew."""
@@ -177,7 +187,7 @@ class Trainer:
         complete = not self.stopping
         if complete and self.validated != self.cursor:  # a finished run, started again; or a roll-back at its end
             self._validate()
-        weights = self.engine.weights()
+        weights = self.engine.weights() if complete else {}
         if self.log:
             if complete:
                 write_encoder(self.folder, weights, self._card())
@@ -208,14 +218,12 @@ class Trainer:
         edges = torch.zeros(3, dtype=torch.float64, device=self.device)
         # DeepSpeed divides by micro-steps and averages over ranks; the loss is per scored edge of the whole step.
         scale = self.world_size * len(step.packs) / max(step.edges, 1)
-        self.loss = torch.zeros((), device=self.device)  # this rank's part of the loss of the step
-        self.pack_losses: list[torch.Tensor] = []
-        self.skipped = step.skipped
+        self.loss, self.pack_losses, self.skipped = torch.zeros((), device=self.device), [], step.skipped
         for raw in step.packs:
             batch = widen(raw.to(self.device))
-            reference = self.reference if due else None
+            baseline = self.baseline if due else None
             with watched_edges(self.engine.computing, edges) if watched and plain else contextlib.nullcontext():
-                squared, figures = self.task.loss(self.engine.module, batch, reference)
+                squared, figures = self.task.loss(self.engine.module, batch, baseline)
             if sums is not None and figures is not None:
                 sums += figures
             self.pack_losses.append(squared.detach() / max(step.edges, 1))
@@ -267,7 +275,8 @@ class Trainer:
         if self.cursor % config.checkpoint.every == 0 or self.cursor == config.schedule.steps or self.stopping:
             c = config.checkpoint
             # A row of bad steps may have begun before this one, and asks for a checkpoint that was quiet before it.
-            retention = Retention(c.keep, c.quiet + config.guard.rollback_after, c.best, c.hours)
+            longest = max(config.guard.rollback_after, config.guard.level_after)
+            retention = Retention(c.keep, c.quiet + longest, c.best, c.hours)
             folder = checkpoint.save(self.checkpoints, self.engine, self._progress(), retention, self.ledger)
             if self.mirror:
                 self.mirror.copy(folder)
@@ -333,8 +342,8 @@ class Trainer:
 
     def _roll_back(self) -> None:
         """Weights back to the newest checkpoint from before the trouble; data goes on. The ledger first."""
-        trouble = self.cursor - self.config.guard.rollback_after
-        good = checkpoint.newest(self.checkpoints, self.ledger, before=trouble - self.config.checkpoint.quiet)
+        before = self.cursor - self.guard.state.bad_in_row - self.config.checkpoint.quiet
+        good = on_rank_0(lambda: checkpoint.newest(self.checkpoints, self.ledger, before))
         reason = self.guard.last.reason
         if good is None:
             raise GuardStop(f"{reason}; there is no good checkpoint to go back to")
@@ -346,11 +355,13 @@ class Trainer:
 
     # -- state --------------------------------------------------------------------------------------------------------
 
-    def _load(self, found: Checkpoint) -> None:
-        self.changes = checkpoint.check_fits(found, self.config, self._progress())
+    def _load(self, found: Checkpoint) -> list[str]:
+        """Take a checkpoint over; returns what differs from the run that wrote it, and may."""
+        changes = checkpoint.check_fits(found, self.config, self._progress())
         checkpoint.load(found, self.engine)
         self.guard.state = found.progress.guard
         self.cursor = self.ledger.resume_point(found.progress.cursor) or found.progress.cursor
+        return changes
 
     def _progress(self) -> Progress:
         config = self.config

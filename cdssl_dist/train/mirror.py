@@ -18,7 +18,7 @@ from typing import Any, Final
 from cdssl_dist.train.checkpoint import MARKER, CheckpointError, committed, verified
 from cdssl_dist.train.runlog import Ledger
 from sharding.manifest import DataSetError
-from sharding.sources.streams import filesystem, redacted
+from sharding.sources.streams import folder_system, redacted
 
 BESIDE: Final = ("guard-ledger.json", "metrics.jsonl", "events.jsonl")  # of the run folder, before the marker
 KEEP: Final = 2  # copies there
@@ -35,7 +35,7 @@ class Mirror:
 
     def __init__(self, url: str, run: Path, tell: Callable[[str, str], None]) -> None:
         self.run, self._tell = run, tell
-        self._system, self._root = _place(url)
+        self._system, self._root = folder_system(url)
         self.name = redacted(url)
         shutil.rmtree(run / "mirror", ignore_errors=True)  # of a process that was killed while it copied
         self._next: Path | None = None
@@ -118,7 +118,7 @@ def restore(url: str, run: Path) -> str | None:
     checkpoints = run / "checkpoints"
     if committed(checkpoints):
         return None
-    system, root = _place(url)
+    system, root = folder_system(url)
     temporary = run / f"restore.{uuid.uuid4().hex[:8]}.tmp"  # where nobody looks for checkpoints
     try:
         temporary.mkdir(parents=True)
@@ -126,19 +126,28 @@ def restore(url: str, run: Path) -> str | None:
         if not names:
             return None
         for name in BESIDE:
-            if not (run / name).exists() and system.exists(f"{root}/{name}"):
-                (run / name).write_bytes(system.cat_file(f"{root}/{name}"))
-        ledger = Ledger.read(run)
+            if system.exists(f"{root}/{name}"):
+                (temporary / name).write_bytes(system.cat_file(f"{root}/{name}"))
+        ledger = Ledger.read(run if (run / BESIDE[0]).exists() else temporary)
         good = [name for name in names if ledger.resume_point(int(name.split("-")[1])) is not None]
         if not good:
             raise DataSetError(f"roll-backs passed over all of {', '.join(names)}")
+        fetched = temporary / good[-1]
+        fetched.mkdir()
         for path in system.ls(f"{root}/{good[-1]}", detail=False):
-            (temporary / path.rsplit("/", 1)[-1]).write_bytes(system.cat_file(path))
-        verified(temporary)
+            (fetched / path.rsplit("/", 1)[-1]).write_bytes(system.cat_file(path))
+        try:
+            verified(fetched)
+        except CheckpointError as why:
+            there = f"{redacted(url)}/{good[-1]}"
+            raise DataSetError(f"{there}: damaged ({why}); remove it there to go on from the one before") from None
+        for name in BESIDE:  # now that there is something they belong to
+            if (temporary / name).exists() and not (run / name).exists():
+                (temporary / name).rename(run / name)
         checkpoints.mkdir(exist_ok=True)
-        temporary.rename(checkpoints / good[-1])
+        fetched.rename(checkpoints / good[-1])
         return good[-1]
-    except CheckpointError:
+    except DataSetError:
         raise
     except Exception as why:
         text = " ".join(str(why).split())[:300] or type(why).__name__
@@ -148,11 +157,6 @@ def restore(url: str, run: Path) -> str | None:
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _place(url: str) -> tuple[Any, str]:
-    system, root = filesystem(url.rstrip("/") if "://" in url else f"file://{Path(url).resolve()}")
-    return system, root.rstrip("/")
 
 
 def _found(system: Any, root: str) -> list[str]:

@@ -30,6 +30,7 @@ def run(content: dict[str, Any]) -> Outcome:
     """Train as one rank of Ray's worker group; the outcome is that of all ranks.
 
     A stop that another start would only meet again is an outcome, not a failure of a worker, which Ray would restart.
+    Only what all ranks raise may become one (``together``): of a rank that went alone the others would wait.
     """
     import torch
     import torch.distributed as dist
@@ -38,6 +39,7 @@ def run(content: dict[str, Any]) -> Outcome:
     from cdssl_dist.train.guard import GuardStop
     from cdssl_dist.train.loop import train
     from cdssl_dist.train.setup import SetupError
+    from sharding.manifest import DataSetError
 
     config = Config.model_validate(content)
     folder, rank = Path(config.run), dist.get_rank()
@@ -53,11 +55,15 @@ def run(content: dict[str, Any]) -> Outcome:
 
         try:
             complete = train(config, stop_requested=stop_requested, report=Gauges(folder.name), echo=False)
-        except (GuardStop, CheckpointError, SetupError) as why:
+        except (GuardStop, CheckpointError, DataSetError, SetupError) as why:
             return ("failed" if isinstance(why, GuardStop) else "refused"), str(why)
     if complete:
         return "done", ""
-    return ("moved" if requests.drained and not requests.asked else "stopped"), ""
+    # The rank that saw first that its node is to go may not be this one, and rank 0 answers for all.
+    seen: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, (requests.asked, requests.drained))
+    asked, drained = (any(flags) for flags in zip(*seen, strict=True))
+    return ("moved" if drained and not asked else "stopped"), ""
 
 
 class Requests:

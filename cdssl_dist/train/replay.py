@@ -119,9 +119,9 @@ def replay(run: Path, step: int) -> Replay:
 
 def _squared_by_graph(task: Denoising, model: nn.Module, batch: GraphBatch) -> Tensor:
     """Squared errors of the scored edges of each graph: (G,). What options add to the loss is left out."""
-    displaced, clean = task.lengths(batch)
-    target = task.embed(clean).index_select(0, batch.half)
-    predicted, _ = task.recovered(model, task.embed(displaced), clean, batch)
+    noisy, clean = task.distances(batch)
+    target = task.expand(clean).index_select(0, batch.half)
+    predicted, _ = task.recovered(model, task.expand(noisy), clean, batch)
     error = (predicted - target) * batch.scored[:, None]
     return segment_sum(error.square().sum(dim=1, keepdim=True), batch.graph_of_edge, batch.n_graphs)[:, 0]
 

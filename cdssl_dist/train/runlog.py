@@ -141,11 +141,13 @@ def _now() -> int:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a JSON-lines file: not a torn last one, nor one that others were added to after a kill."""
-    if not path.exists():
-        return []
-    *whole, _ = path.read_text(errors="replace").split("\n")
+    return lines_of(path.read_text(errors="replace")) if path.exists() else []
+
+
+def lines_of(text: str) -> list[dict[str, Any]]:
+    """See ``read_lines``."""
     found = []
-    for line in whole:
+    for line in text.split("\n")[:-1]:
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
     return found

@@ -6,8 +6,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from cdssl_dist.commands import DONE, FAILED, Parser, command
 from cdssl_dist.train import live
+from sharding.commands import DONE, FAILED, Parser, command
 
 
 @command

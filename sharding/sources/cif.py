@@ -6,7 +6,7 @@ the operations: they are put exactly there, and counted once.
 
 The fast reading gives up, and ``pymatgen.io.cif.CifParser`` decides, where the text breaks the syntax, an element can
 only be guessed from a label, a space group is named that is unknown or has two origins, or the symmetry is magnetic.
-It is ten to fifty times slower, so it is asked for texts up to ``SLOW_LIMIT`` only. Where it fails too, both reasons
+It is 8 to 50 times slower, so it is asked for texts up to ``SLOW_LIMIT`` only. Where it fails too, both reasons
 are given.
 """
 

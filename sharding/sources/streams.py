@@ -11,8 +11,9 @@ import posixpath
 import stat
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Final, cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from sharding.sources import COMPRESSIONS, SourceError
 
@@ -187,6 +188,23 @@ def filesystem(url: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as why:  # fsspec's ImportError names the package to install
         raise SourceError(f"{redacted(url)}: {why}") from None
+
+
+def is_remote(path: object) -> bool:
+    """Whether a path is a URL of something that is not a local file."""
+    return isinstance(path, str) and "://" in path and not path.startswith("file://")
+
+
+def local_path(path: str | Path) -> Path:
+    """The path of something local, which ``file://`` may name."""
+    text = str(path)
+    return Path(unquote(urlsplit(text).path)) if text.startswith("file://") else Path(path)
+
+
+def folder_system(place: str) -> tuple[Any, str]:
+    """The fsspec file system of a folder, whether a path or a URL names it, and the path in it."""
+    system, root = filesystem(place.rstrip("/") if is_remote(place) else f"file://{local_path(place).resolve()}")
+    return system, root.rstrip("/")
 
 
 def redacted(spec: str) -> str:

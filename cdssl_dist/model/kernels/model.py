@@ -35,16 +35,23 @@ class FusedPretextModel(PretextModel):
         super().__init__(edge_features=expansion.centers, width=width, hidden=hidden, **encoder)
         self.expansion = expansion
 
-    def forward(self, edges: Tensor, batch: GraphBatch, clean: Tensor | None = None) -> Tensor:
-        """Σ (ê − e)² over scored edges, f32, from distances (H,) f32, Å, of the displaced and of the true crystal.
+    def forward(
+        self, edge_features: Tensor | None, batch: GraphBatch, distances: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """The reference, see ``PretextModel``; or with noisy and clean distances ``fused_loss``.
 
-        Without the latter it is the reference, from an embedding (H, M) to ê, (E, M) f32: what metrics are made of.
+        One way in for both, since what an engine puts around a model knows no other.
         """
-        if clean is None:
-            return super().forward(edges, batch)
+        if distances is not None:
+            return self.fused_loss(*distances, batch)
+        assert edge_features is not None
+        return super().forward(edge_features, batch)
+
+    def fused_loss(self, noisy: Tensor, clean: Tensor, batch: GraphBatch) -> Tensor:
+        """Σ (ê − e)² over scored edges, f32, from d̃ and d of half edges, (H,) f32, Å."""
         encoder, rows = self.encoder, Rows.of(batch)
         x = encoder.input_x(encoder.element(batch.atomic_numbers))
-        u = Expand.apply(edges.index_select(0, batch.half), self.expansion, *_weights(encoder.input_u))
+        u = Expand.apply(noisy.index_select(0, batch.half), self.expansion, *_weights(encoder.input_u))
         s = encoder.input_s(encoder.initial_state.expand(batch.n_graphs, -1))
         for block in encoder.blocks:
             x, u, s = _block(block, x, u, s, batch, rows)
@@ -63,8 +70,7 @@ class FusedDenoising(Denoising):
         """See ``Denoising``."""
         if not torch.is_grad_enabled():
             return super().loss(model, batch, baseline)
-        displaced, clean = self.lengths(batch)
-        squared = model(displaced, batch, clean)
+        squared = model(None, batch, self.distances(batch))
         if baseline is None:
             return squared, None
         with torch.no_grad():

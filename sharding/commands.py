@@ -16,6 +16,10 @@ DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 RUNS = Path("runs")  # where results go, and the registry where no other is named
 
 
+class UseError(ValueError):
+    """Options that say too little, or contradict one another."""
+
+
 class Parser(argparse.ArgumentParser):
     """A parser named as the user calls it; what is shown by default is in the help."""
 
