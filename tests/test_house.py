@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,9 @@ def test_nothing_shared_is_pickled(repo: Path) -> None:
 def test_every_public_thing_says_what_it_is(repo: Path) -> None:
     for path in sources(repo):
         assert ast.get_docstring(ast.parse(path.read_text())) or not path.read_text().strip(), f"{path}: no docstring"
+
+
+def test_all_configurations_are_packaged(repo: Path) -> None:
+    packages = tomllib.loads((repo / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.name for path in (repo / "configs").glob("*/*.yaml")}
+    assert {f"cdssl_dist.configs.{name}" for name in folders} <= set(packages)

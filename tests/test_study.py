@@ -504,8 +504,45 @@ def test_matbench_folds(toy: Path, aflow: list[Crystal], tmp_path: Path, encoder
         )
 
 
+def test_a_share_is_evaluated(toy: Path, encoder: Path, tmp_path: Path) -> None:
+    """Where no column says who: by whole groups, and for all targets alike."""
+    changes = {k: v for k, v in CONFIG.items() if k != "predict"} | {"predict": None}
+    mine: dict[str, Any] = {"column": "_y_{target}", "split": {"evaluate": 0.3}}
+    plan = plan_of(toy, encoder, tmp_path, **changes | {"data": {"toy": mine}})
+    crystals = plan.samples["volume"].crystals
+    part = crystals.parts["volume"]
+    assert (part == crystals.parts["mass"]).all()
+    train, evaluated = (set(np.array(crystals.groups)[part == p]) for p in (0, 1))
+    assert not train & evaluated and 0.2 < (part == 1).mean() < 0.4
+    other = plan_of(
+        toy, encoder, tmp_path, **changes | {"data": {"toy": mine | {"split": {"evaluate": 0.3, "seed": 1}}}}
+    )
+    assert (other.samples["volume"].crystals.parts["volume"] != part).any()
+
+
+def test_where_cells_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert study.executor_of(0, "auto").address is None
+    assert (study.executor_of(None, None).workers, study.executor_of(None, None).address) == (0, "local")
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert (study.executor_of(3, None).workers, study.executor_of(3, None).address) == (3, "auto")
+    assert study.executor_of(None, "ray://head:10001").address == "ray://head:10001"
+
+
+def test_cells_of_several_versions_are_told(toy: Path, encoder: Path, tmp_path: Path) -> None:
+    plan = plan_of(toy, encoder, tmp_path, **SMALL)
+
+    def text(*programs: str) -> str:
+        found = [made("scratch", seed, [0.1]) for seed, _ in enumerate(programs)]
+        found = [replace(r, about=r.about | {"program": p}) for r, p in zip(found, programs, strict=True)]
+        return tables.markdown(tables.Findings(plan.config, {}, [], found, 9, {}, {}, {}))
+
+    assert "computed by abc (2 cells)" in text("abc", "abc") and "several versions" not in text("abc", "abc")
+    assert "computed by abc (1 cells), def (1 cells)" in text("abc", "def") and "several versions" in text("abc", "def")
+
+
 def test_what_cannot_be_is_said(toy: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("paper", "quick", "full", "matbench"):
+    for name in ("paper", "quick", "full", "matbench", "own"):
         config = read(StudyConfig, packaged(f"study/{name}.yaml"))
         assert config.arms["scratch"].start == "random"
     paper = read(StudyConfig, packaged("study/paper.yaml"))
@@ -520,7 +557,7 @@ def test_what_cannot_be_is_said(toy: Path, encoder: Path, tmp_path: Path, capsys
     wrong("predict.target: unknown key; did you mean 'targets'", "predict.target=1")
     wrong("rates must be chosen on other seeds", "sweep.seeds=[1]")
     wrong("an arm that may choose among more is favoured", "arms.scratch.rates=[0.1]")
-    wrong("no arm 'none'", "reference=none")
+    wrong("no arm 'nobody'", "reference=nobody")
     wrong("200 labels to learn from are asked for, and", "targets.mass.sizes=[200]")
     wrong("no rate can be chosen", "sweep.sizes=[90]")
     wrong("must be NAME=PATH", "--data", "other=x")
