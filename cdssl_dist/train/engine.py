@@ -102,6 +102,8 @@ def init_distributed(device: torch.device) -> None:
     __compatible_ops__["deepspeed_shm_comm"] = False
     if device.type == "cpu" and get_accelerator().device_name() != "cpu":
         set_accelerator(CPU_Accelerator())  # a run on CPU where there are GPUs
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # NCCL sends what ranks tell one another from the current device
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
