@@ -66,6 +66,18 @@ class DataSet:
             self._storage = LocalShards(self.folder, self.manifest.shards)
         self.checksums = self.blocks.pop("xxh3")
 
+    def check_cutoff(self, cutoff: float) -> None:
+        """Whether its graphs are those that a model with this cutoff, Å, was trained on.
+
+        Raises:
+            DataSetError: where they are others.
+        """
+        if abs(self.manifest.cutoff - cutoff) > 1e-6:
+            raise DataSetError(
+                f"{self.name}: graphs with a cutoff of {self.manifest.cutoff} Å, the encoder wants {cutoff} Å; shard "
+                f"again with --cutoff {cutoff}, or give the database itself"
+            )
+
     def table(self, split: str) -> BlockTable:
         """The block table of a split.
 
@@ -151,6 +163,11 @@ class DataSet:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def no_split(path: str) -> DataSetError:
+    """What is said where a part is asked for of something that has none."""
+    return DataSetError(f"{path}: not a data set of shards, so there is no split and no condition to choose by")
 
 
 def is_data_set(path: str) -> bool:

@@ -14,7 +14,7 @@ import gemmi
 import numpy as np
 from numpy.typing import NDArray
 
-from cdssl_dist.data.dataset import DataSet, is_data_set
+from cdssl_dist.data.dataset import DataSet, is_data_set, no_split
 from cdssl_dist.data.subset import read, select
 from cdssl_dist.data.tables import read_columns
 from sharding.crystal import SYMBOLS, Crystal, Refusal, reduced_formula
@@ -120,7 +120,7 @@ def load_labeled(
         having = [f"y.{stored[0]}"] if len(stored) == 1 and not unlabeled else []  # other blocks are not read
         graphs, groups, units, sources = _from_shards(path, stored, having, cutoff, split, keys, where)
     elif split or where:
-        raise DataSetError(f"{path}: not a data set of shards, so there is no split and no condition to choose by")
+        raise no_split(path)
     else:
         graphs, groups, units, sources = _from_source(path, stored, cutoff, keys)
     wanted = list(dict.fromkeys([*looked_up, *columns]))
@@ -186,11 +186,7 @@ def _from_shards(
 ) -> Loaded:
     with DataSet(path) as data:
         manifest = data.manifest
-        if abs(manifest.cutoff - cutoff) > 1e-6:
-            raise DataSetError(
-                f"{path}: graphs with a cutoff of {manifest.cutoff} Å, the encoder wants {cutoff} Å; "
-                f"shard again with --cutoff {cutoff}"
-            )
+        data.check_cutoff(cutoff)
         for target in targets:
             if target not in manifest.labels:
                 raise DataSetError(f"{path}: no label {target!r}; {_known(manifest.labels)}")

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from cdssl_dist.data.dataset import DataSet, is_data_set
+from cdssl_dist.data.dataset import DataSet, is_data_set, no_split
 from cdssl_dist.data.labeled import in_batches
 from cdssl_dist.data.subset import select
 from sharding.block import decode
@@ -102,7 +102,7 @@ def parts_of(path: str, cutoff: float, split: str | None = None, where: str | No
         yield from _of_shards(path, cutoff, split, where)
         return
     if split or where:
-        raise DataSetError(f"{path}: not a data set of shards, so there is no split and no condition to choose by")
+        raise no_split(path)
     for source, records in batches_of(open_source(path, ReadOptions())):
         yield FromSource(source, records, cutoff)
 
@@ -116,11 +116,7 @@ def stream(path: str, cutoff: float, split: str | None = None, where: str | None
 def _of_shards(path: str, cutoff: float, split: str | None, where: str | None) -> Iterator[FromBlock]:
     with DataSet(path) as data:
         digest = data.manifest.digest
-        if abs(data.manifest.cutoff - cutoff) > 1e-6:
-            raise DataSetError(
-                f"{path}: graphs with a cutoff of {data.manifest.cutoff} Å, the model wants {cutoff} Å; "
-                f"shard again with --cutoff {cutoff}, or give the database itself"
-            )
+        data.check_cutoff(cutoff)
         if where:
             rows = select(data, split=split, where=where)
             keys, blocks = rows["key"], np.asarray(rows["block"])

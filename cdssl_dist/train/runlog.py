@@ -47,8 +47,7 @@ class RunLog:
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics; ``step`` is the number of consumed steps."""
-        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._metrics.write(json.dumps({"step": step, "time": _now(), **finite}) + "\n")
+        self._metrics.write(_line(step, values))
         self.report(step, values)
 
     def event(self, step: int, kind: str, *, within: bool = False, **about: Any) -> None:
@@ -94,9 +93,13 @@ def append_event(folder: Path, step: int | None, kind: str, **about: Any) -> Non
 
 def append_metrics(folder: Path, step: int, values: dict[str, float]) -> None:
     """A line of ``metrics.jsonl``, of a run that has no ``RunLog``: nothing is ever cut from it."""
-    finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"step": step, "time": _now(), **finite}) + "\n")
+        file.write(_line(step, values))
+
+
+def _line(step: int, values: dict[str, float]) -> str:
+    finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+    return json.dumps({"step": step, "time": _now(), **finite}) + "\n"
 
 
 def write_status(folder: Path, **about: Any) -> None:
