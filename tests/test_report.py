@@ -134,7 +134,7 @@ def test_what_cannot_be_reported(run: Path, tmp_path: Path, capsys: pytest.Captu
     assert cdssl(["report", str(run), "--map", str(tmp_path / "empty")]) == 2
     assert "no table of cdssl map" in capsys.readouterr().err
     assert cdssl(["report", str(run), "--upload"]) == 2
-    assert "MLflow has no run of it" in capsys.readouterr().err
+    assert "no pretraining or study with a run in MLflow" in capsys.readouterr().err
     assert cdssl(["report", str(run)]) == 0 and (run / "report.html").exists()
 
 

@@ -73,10 +73,10 @@ def spiked(content: dict[str, Any], last: int = SPIKES.stop, die: str = "") -> b
             Bad.factor = 10.0 ** (3 + 2 * (step.number % 3)) if bad else 1.0
             return super()._step(step)
 
-        def _load(self, found: Any) -> None:
+        def _load(self, found: Any) -> list[str]:
             if die == "before the reload" and self.ledger.rollbacks:
                 raise Died(die)
-            super()._load(found)
+            return super()._load(found)
 
         def _roll_back(self) -> None:
             if die == "before the ledger":

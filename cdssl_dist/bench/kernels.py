@@ -60,7 +60,7 @@ def measure(args: Namespace) -> Figures:
     batch = widen(collate([], [], SHAPE, np.dtype(np.uint16)))
     distance = torch.ones(SHAPE.half_edges)
     with _compiled(args.capability, args.first) as found:
-        model(distance, batch, distance).backward()
+        model(None, batch, (distance, distance)).backward()
     unique = {(row["kernel"], row["of"], row["tile"], row["warps"]): row for row in found}
     return {"capability": args.capability, "kernels": list(unique.values())}
 
