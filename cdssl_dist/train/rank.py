@@ -39,7 +39,6 @@ def run(content: dict[str, Any]) -> Outcome:
     from cdssl_dist.train.guard import GuardStop
     from cdssl_dist.train.loop import train
     from cdssl_dist.train.setup import SetupError
-    from sharding.manifest import DataSetError
 
     config = Config.model_validate(content)
     folder, rank = Path(config.run), dist.get_rank()
@@ -55,7 +54,7 @@ def run(content: dict[str, Any]) -> Outcome:
 
         try:
             complete = train(config, stop_requested=stop_requested, report=Gauges(folder.name), echo=False)
-        except (GuardStop, CheckpointError, DataSetError, SetupError) as why:
+        except (GuardStop, CheckpointError, SetupError) as why:
             return ("failed" if isinstance(why, GuardStop) else "refused"), str(why)
     if complete:
         return "done", ""
