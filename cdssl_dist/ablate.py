@@ -22,10 +22,11 @@ from pydantic import Field, PositiveInt, field_validator
 
 from cdssl_dist.config import Section, load, packaged, read
 from cdssl_dist.data.labeled import Labeled, load_labeled
+from cdssl_dist.data.vectors import vectors_of
 from cdssl_dist.encoder import CrystalEncoder
 from cdssl_dist.finetune.splits import k_folds
 from cdssl_dist.finetune.targets import Array
-from cdssl_dist.look.probe import features, probe, vectors_of
+from cdssl_dist.look.probe import features, probe
 from cdssl_dist.pretrain import located
 from cdssl_dist.study.config import SplitColumn
 from cdssl_dist.train.runlog import read_lines, read_status

@@ -1,9 +1,9 @@
-"""Vectors of CHGNet for `cdssl probe --vectors`: of a network that learned energies, forces and magnetic moments.
+"""Vectors of CHGNet for `cdssl probe --vectors` and the probes of a study: of a network that learned energies, forces and magnetic moments.
 
     python -m pip install chgnet==0.4.2 -c constraints.txt     # in an environment of its own
     python docs/chgnet_vectors.py jarvis_dft3d_2021.parquet IDS.txt chgnet.parquet
 
-IDS.txt holds one id a line. The structures are those of an OPTIMADE table.
+IDS.txt holds one id a line, as `cdssl study --ids` writes it. The structures are those of an OPTIMADE table.
 """
 
 import sys

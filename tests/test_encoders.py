@@ -487,6 +487,12 @@ def test_vectors_of_others_are_probed(
     found = json.loads(Path("probe.json").read_text())["volume"]
     assert found["same"]["mae"] == pytest.approx(found["encoder"]["mae"], rel=1e-3)
 
+    embed = ["embed", "--encoder", str(folder), "--data", str(table), "--out", "random.parquet", "--random", "1"]
+    assert cdssl(embed) == 0  # which is the second of the random encoders that a probe makes with seed 0
+    assert cdssl([*command, "--vectors", "same=random.parquet", "--out", "probe.json"]) == 0
+    found = json.loads(Path("probe.json").read_text())["volume"]
+    assert found["same"]["mae"] == pytest.approx(found["random encoder 2"]["mae"], rel=1e-3)
+
     own = pq.read_table("own.parquet")
     pq.write_table(own.slice(2), "few.parquet")
     pq.write_table(own.drop_columns(["embedding"]), "none.parquet")

@@ -26,6 +26,7 @@ from encoders import write_encoder_to
 from killable import Killable
 from pymatgen.core import Structure
 from scipy import stats
+from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import KFold
 from test_commands import alone
 from test_format import optimade
@@ -371,6 +372,63 @@ def test_arms_begin_as_they_say(toy: Path, encoder: Path, tmp_path: Path, monkey
         source = network.state_dict() if name.startswith(("element.", "blocks.")) else new
         assert torch.equal(weight, source[name])
     assert plan.job(part).digest != plan.job(replace(part, arm="pretrained")).digest
+
+
+def test_probes_learn_from_the_same_labels(
+    toy: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"arms": {}, "reference": "ridge", "predict": None, "sizes": [40], "evaluate_at_most": 1000}
+    targets = {"volume": {"data": "toy", "log": True}, "mass": {"data": "toy", "extensive": True}}
+    plain = arguments(toy, encoder, tmp_path / "study", targets=targets, **changes)
+    assert study.main([*plain, "--ids", str(tmp_path / "ids.txt")]) == 0
+    ids = (tmp_path / "ids.txt").read_text().split()
+
+    rng = np.random.default_rng(0)
+    vectors = dict(zip(ids, rng.normal(size=(len(ids), 5)).astype(np.float32), strict=True))
+    columns = {"key": ids[::-1], "embedding": [vectors[key].tolist() for key in ids[::-1]]}
+    pq.write_table(pa.table(columns), tmp_path / "all.parquet")
+    probes = {name: {"vectors": str(tmp_path / "all.parquet")} for name in ("alone", "beside")}
+    probes["beside"]["composition"] = True
+    said = arguments(toy, encoder, tmp_path / "study", targets=targets, probes=probes, **changes)
+    assert study.main(said) == 0
+    found = {(r["target"], r["seed"], r["arm"]): r["mae"] for r in table(tmp_path / "study")}
+    assert found.keys() == {(t, s, a) for t in targets for s in (0, 1) for a in ("alone", "beside", "ridge", "median")}
+
+    plan = plan_of(toy, encoder, tmp_path / "graphs", targets=targets, **changes)
+    used: set[str] = set()
+    for (target, seed, arm), mae in found.items():
+        crystals = plan.samples[target].crystals
+        split = plan.samples[target].split(Cell("study", target, 40, seed, arm))
+        train, test = np.concatenate([split.train, split.val]), split.test
+        keys = crystals.graphs.keys
+        used |= {keys[i] for i in (*train, *test)}
+        x = np.array([vectors.get(key, np.zeros(5)) for key in keys], np.float64)
+        if arm == "beside":
+            z = [crystals.graphs.take(np.array([i])) for i in range(len(keys))]
+            fractions = [np.bincount(one.atomic_numbers, minlength=119) / one.n_atoms[0] for one in z]
+            volumes = [abs(np.linalg.det(one.lattice[0])) / one.n_atoms[0] for one in z]
+            x = np.column_stack([x, fractions, volumes])
+        elif arm != "alone":
+            continue
+        y = np.log(crystals.labels[target]) if target == "volume" else crystals.labels[target]
+        mean, std = x[train].mean(axis=0), x[train].std(axis=0)
+        x = (x - mean) / np.where(std > 0, std, 1)
+        ridge = RidgeCV(alphas=np.logspace(-3, 5, 17)).fit(x[train], y[train])
+        predicted = np.exp(ridge.predict(x[test])) if target == "volume" else ridge.predict(x[test])
+        assert mae == pytest.approx(np.abs(predicted - crystals.labels[target][test]).mean(), rel=1e-6)
+    assert set(ids) == used
+
+    text = (tmp_path / "study" / "table.md").read_text()
+    assert "## Beside ridge" in text and "a ridge on all.parquet" in text and "beside the composition" in text
+    cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "study" / "cells").iterdir()}
+    columns["embedding"] = [[2.0 * x + 1 for x in row[:4]] for row in columns["embedding"]]
+    pq.write_table(pa.table(columns), tmp_path / "all.parquet")  # other vectors: the probes are computed again
+    assert study.main(said) == 0
+    new = {path: path.stat().st_mtime_ns for path in (tmp_path / "study" / "cells").iterdir()}
+    assert new.items() > cells.items() and len(new) == len(cells) + 8
+    pq.write_table(pa.table(columns).slice(3), tmp_path / "all.parquet")
+    assert study.main(said) == 2
+    assert f"no vector for 3 of {len(ids)} crystals" in capsys.readouterr().err
 
 
 def made(arm: str, seed: int, off: list[float], size: int = 10) -> Result:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
 
+from cdssl_dist.data.labeled import volume_per_atom
 from cdssl_dist.finetune.splits import Split
 from cdssl_dist.finetune.targets import Array, Task
 from cdssl_dist.model.megnet import N_ELEMENTS
 from sharding.graph import Multigraphs
 
-ALPHAS = np.logspace(-4, 2, 13)
+ALPHAS = np.logspace(-4, 2, 13)  # of fractions, which lie between 0 and 1
+ALPHAS_OF_VECTORS = np.logspace(-3, 5, 17)  # of standardised features
 UNSEEN = 0.01  # of a classifier's probability goes to the frequencies, classes without a training crystal included
 
 
@@ -20,6 +24,16 @@ def element_fractions(graphs: Multigraphs) -> Array:
     graph = np.repeat(np.arange(len(graphs)), graphs.n_atoms)
     counts = np.bincount(graph * N_ELEMENTS + graphs.atomic_numbers, minlength=len(graphs) * N_ELEMENTS)
     return counts.reshape(len(graphs), N_ELEMENTS) / graphs.n_atoms[:, None]
+
+
+def simple_features(graphs: Multigraphs) -> Array:
+    """Element fractions, and the volume per atom in Å³: (n, 120)."""
+    return np.column_stack([element_fractions(graphs), volume_per_atom(graphs)])
+
+
+def vector_ridge() -> Pipeline:
+    """A ridge on standardised features, its penalty chosen by leaving out one crystal at a time."""
+    return make_pipeline(StandardScaler(), RidgeCV(alphas=ALPHAS_OF_VECTORS))
 
 
 def baselines(task: Task, graphs: Multigraphs, targets: Array, split: Split) -> dict[str, Array]:

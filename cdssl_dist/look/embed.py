@@ -17,6 +17,7 @@ import pyarrow as pa
 from cdssl_dist.data.labeled import density, formulas_of, volume_per_atom
 from cdssl_dist.data.stream import Rows, add_arguments, parts_of, write_rows
 from cdssl_dist.encoder import CrystalEncoder
+from cdssl_dist.finetune.experiment import new_encoder
 from cdssl_dist.finetune.predictor import unseen_elements
 from cdssl_dist.mlops import registry
 from cdssl_dist.mlops.mlflow_server import tracking_uri
@@ -41,13 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Pull an encoder, embed, write a Parquet file."""
     p = Parser("cdssl embed", "Embed crystals with a pretrained encoder, in bounded memory.")
     p.add_argument("--encoder", default=CHAMPION, help="models:/NAME@ALIAS, or a folder")
+    p.add_argument("--random", type=int, metavar="SEED", help="as a control: the same network with new weights")
     add_arguments(p)
     args = p.parse_args(argv)
 
     folder = registry.pull(args.encoder, tracking_uri(args.registry, RUNS))
-    digest = read_card(folder).weights_sha256
-    encoder = _encoder(folder, digest)
-    about, use = {"encoder": args.encoder, "weights_sha256": digest}, functools.partial(columns, folder, digest)
+    weights = read_card(folder).weights_sha256 if args.random is None else f"random {args.random}"
+    encoder = _encoder(folder, weights, args.random)
+    about = {"encoder": args.encoder, "weights_sha256": weights}
+    use = functools.partial(columns, folder, weights, args.random)
     parts = parts_of(args.data, encoder.cutoff, args.split, args.where)
     rows = Rows(args.out, FIELDS, about)
     refused = write_rows(rows, parts, use, "embed", args.workers, args.threads)
@@ -56,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def columns(folder: Path, digest: str, graphs: Multigraphs) -> dict[str, Any]:
-    """The values of ``FIELDS``, by the encoder in a folder, whose weights have the digest."""
-    encoder = _encoder(folder, digest)
+def columns(folder: Path, weights: str, seed: int | None, graphs: Multigraphs) -> dict[str, Any]:
+    """The values of ``FIELDS``, by the encoder in a folder, see ``_encoder``."""
+    encoder = _encoder(folder, weights, seed)
     strange = unseen_elements(encoder.card.elements, graphs)
     return {
         "formula": formulas_of(graphs),
@@ -71,9 +74,10 @@ def columns(folder: Path, digest: str, graphs: Multigraphs) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(folder: Path, digest: str) -> CrystalEncoder:
-    """Once in each process."""
-    return CrystalEncoder.from_registry(str(folder))
+def _encoder(folder: Path, weights: str, seed: int | None) -> CrystalEncoder:
+    """Once in each process: the encoder whose weights have the digest, or with a seed one of its shape."""
+    encoder = CrystalEncoder.from_folder(folder)
+    return encoder if seed is None else CrystalEncoder(new_encoder(encoder.card, seed), encoder.card)
 
 
 if __name__ == "__main__":

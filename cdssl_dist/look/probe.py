@@ -16,16 +16,12 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from sklearn.linear_model import RidgeCV
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
-from cdssl_dist.data.labeled import COMPUTED, load_labeled, volume_per_atom
+from cdssl_dist.data.labeled import COMPUTED, load_labeled
+from cdssl_dist.data.vectors import vectors_of
 from cdssl_dist.encoder import CrystalEncoder
-from cdssl_dist.finetune.baselines import element_fractions
+from cdssl_dist.finetune.baselines import simple_features, vector_ridge
 from cdssl_dist.finetune.experiment import new_encoder
 from cdssl_dist.finetune.splits import Split, k_folds
 from cdssl_dist.finetune.targets import Array
@@ -35,7 +31,6 @@ from sharding.commands import Parser, command
 from sharding.graph import Multigraphs
 from sharding.manifest import DataSetError
 
-ALPHAS: Final = np.logspace(-3, 5, 17)
 RANDOM_SEEDS: Final = 3
 
 
@@ -96,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def features(encoder: CrystalEncoder, graphs: Multigraphs, seed: int) -> dict[str, Array]:
     """What is probed: name → (n, features)."""
-    simple = np.column_stack([element_fractions(graphs), volume_per_atom(graphs)])
+    simple = simple_features(graphs)
     found = {"encoder": encoder.embed_graphs(graphs).astype(np.float64)}
     for i in range(RANDOM_SEEDS):
         random = new_encoder(encoder.card, seed + i).eval().to(encoder.device)
@@ -105,27 +100,6 @@ def features(encoder: CrystalEncoder, graphs: Multigraphs, seed: int) -> dict[st
     found["composition + volume"] = simple
     found["encoder + composition + volume"] = np.column_stack([found["encoder"], simple])
     return found
-
-
-def vectors_of(path: str | Path, keys: Sequence[str]) -> Array:
-    """Vectors from a Parquet with ``key`` and ``embedding``, in the order of these keys: (n, features).
-
-    Raises:
-        DataSetError: where it cannot be read, or has no vector for some of them.
-    """
-    try:
-        table = pq.read_table(path, columns=["key", "embedding"])
-    except (OSError, ValueError, pa.ArrowException) as why:
-        raise DataSetError(f"{path}: no Parquet with key and embedding ({' '.join(str(why).split())[:200]})") from None
-    table = table.filter(table["embedding"].is_valid())  # of a row that was refused there is none
-    place = {key: i for i, key in reversed(list(enumerate(table["key"].to_pylist())))}  # of twice one id the first
-    if missing := [key for key in keys if key not in place]:
-        raise DataSetError(
-            f"{path}: no vector for {len(missing):,} of {len(keys):,} crystals, {missing[0]} for one; probes are of "
-            "the same crystals: embed these as well, or leave them out of the data"
-        )
-    rows = table["embedding"].take([place[key] for key in keys]).to_pylist()
-    return np.array(rows, np.float64)
 
 
 def probe(features: Mapping[str, Array], target: Array, folds: Sequence[Split]) -> dict[str, Probed]:
@@ -143,7 +117,7 @@ def probe(features: Mapping[str, Array], target: Array, folds: Sequence[Split]) 
     for fold in folds:
         train = np.concatenate([fold.train, fold.val])
         for name, values in features.items():
-            model = make_pipeline(StandardScaler(), RidgeCV(alphas=ALPHAS)).fit(values[train], target[train])
+            model = vector_ridge().fit(values[train], target[train])
             predicted[name][fold.test] = model.predict(values[fold.test])
         predicted["median"][fold.test] = np.median(target[train])
     spread = float(((target - target.mean()) ** 2).sum())

@@ -19,6 +19,7 @@ import yaml
 
 from cdssl_dist import __version__
 from cdssl_dist.config import ConfigError, packaged, read
+from cdssl_dist.data.vectors import vectors_of
 from cdssl_dist.mlops import registry
 from cdssl_dist.mlops.mlflow_server import say, tracking_uri
 from cdssl_dist.mlops.tracking import followed
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     p.add_argument("--address", help="of a Ray cluster; RAY_ADDRESS, else one of this machine's, where left out")
     p.add_argument("--dry-run", action="store_true", help="tell how many cells there are, and what they cost")
+    p.add_argument("--ids", metavar="FILE", help="write the ids of all crystals that take part, to make vectors of")
     p.add_argument("--sweeps-only", action="store_true", help="to choose a budget by, on crystals of no report")
     p.add_argument("override", nargs="*", metavar="section.key=value", help="changes to the config")
     args = p.parse_args(argv)
@@ -73,6 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         print(estimate(plan, max(os.cpu_count() or 1 if args.workers is None else args.workers, 1)))
         return DONE
+    if args.ids:
+        write_atomically(Path(args.ids), "".join(f"{key}\n" for key in plan.taking_part()).encode())
+        return DONE
+    for probe in config.probes.values():  # better said now than by every cell
+        vectors_of(probe.vectors, plan.taking_part())
 
     folder, about, failures = plan.folder, about_of(plan), dict[str, str]()
     write_atomically(folder / "study.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
@@ -103,7 +110,8 @@ def plan_of(config: StudyConfig, named: Sequence[str], registry_uri: str, seen: 
         StudyError: where a data set is not named, or encoders do not go together.
     """
     folder = Path(config.out).absolute()  # workers may stand elsewhere
-    encoders = {name: _pulled(arm.encoder or config.encoder, registry_uri, folder) for name, arm in config.arms.items()}
+    refs = {name: arm.encoder or config.encoder for name, arm in config.arms.items()} or {"": config.encoder}
+    encoders = {name: _pulled(ref, registry_uri, folder) for name, ref in refs.items()}
     cutoffs = {pulled.card.cutoff for pulled in encoders.values()}
     if len(cutoffs) > 1:
         raise StudyError(
@@ -202,6 +210,9 @@ def about_of(plan: Plan) -> dict[str, str]:
         ref = "" if arm.start == "random" else f" {arm.encoder or config.encoder}, weights"
         digest = "" if arm.start == "random" else f" {plan.encoders[name].card.weights_sha256[:16]}"
         found[f"arm {name}"] = f"{arm.start}{ref}{digest}{', frozen' if arm.frozen else ''}"
+    for name, probe in config.probes.items():
+        beside = ", beside the composition" if probe.composition else ""
+        found[f"probe {name}"] = f"a ridge on {Path(probe.vectors).name}, digest {plan.vectors[name][:16]}{beside}"
     for name, place in plan.crystals.items():
         found[f"data {name}"] = f"digest {open_crystals(place).source[:16]}"
     return found

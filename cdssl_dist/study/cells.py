@@ -23,8 +23,8 @@ from cdssl_dist.finetune.splits import Indices, Split, hold_out
 from cdssl_dist.finetune.targets import Target
 from cdssl_dist.finetune.tuning import FineTuning
 from cdssl_dist.model.export import EncoderCard
-from cdssl_dist.study.config import BASELINES, Folds, StudyConfig
-from cdssl_dist.study.data import EVALUATE, PREDICT, TRAIN, StudyCrystals, open_crystals
+from cdssl_dist.study.config import Folds, Probe, StudyConfig
+from cdssl_dist.study.data import EVALUATE, PREDICT, TRAIN, StudyCrystals, digest_of, open_crystals
 
 VERSION: Final = 1  # of a cell: what was computed by another version is computed again
 LEAST: Final = 20  # crystals that a rate is chosen on
@@ -68,11 +68,12 @@ class Job:
     out: Path
     crystals: Path  # see ``study.data.prepare``
     encoder: Pulled
-    start: str  # of the arm; "" for a baseline
+    start: str  # of the arm; "" for what is not trained
     parts: tuple[str, ...]  # of the encoder that are taken; all where empty
     split: Split
     how: FineTuning
     target: Target
+    probe: Probe | None = None
 
     def work(self, n_edges: NDArray[Any]) -> float:
         """Directed edges that pass through the network, a prediction counted as a third of a training."""
@@ -189,7 +190,7 @@ class Plan:
 
     Args:
         config: of the study.
-        encoders: of each arm; all have one cutoff.
+        encoders: of each arm, one at least; all have one cutoff.
         crystals: of each data set, see ``study.data.prepare``.
         folder: of the study.
         seen: formulas that take no part.
@@ -208,7 +209,7 @@ class Plan:
             name: Samples(open_crystals(crystals[target.data]), name, config, seen)
             for name, target in config.targets.items()
         }
-
+        self.vectors = {name: digest_of(probe.vectors) for name, probe in config.probes.items()}
         for name, samples in self.samples.items():
             samples.check(name in config.predict.targets if config.predict else False)
 
@@ -229,7 +230,7 @@ class Plan:
     def cells(self) -> list[Cell]:
         """The trainings that are reported, without their rates: one seed after the other, the largest first."""
         arms: dict[str, tuple[int, ...] | None] = {name: arm.sizes for name, arm in self.config.arms.items()}
-        arms |= dict.fromkeys(BASELINES if self.config.baselines else ())
+        arms |= dict.fromkeys(self.config.others)
         found = [
             Cell("study", target, size, seed, arm)
             for seed in self.config.seeds
@@ -249,12 +250,22 @@ class Plan:
             ]
         return found
 
+    def taking_part(self) -> list[str]:
+        """Keys of all crystals that a reported cell reads, in order: a probe wants vectors of them."""
+        found: set[str] = set()
+        for target, size, seed in {(cell.target, cell.size, cell.seed) for cell in self.cells()}:
+            samples = self.samples[target]
+            split = samples.split(Cell("study", target, size, seed, self.config.reference))
+            found.update(samples.crystals.graphs.keys[i] for part in (split.train, split.val, split.test) for i in part)
+        return sorted(found)
+
     def job(self, cell: Cell) -> Job:
         """What computes a cell, and the digest of all that decides it."""
         config, samples = self.config, self.samples[cell.target]
         about = config.targets[cell.target]
         arm = config.arms.get(cell.arm)
-        encoder = self.encoders[cell.arm if arm else config.reference]
+        probe = config.probes.get(cell.arm)
+        encoder = self.encoders.get(cell.arm) or next(iter(self.encoders.values()))
         card = encoder.card
         split, budget = samples.split(cell), samples.budget(cell)
         keys = samples.crystals.graphs.keys
@@ -284,14 +295,15 @@ class Plan:
             if arm.readout == "set2set":  # cells of before there were two are those of this one
                 del content["how"]["readout"]
             content |= {"parts": sorted(arm.parts)} if arm.parts else {}
+        elif probe:
+            content["probe"] = [self.vectors[cell.arm], probe.composition]
         else:
             content["baseline"] = cell.arm
         digest = _digest(content)
         out = self.folder / "cells" / f"{cell.name()}-{digest[:12]}.parquet"
         start, parts = (arm.start, arm.parts) if arm else ("", ())
-        return Job(
-            cell, digest, out, self.crystals[about.data], encoder, start, parts, split, how, about.learned(cell.target)
-        )
+        learned = about.learned(cell.target)
+        return Job(cell, digest, out, self.crystals[about.data], encoder, start, parts, split, how, learned, probe)
 
     def with_rates(self, rates: dict[tuple[str, int, str], float]) -> Iterator[Cell]:
         """The reported cells for which a rate is known, with it."""

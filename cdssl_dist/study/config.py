@@ -90,6 +90,13 @@ class Arm(Section):
         return self
 
 
+class Probe(Section):
+    """A ridge on vectors of crystals, with the same labels as the arms: nothing is trained, and no rate is chosen."""
+
+    vectors: str  # Parquet with key and embedding, as `cdssl embed` writes it, of every crystal that takes part
+    composition: bool = False  # element fractions and the volume per atom are read beside them
+
+
 class Training(Section):
     """The budget of one training, the same for all arms."""
 
@@ -139,8 +146,9 @@ class StudyConfig(Section):
     targets: dict[str, StudyTarget]
     sizes: tuple[PositiveInt, ...] = (50, 100, 200, 350, 500, 1000, 2000)
     seeds: tuple[int, ...] = (0, 1, 2)
-    arms: dict[str, Arm]
-    reference: str = "scratch"  # the arm that others are compared with
+    arms: dict[str, Arm] = Field(default_factory=dict)
+    probes: dict[str, Probe] = Field(default_factory=dict)
+    reference: str = "scratch"  # what the others are compared with: an arm, a probe, or a baseline
     baselines: bool = True  # median, and ridge on element fractions
     evaluate_at_most: PositiveInt = 1000  # crystals of a target, the same in every case
     unseen_only: bool = False  # leave out, everywhere, crystals whose formula was seen in pretraining
@@ -159,25 +167,35 @@ class StudyConfig(Section):
         own = self.targets[target].sizes
         return tuple(sorted(set(self.sizes if own is None else own)))
 
+    @property
+    def others(self) -> tuple[str, ...]:
+        """What is no arm, and needs no training: probes and baselines."""
+        return (*self.probes, *(BASELINES if self.baselines else ()))
+
     @model_validator(mode="after")
     def _consistent(self) -> StudyConfig:
         for name, target in self.targets.items():
             if target.data not in self.data:
                 raise ValueError(f"targets.{name}.data: no data set {target.data!r}; there are {', '.join(self.data)}")
-        if self.reference not in self.arms:
-            raise ValueError(f"reference: no arm {self.reference!r}; there are {', '.join(self.arms)}")
-        if self.arms[self.reference].sizes is not None:
+        named = (*self.arms, *self.others)
+        if self.reference not in named:
+            raise ValueError(f"reference: no arm {self.reference!r}; there are {', '.join(named)}")
+        if self.reference in self.arms and self.arms[self.reference].sizes is not None:
             raise ValueError(f"arms.{self.reference}.sizes: the reference must be there at every size")
+        first = self.reference if self.reference in self.arms else next(iter(self.arms), "")
         for name, arm in self.arms.items():
             if not arm.rates or min(arm.rates) <= 0:
                 raise ValueError(f"arms.{name}.rates: give one or more positive rates")
-            if len(set(arm.rates)) != len(self.arms[self.reference].rates):
+            if len(set(arm.rates)) != len(self.arms[first].rates):
                 raise ValueError(
-                    f"arms.{name}.rates: {len(set(arm.rates))} rates where {self.reference} has "
-                    f"{len(self.arms[self.reference].rates)}; an arm that may choose among more is favoured"
+                    f"arms.{name}.rates: {len(set(arm.rates))} rates where {first} has "
+                    f"{len(self.arms[first].rates)}; an arm that may choose among more is favoured"
                 )
+        for name in [*self.arms, *self.probes]:
             if name in BASELINES:
-                raise ValueError(f"arms.{name}: the name of a baseline")
+                raise ValueError(f"{name}: the name of a baseline, for which no other may stand")
+            if name in self.arms and name in self.probes:
+                raise ValueError(f"probes.{name}: the name of an arm, too")
         reported = {*self.seeds, *(self.predict.seeds if self.predict else ())}
         if both := reported & set(self.sweep.seeds):
             raise ValueError(f"sweep.seeds: {sorted(both)} are reported, too; rates must be chosen on other seeds")

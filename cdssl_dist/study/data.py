@@ -67,7 +67,7 @@ def prepare(config: StudyConfig, name: str, path: str, cutoff: float, folder: Pa
     columns = {t: about.column or data.column.format(target=t) for t, about in targets.items()}
     split = data.split
     texts = {t: split.column.format(target=t) for t in targets} if isinstance(split, SplitColumn) else {}
-    source = _digest_of(path)
+    source = digest_of(path)
     extensive = sorted(t for t, about in targets.items() if about.extensive)
     about = {"version": VERSION, "source": source, "cutoff": cutoff, "columns": columns, "extensive": extensive}
     about["split"] = split.model_dump(mode="json")
@@ -174,7 +174,7 @@ def _folds(path: str, keys: list[str], folds: Folds) -> NDArray[np.int64]:
         ) from None
 
 
-def _digest_of(path: str) -> str:
+def digest_of(path: str) -> str:
     """SHA-256 of a file, or the digest of a data set of shards; of other sources, their name is all that is known."""
     if is_data_set(path):
         with DataSet(path) as data:

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from cdssl_dist.finetune.baselines import baselines
+from cdssl_dist.data.vectors import vectors_of
+from cdssl_dist.finetune.baselines import baselines, simple_features, vector_ridge
 from cdssl_dist.finetune.experiment import new_encoder, permuted, predict
 from cdssl_dist.finetune.splits import Split
 from cdssl_dist.finetune.targets import Array, Target, Task
@@ -27,8 +28,9 @@ from cdssl_dist.mlops.models import code_digest
 from cdssl_dist.model.export import EncoderCard, read_encoder
 from cdssl_dist.model.megnet import MEGNet
 from cdssl_dist.study.cells import Cell, Job
-from cdssl_dist.study.config import BASELINES
+from cdssl_dist.study.config import BASELINES, Probe
 from cdssl_dist.study.data import open_crystals
+from sharding.graph import Multigraphs
 
 ABOUT: Final = b"cell"  # in the metadata of a cell's file
 # What a result depends on by its digits; changes that are no more than that leave finished cells as they are.
@@ -76,7 +78,9 @@ def run(job: Job) -> float:
     true = crystals.labels[job.cell.target][part][:, None]
     task = Task((job.target,))
     about: dict[str, Any] = {"epochs": 0, "best": 0}
-    if not job.start:
+    if job.probe:
+        predicted = _probed(job.probe, job.target, graphs, true[:, 0], split)[:, None]
+    elif not job.start:
         predicted = baselines(task, graphs, true, split_of_all(split))[BASELINES[job.cell.arm]][split.test]
     else:
         encoder, card = _encoder(job.encoder.folder)
@@ -139,6 +143,17 @@ def read_results(jobs: Iterable[Job]) -> dict[Cell, Result]:
                 found[job.cell] = Result(job.cell, keys=table["key"].to_pylist(), **columns, about=about)
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
             continue
+    return found
+
+
+def _probed(probe: Probe, target: Target, graphs: Multigraphs, true: Array, split: Split) -> Array:
+    """Predictions of a ridge for the crystals that test; like a baseline it stops nothing early."""
+    features = vectors_of(probe.vectors, graphs.keys)
+    if probe.composition:
+        features = np.column_stack([features, simple_features(graphs)])
+    train, n_atoms = split_of_all(split).train, graphs.n_atoms
+    model = vector_ridge().fit(features[train], target.learned(true[train], n_atoms[train]))
+    found: Array = target.restored(model.predict(features[split.test]), n_atoms[split.test])
     return found
 
 

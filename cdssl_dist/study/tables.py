@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cdssl_dist.study.config import BASELINES, StudyConfig
+from cdssl_dist.study.config import StudyConfig
 from cdssl_dist.study.run import Result, errors
 from cdssl_dist.study.statistics import Comparison, Mean, Wins, compare, ensemble, mean_of, wins_of
 from sharding.manifest import write_atomically
@@ -53,9 +53,8 @@ class Findings:
         return wins_of(c for c in self.comparisons[part] if c.arm == arm and c.size <= most)
 
     def arms(self) -> list[str]:
-        """Those compared with the reference: networks first, then baselines."""
-        arms = [arm for arm in self.config.arms if arm != self.config.reference]
-        return arms + (list(BASELINES) if self.config.baselines else [])
+        """Those compared with the reference: networks first, then probes and baselines."""
+        return [arm for arm in (*self.config.arms, *self.config.others) if arm != self.config.reference]
 
     def _compare(self, part: str) -> Any:
         for target in self.config.targets:
@@ -239,7 +238,7 @@ def _wins(findings: Findings) -> list[str]:
 def _errors_of(findings: Findings, target: str, sizes: Sequence[int], as_learned: bool = False) -> list[str]:
     config = findings.config
     learned = config.targets[target].learned(target)
-    arms = [*config.arms, *(BASELINES if config.baselines else ())]
+    arms = [*config.arms, *config.others]
     lines = [f"| labels | {' | '.join(arms)} |", "| ---: " * (len(arms) + 1) + "|"]
     for size in sizes:
         means = {
