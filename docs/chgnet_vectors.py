@@ -1,4 +1,4 @@
-"""Vectors of CHGNet for `cdssl probe --vectors` and the probes of a study: of a network that learned energies, forces and magnetic moments.
+"""Vectors of CHGNet, a network that learned energies, forces and magnetic moments, for probes.
 
     python -m pip install chgnet==0.4.2 -c constraints.txt     # in an environment of its own
     python docs/chgnet_vectors.py jarvis_dft3d_2021.parquet IDS.txt chgnet.parquet
