@@ -83,6 +83,7 @@ skill       validation skill {last["val/skill"]:.3f} against handing the noisy e
 fine-tuned  density (computed from the cell: a stand-in for your labels) of crystals not seen in pretraining,
             {sizes["train"]} to train on; mean absolute error on {sizes["test"]} test crystals, {unit}:
               pretrained {error["pretrained"]:.3f}, from scratch {error["from scratch"]:.3f} ({-gain:+.0%})
+              linear on frozen vectors {error["linear on frozen vectors"]:.3f}
               ridge on composition {error["ridge on composition"]:.3f}, median {error["median"]:.3f}
 model       models:/cdssl-encoder@champion in {REGISTRY}
             {HOME}/pretrain/encoder.safetensors + encoder.json; parity plot {HOME}/finetune/parity.png

@@ -246,7 +246,9 @@ def test_finetune_register_predict(
     assert {int(k[2:]) % 4 for k in tested["key"]} == {3}
     off = [abs(a - b) for a, b in zip(tested["pretrained:volume"], tested["true:volume"], strict=True)]
     assert results["errors"]["pretrained"]["volume"] == pytest.approx(np.mean(off))
-    assert set(results["errors"]) == {"pretrained", "from scratch", "median", "ridge on composition"}
+    assert set(results["errors"]) == {
+        *("pretrained", "from scratch", "linear on frozen vectors", "median", "ridge on composition")
+    }
 
     version = registry.show("models:/volumes@champion", uri)
     client = connect(uri)

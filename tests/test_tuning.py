@@ -13,18 +13,18 @@ import torch
 from encoders import write_encoder_to
 from ray import cloudpickle
 from scipy.stats import spearmanr
-from sklearn.linear_model import RidgeCV
+from sklearn.linear_model import LogisticRegression, RidgeCV
 
 from cdssl_dist.data.labeled import volume_per_atom
 from cdssl_dist.finetune import tuning
 from cdssl_dist.finetune.baselines import ALPHAS, baselines
-from cdssl_dist.finetune.experiment import PRETRAINED, SCRATCH, compare, new_encoder, predict
+from cdssl_dist.finetune.experiment import LINEAR, PRETRAINED, SCRATCH, compare, new_encoder, predict
 from cdssl_dist.finetune.predictor import network_of
 from cdssl_dist.finetune.splits import Split, folds_of_column, hold_out, k_folds, split_by_group, split_of_column
 from cdssl_dist.finetune.targets import Scaler, Target, Task
 from cdssl_dist.finetune.tuning import FineTuning, TuningError, fit, stages_of, watched
 from cdssl_dist.finetune.uncertainty import factor, measured
-from cdssl_dist.model.embedding import batch_of
+from cdssl_dist.model.embedding import batch_of, embed_graphs
 from cdssl_dist.model.export import EncoderCard, read_encoder
 from cdssl_dist.model.megnet import MEGNet
 from sharding.crystal import Crystal
@@ -189,6 +189,63 @@ def test_what_is_not_finite_is_no_small_error() -> None:
     assert TWO.errors(true, np.array([[1.0, 1.5], [np.nan, 3.0]]))["volume"] == math.inf
     scaler = Scaler(np.zeros(2), np.ones(2), TWO.targets)
     assert watched(TWO, true, np.array([[1.0, 1.5], [np.inf, 1.0]]), scaler, np.ones(2)) == math.inf
+
+
+def test_a_linear_readout_is_a_ridge_on_frozen_vectors(
+    encoder: tuple[MEGNet, EncoderCard], graphs: Multigraphs, split: Split
+) -> None:
+    network, card = encoder
+    task = Task((Target("volume", log=True), Target("atoms", per_atom=True)))
+    y = np.stack([volume_per_atom(graphs), 3.0 * graphs.n_atoms + graphs.atomic_numbers[: len(graphs)]], axis=1)
+    y[split.train[:4], 0] = np.nan
+    how = replace(QUICK, readout="linear")
+    member = fit(network, card.expansion, graphs, y, split, task, how)
+    for name, weight in network.state_dict().items():
+        assert torch.equal(member.weights[f"encoder.{name}"], weight)
+    found = predict(member, card, graphs, task)
+
+    x = embed_graphs(network, card.expansion, graphs).astype(np.float64)
+    learned = np.stack([np.log(y[:, 0]), y[:, 1] / graphs.n_atoms], axis=1)
+    for t in range(2):
+        known = split.train[np.isfinite(learned[split.train, t])]
+        mean, std = x[split.train].mean(axis=0), x[split.train].std(axis=0)
+        spread = learned[known, t].std()
+        ridge = RidgeCV(alphas=np.logspace(-3, 5, 17)).fit((x[known] - mean) / std, learned[known, t] / spread)
+        said = ridge.predict((x - mean) / std) * spread
+        expected = np.exp(said) if t == 0 else said * graphs.n_atoms
+        np.testing.assert_allclose(found[:, t], expected, rtol=1e-3)
+    assert member.history[0]["val"] > 0 and len(member.history) == 1
+
+    outcome = compare(*encoder, graphs, y, task, [split], replace(QUICK, epochs=1))
+    np.testing.assert_allclose(outcome.predictions[LINEAR][split.test], found[split.test])
+    same = compare(*encoder, graphs, y, task, [split], how, scratch=replace(how, seed=5))
+    np.testing.assert_allclose(same.predictions[PRETRAINED][split.test], found[split.test])
+    assert LINEAR not in same.predictions
+    assert not np.allclose(same.predictions[SCRATCH][split.test], found[split.test])
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_a_linear_readout_of_classes_is_a_logistic_regression(
+    classes: int, encoder: tuple[MEGNet, EncoderCard], graphs: Multigraphs, split: Split
+) -> None:
+    network, card = encoder
+    task = Task((Target("kind"),), tuple("abcd"[:classes]))
+    kind = (graphs.atomic_numbers[: len(graphs)] % min(classes, 3)).astype(float)[
+        :, None
+    ]  # of four, one is never there
+    member = fit(network, card.expansion, graphs, kind, split, task, replace(QUICK, readout="linear"))
+    found = predict(member, card, graphs, task)
+    x = embed_graphs(network, card.expansion, graphs).astype(np.float64)
+    x = (x - x[split.train].mean(axis=0)) / x[split.train].std(axis=0)
+    model = LogisticRegression(C=0.1, max_iter=2000).fit(x[split.train], kind[split.train, 0])
+    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-6)
+    if classes == 4:
+        assert (found[:, 3] > 0).all() and found[:, 3].max() < 0.02
+        found = found[:, :3] / found[:, :3].sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(found, model.predict_proba(x), atol=2e-3)
+    one = np.where(np.isin(np.arange(len(graphs)), split.train), 1.0, kind[:, 0])[:, None]
+    alone = fit(network, card.expansion, graphs, one, split, task, replace(QUICK, readout="linear"))
+    assert (predict(alone, card, graphs, task)[:, 1] > 0.9).all()
 
 
 def test_a_class_that_no_training_crystal_has_is_not_impossible(graphs: Multigraphs, split: Split) -> None:

@@ -167,7 +167,12 @@ def parser() -> Parser:
     g.add_argument("--warmup", type=int, default=default.warmup, help="epochs in which the readout alone learns")
     g.add_argument("--freeze", type=int, default=default.freeze, help="stages kept: 1 input layers, 2 first block, …")
     g.add_argument("--layer-decay", type=float, default=default.layer_decay, help="rate of a stage by that of the next")
-    g.add_argument("--readout", choices=READOUTS, default=default.readout, help="of the whole, or a sum over atoms")
+    g.add_argument(
+        "--readout",
+        choices=READOUTS,
+        default=default.readout,
+        help="of the whole, a sum over atoms, or solved on vectors",
+    )
     g.add_argument("--weight-decay", type=float, default=default.weight_decay, help="of AdamW")
     g.add_argument("--seed", type=int, default=default.seed, help="of the split, the readout and the order")
     g.add_argument("--threads", type=int, default=default.threads, help="of torch, on CPU")

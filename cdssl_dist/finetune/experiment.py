@@ -22,7 +22,7 @@ from cdssl_dist.model.heads import PropertyModel
 from cdssl_dist.model.megnet import MEGNet
 from sharding.graph import Multigraphs
 
-PRETRAINED, SCRATCH = "pretrained", "from scratch"
+PRETRAINED, SCRATCH, LINEAR = "pretrained", "from scratch", "linear on frozen vectors"
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]  # as the builtin; ``Executor.map`` is one
 
 
@@ -123,6 +123,9 @@ def compare(
         if members > 1:
             _fill(deviations, arm, split, np.std(each, axis=0)[len(split.val) :], len(graphs))
     for split in splits:
+        if how.readout != "linear":  # which is what stands for itself otherwise
+            solved = fit(encoder, card.expansion, graphs, targets, split, task, replace(how, readout="linear"))
+            _fill(predictions, LINEAR, split, predict(solved, card, graphs.take(split.test), task), len(graphs))
         for name, values in baselines(task, graphs, targets, split).items():
             _fill(predictions, name, split, values[split.test], len(graphs))
     every = np.flatnonzero(fold >= 0)

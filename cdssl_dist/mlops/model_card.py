@@ -69,6 +69,7 @@ def _options(card: dict[str, Any]) -> str:
 
 READ_OUT: Final = {
     "set2set": "Set2Set on nodes and edges with the state, and a multilayer perceptron",
+    "linear": "a linear function of its mean vectors, solved with the encoder as it is",
     "atoms": "a multilayer perceptron of each atom with its edges and the state, of which the mean is taken",
 }
 

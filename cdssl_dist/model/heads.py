@@ -1,4 +1,4 @@
-"""What is put on an encoder downstream: a readout and a multilayer perceptron."""
+"""What is put on an encoder downstream: a readout, of three kinds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from cdssl_dist.data.batch import GraphBatch
 from cdssl_dist.model.edges import GaussianExpansion, distances
-from cdssl_dist.model.megnet import Dense, MEGNet, segment_sum
+from cdssl_dist.model.megnet import Dense, MEGNet, pooled, segment_sum
 
-ReadoutName = Literal["set2set", "atoms"]
+ReadoutName = Literal["set2set", "atoms", "linear"]
 
 
 class Set2SetReadout(nn.Module):
@@ -64,9 +64,32 @@ class AtomsReadout(nn.Module):
         return total / batch.atoms_of_graph.clamp(min=1)[:, None]
 
 
-READOUTS: Final[dict[ReadoutName, type[Set2SetReadout | AtomsReadout]]] = {
+class LinearReadout(nn.Module):
+    """A linear function of a crystal's vector, mean x̂, mean û and ŝ; solved, not trained: see ``finetune.linear``.
+
+    Args:
+        width: of the encoder.
+        targets: number of outputs.
+    """
+
+    center: Tensor  # (3W,), of the training crystals
+    scale: Tensor
+
+    def __init__(self, width: int, targets: int = 1) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(3 * width))
+        self.register_buffer("scale", torch.ones(3 * width))
+        self.linear = nn.Linear(3 * width, targets)
+
+    def forward(self, x: Tensor, u: Tensor, s: Tensor, batch: GraphBatch) -> Tensor:
+        """(N, W), (E, W), (G, W) → (G, targets)."""
+        return self.linear((pooled(x, u, s, batch) - self.center) / self.scale)
+
+
+READOUTS: Final[dict[ReadoutName, type[Set2SetReadout | AtomsReadout | LinearReadout]]] = {
     "set2set": Set2SetReadout,
     "atoms": AtomsReadout,
+    "linear": LinearReadout,
 }
 
 

@@ -87,6 +87,8 @@ class Arm(Section):
     def _parts_of_something(self) -> Arm:
         if self.parts and self.start != "pretrained":
             raise ValueError(f"parts: of pretrained weights, where start is {self.start}")
+        if self.readout == "linear":
+            raise ValueError("readout: linear is solved and has no rates to choose among; make it one of the probes")
         return self
 
 
