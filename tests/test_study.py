@@ -600,6 +600,8 @@ def test_cells_of_several_versions_are_told(toy: Path, encoder: Path, tmp_path: 
 
 
 def test_what_cannot_be_is_said(toy: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    probes = read(StudyConfig, packaged("study/probes.yaml"))
+    assert probes.reference in probes.probes and not probes.arms
     for name in ("paper", "quick", "full", "matbench", "own"):
         config = read(StudyConfig, packaged(f"study/{name}.yaml"))
         assert config.arms["scratch"].start == "random"
@@ -616,6 +618,10 @@ def test_what_cannot_be_is_said(toy: Path, encoder: Path, tmp_path: Path, capsys
     wrong("rates must be chosen on other seeds", "sweep.seeds=[1]")
     wrong("an arm that may choose among more is favoured", "arms.scratch.rates=[0.1]")
     wrong("no arm 'nobody'", "reference=nobody")
+    wrong("linear is solved and has no rates", "arms.scratch.readout=linear")
+    wrong("probes.scratch: the name of an arm, too", "probes.scratch.vectors=x.parquet")
+    wrong("ridge: the name of a baseline", "probes.ridge.vectors=x.parquet")
+    wrong("x.parquet: no Parquet with key and embedding", "probes.mine.vectors=x.parquet")
     wrong("200 labels to learn from are asked for, and", "targets.mass.sizes=[200]")
     wrong("no rate can be chosen", "sweep.sizes=[90]")
     wrong("must be NAME=PATH", "--data", "other=x")

@@ -1,6 +1,6 @@
 """A linear readout, solved in closed form on an encoder that stays as it is: seconds, and no learning rate.
 
-With few labels, or where a few large ones decide the error, it is often better than training; see docs/results.md.
+Training is better as a rule; docs/results.md says where not.
 """
 
 from __future__ import annotations
