@@ -86,6 +86,7 @@ def fit(
     The loss is the absolute error of the standardised targets (the cross entropy of classes), over the labels that are
     there. Early stopping watches the error in the unit of the target; where there are several, the mean
     error of them as they are learned. Without validation crystals nothing is stopped, and the last weights are kept.
+    A linear readout is solved instead, on the encoder as it is, and has a history of one line.
 
     Args:
         encoder: pretrained or new; not changed.
