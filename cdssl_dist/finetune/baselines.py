@@ -9,13 +9,13 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from cdssl_dist.data.labeled import volume_per_atom
+from cdssl_dist.finetune.linear import ALPHAS as ALPHAS_OF_VECTORS
 from cdssl_dist.finetune.splits import Split
 from cdssl_dist.finetune.targets import Array, Task
 from cdssl_dist.model.megnet import N_ELEMENTS
 from sharding.graph import Multigraphs
 
 ALPHAS = np.logspace(-4, 2, 13)  # of fractions, which lie between 0 and 1
-ALPHAS_OF_VECTORS = np.logspace(-3, 5, 17)  # of standardised features
 UNSEEN = 0.01  # of a classifier's probability goes to the frequencies, classes without a training crystal included
 
 

@@ -11,15 +11,14 @@ from typing import Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression, RidgeCV
 
-from cdssl_dist.finetune.baselines import ALPHAS_OF_VECTORS
 from cdssl_dist.finetune.targets import Array
 from cdssl_dist.model.embedding import embed_graphs
 from cdssl_dist.model.heads import LinearReadout, PropertyModel
 from sharding.graph import Multigraphs
 
-INVERSE_PENALTY: Final = 0.1  # of the logistic regression, on standardised vectors
+ALPHAS: Final = np.logspace(-3, 5, 17)  # penalties that a ridge chooses from, on standardised vectors
+INVERSE_PENALTY: Final = 0.1  # of the logistic regression
 UNSEEN: Final = 0.01  # the chance, at most, that is given to a class without a training crystal
 
 
@@ -51,19 +50,23 @@ def solve(model: PropertyModel, graphs: Multigraphs, wanted: Array, classes: int
 
 def _ridges(features: Array, wanted: Array) -> tuple[Array, Array]:
     """Weights (T, F) and biases (T,)."""
+    from sklearn.linear_model import RidgeCV  # a second of imports, which a list of models does without
+
     weight, bias = np.zeros((wanted.shape[1], features.shape[1])), np.zeros(wanted.shape[1])
     for t, column in enumerate(wanted.T):
         known = np.isfinite(column)
         if known.sum() < 3:  # too few to choose a penalty with
             bias[t] = column[known].mean()
             continue
-        ridge = RidgeCV(alphas=ALPHAS_OF_VECTORS).fit(features[known], column[known])
+        ridge = RidgeCV(alphas=ALPHAS).fit(features[known], column[known])
         weight[t], bias[t] = ridge.coef_, ridge.intercept_
     return weight, bias
 
 
 def _logistic(features: Array, wanted: Array, classes: int) -> tuple[Array, Array]:
     """Weights (C, F) and biases (C,) of a softmax."""
+    from sklearn.linear_model import LogisticRegression
+
     known = np.isfinite(wanted)
     right = wanted[known].astype(np.int64)
     seen: NDArray[np.int64] = np.unique(right)
