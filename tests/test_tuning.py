@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from encoders import write_encoder_to
 from ray import cloudpickle
 from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression, RidgeCV
+from torch._inductor.exc import InvalidCxxCompiler
 
 from cdssl_dist.data.labeled import volume_per_atom
 from cdssl_dist.finetune import tuning
@@ -24,6 +26,8 @@ from cdssl_dist.finetune.splits import Split, folds_of_column, hold_out, k_folds
 from cdssl_dist.finetune.targets import Scaler, Target, Task
 from cdssl_dist.finetune.tuning import FineTuning, TuningError, fit, stages_of, watched
 from cdssl_dist.finetune.uncertainty import factor, measured
+from cdssl_dist.model import compiled
+from cdssl_dist.model.compiled import compile_encoder
 from cdssl_dist.model.embedding import batch_of, embed_graphs
 from cdssl_dist.model.export import EncoderCard, read_encoder
 from cdssl_dist.model.megnet import MEGNet
@@ -70,6 +74,42 @@ def test_it_learns_and_one_seed_gives_one_result(
     assert member.history[member.best]["val"] == best
     held = predict(member, card, graphs.take(split.val), ONE)
     assert np.abs(held - y[split.val]).mean() == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_training_is_the_training(
+    encoder: tuple[MEGNet, EncoderCard],
+    graphs: Multigraphs,
+    split: Split,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+) -> None:
+    """Batches differ in shape, and one code serves them all; stages that learn later are seen."""
+    network, card = encoder
+    y = volume_per_atom(graphs)[:, None]
+    how = replace(QUICK, epochs=3, warmup=1, batch_size=8)
+    eager = fit(network, card.expansion, graphs, y, split, ONE, how)
+    monkeypatch.setattr(compiled, "compile_encoder", partial(compile_encoder, backend=backend))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    fast = fit(network, card.expansion, graphs, y, split, ONE, replace(how, compile=True))
+    # Two blocks are one code, so there are three parts; a part that does not learn yet is another code.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+    for one, same in zip(eager.history, fast.history, strict=True):
+        assert same == pytest.approx(one, rel=1e-3)
+    assert list(fast.weights) == list(eager.weights)
+
+
+def test_without_a_compiler_compiled_training_says_what_is_missing(
+    encoder: tuple[MEGNet, EncoderCard], graphs: Multigraphs, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", absent)
+    y = volume_per_atom(graphs)[:, None]
+    with pytest.raises(TuningError, match=r"compile: .* C\+\+ compiler; install g\+\+"):
+        fit(encoder[0], encoder[1].expansion, graphs, y, split, ONE, replace(QUICK, compile=True))
 
 
 def test_missing_labels_are_as_if_they_were_not_there(

@@ -176,6 +176,7 @@ def parser() -> Parser:
     g.add_argument("--weight-decay", type=float, default=default.weight_decay, help="of AdamW")
     g.add_argument("--seed", type=int, default=default.seed, help="of the split, the readout and the order")
     g.add_argument("--threads", type=int, default=default.threads, help="of torch, on CPU")
+    g.add_argument("--compile", action="store_true", help="by torch: faster steps, after a minute or so")
 
     g = p.add_argument_group(
         "on Ray", "Each training of a fold, a member and an arm is a task; the results are the same."

@@ -46,6 +46,7 @@ class FineTuning:
     layer_decay: float = 1.0  # the rate of a stage is that of the next one times this
     weight_decay: float = 1e-5
     readout: ReadoutName = "set2set"  # linear: solved on the encoder as it is, and nothing of the above matters
+    compile: bool = False  # by torch, for long trainings: a minute or so at first
     seed: int = 0
     threads: int = 1  # batches are small: more threads mostly wait for each other
 
@@ -120,6 +121,8 @@ def fit(
         if how.readout == "linear":
             tick()
             return _solved(model, graphs, targets, Split(train, val, val[:0]), scaler, task)
+        if how.compile:
+            _compile(own)
         stages = stages_of(model)
         optimizer = _optimizer(stages, how)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, how.epochs)
@@ -228,6 +231,15 @@ def _backward(model: PropertyModel, graphs: Multigraphs, batch: Indices, wanted:
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     return total
+
+
+def _compile(encoder: MEGNet) -> None:
+    from cdssl_dist.model.compiled import NoCompilerError, compile_encoder  # imports that others do without
+
+    try:
+        compile_encoder(encoder)
+    except NoCompilerError as why:
+        raise TuningError(f"compile: {why}") from None
 
 
 def _optimizer(stages: list[list[nn.Parameter]], how: FineTuning) -> torch.optim.AdamW:

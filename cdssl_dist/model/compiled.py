@@ -1,9 +1,9 @@
-"""``torch.compile`` for the model: part by part, for the one static shape of a run's packs, kept on disk."""
+"""``torch.compile`` for the model: part by part, kept on disk; for the one static shape of packs, or for any."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,10 +13,14 @@ from torch import Tensor
 from cdssl_dist.data.batch import GraphBatch
 from cdssl_dist.model.edges import gaussians
 from cdssl_dist.model.loss import squared_error
-from cdssl_dist.model.megnet import PretextModel
+from cdssl_dist.model.megnet import MEGNet, PretextModel
 from cdssl_dist.model.pretext import Denoising
 
 LIMIT: Final = 64  # shapes and parts that are compiled before torch gives up; 8 where nothing is said
+
+
+class NoCompilerError(RuntimeError):
+    """torch.compile makes C++, and nothing is there to compile it."""
 
 
 def default_folder() -> Path:
@@ -37,14 +41,21 @@ def compile_model(model: PretextModel, backend: str = "inductor") -> PretextMode
 
     Returns:
         The model.
+
+    Raises:
+        NoCompilerError: where there is no C++ compiler.
     """
-    if backend == "inductor":
-        # Before the first compilation; where torch was told otherwise, that holds.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(default_folder()))
-    torch._dynamo.config.recompile_limit = max(LIMIT, torch._dynamo.config.recompile_limit)
-    for part in [model.encoder.input_u, *model.encoder.blocks, model.head]:
-        _compile(part, backend)
+    _compile([model.encoder.input_u, *model.encoder.blocks, model.head], backend, dynamic=False)
     return model
+
+
+def compile_encoder(encoder: MEGNet, backend: str = "inductor") -> None:
+    """The same of an encoder that is fine-tuned, for batches of any shape.
+
+    Raises:
+        NoCompilerError: where there is no C++ compiler.
+    """
+    _compile([encoder.input_u, *encoder.blocks], backend, dynamic=True)
 
 
 class CompiledDenoising(Denoising):
@@ -73,11 +84,27 @@ _expand: Callable[..., Tensor] = torch.compile(gaussians, dynamic=False)
 _squared_error: Callable[..., Tensor] = torch.compile(_error, dynamic=False)
 
 
-def _compile(part: Any, backend: str) -> None:
-    eager = part.forward
-    fast: Callable[..., Any] = torch.compile(eager, dynamic=False, backend=backend)
+def _compile(parts: Iterable[Any], backend: str, dynamic: bool) -> None:
+    if backend == "inductor":
+        _check_compiler()
+        # Before the first compilation; where torch was told otherwise, that holds.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(default_folder()))
+    torch._dynamo.config.recompile_limit = max(LIMIT, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.specialize_float = True  # LOG1P are constants, where sizes are not
+    for part in parts:
+        part.forward = _trained(part.forward, torch.compile(part.forward, dynamic=dynamic, backend=backend))
 
-    def forward(*args: Any) -> Any:
-        return fast(*args) if torch.is_grad_enabled() else eager(*args)
 
-    part.forward = forward
+def _trained(eager: Callable[..., Any], fast: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled where gradients are wanted, eager elsewhere."""
+    return lambda *args: fast(*args) if torch.is_grad_enabled() else eager(*args)
+
+
+def _check_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise NoCompilerError("torch.compile needs a C++ compiler; install g++, or set CXX") from None

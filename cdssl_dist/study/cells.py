@@ -27,6 +27,7 @@ from cdssl_dist.study.config import Folds, Probe, StudyConfig
 from cdssl_dist.study.data import EVALUATE, PREDICT, TRAIN, StudyCrystals, digest_of, open_crystals
 
 VERSION: Final = 1  # of a cell: what was computed by another version is computed again
+BEFORE: Final = (("readout", "set2set"), ("compile", False))  # settings of trainings from before there was a choice
 LEAST: Final = 20  # crystals that a rate is chosen on
 
 
@@ -287,13 +288,13 @@ class Plan:
             seed=cell.seed,
             freeze=card.model["blocks"] + 1 if arm and arm.frozen else 0,
             readout=arm.readout if arm else "set2set",
+            compile=budget.compile,
         )
         if arm:
             shape = [card.model, card.centers, card.end, card.gamma]
             weights = "" if arm.start == "random" else card.weights_sha256  # another encoder leaves these cells alone
-            content |= {"start": arm.start, "shape": shape, "weights": weights, "how": asdict(how)}
-            if arm.readout == "set2set":  # cells of before there were two are those of this one
-                del content["how"]["readout"]
+            settings = {name: value for name, value in asdict(how).items() if (name, value) not in BEFORE}
+            content |= {"start": arm.start, "shape": shape, "weights": weights, "how": settings}
             content |= {"parts": sorted(arm.parts)} if arm.parts else {}
         elif probe:
             content["probe"] = [self.vectors[cell.arm], probe.composition]

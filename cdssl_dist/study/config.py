@@ -107,6 +107,7 @@ class Training(Section):
     batch_size: PositiveInt = 16
     hold: float = Field(0.0, ge=0, lt=1)  # share of the labels that are held out for early stopping
     patience: PositiveInt = 30  # epochs
+    compile: bool = False  # by torch, for long trainings
     weight_decay: float = Field(1e-5, ge=0)
 
     def epochs_of(self, crystals: int) -> int:

@@ -11,7 +11,7 @@ from cdssl_dist.config import Config
 from cdssl_dist.data.dataset import DataSet
 from cdssl_dist.data.plan import EpochPlan
 from cdssl_dist.model.beyond import BeyondDenoising, BeyondModel, CompiledBeyond, Options
-from cdssl_dist.model.compiled import CompiledDenoising, compile_model
+from cdssl_dist.model.compiled import CompiledDenoising, NoCompilerError, compile_model
 from cdssl_dist.model.edges import GaussianExpansion
 from cdssl_dist.model.megnet import PretextModel
 from cdssl_dist.model.pretext import Denoising
@@ -80,4 +80,9 @@ def model_and_task(config: Config, device: torch.device, cutoff: float) -> tuple
     else:
         model = PretextModel(**size)
         task = (CompiledDenoising if compiled else Denoising)(*about)
-    return (compile_model(model) if compiled else model), task
+    if compiled:
+        try:
+            compile_model(model)
+        except NoCompilerError as why:
+            raise SetupError(f"engine.compile: {why}") from None
+    return model, task
