@@ -133,6 +133,24 @@ class EngineConfig(Section):
     threads: int = Field(1, ge=1)  # of each worker, on CPU
     deepspeed: dict[str, Any] = Field(default_factory=dict)  # passed through; contradictions are errors
 
+    @model_validator(mode="after")
+    def _goes_together(self) -> EngineConfig:
+        if self.compile and self.kernels != "torch":
+            raise ValueError("compile and kernels=triton are two ways through the edges: choose one")
+        if self.kernels == "triton" and self.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError("kernels=triton does not go with device=cpu: the kernels are for GPUs")
+        if (self.compile or self.kernels != "torch") and self.stage == 3:
+            name = "compile" if self.compile else "kernels"
+            raise ValueError(
+                f"{name} does not go with stage=3: fused code holds on to weights that ZeRO-3 takes apart between "
+                f"layers; use stage 0, 1 or 2, or leave {name} out"
+            )
+        if self.compile and self.stage == 0 and self.precision == "bf16":
+            raise ValueError(
+                "compile does not reach the bf16 copy that stage 0 computes with; set stage=1, whose result is the same"
+            )
+        return self
+
 
 class GuardConfig(Section):
     """What is done about the gradient norm; see ``guard.py``."""
@@ -140,7 +158,7 @@ class GuardConfig(Section):
     on_spike: Literal["clip", "skip", "apply"] = "skip"  # clip: applied, cut to optim.clip; apply: no spike is bad
     warmup: int = Field(50, ge=2)  # norms seen before any verdict on a finite one
     memory: float = Field(0.99, gt=0, lt=1)  # of the running statistics
-    z_spike: float = Field(6.0, gt=0)  # in standard deviations of the log norm
+    z_spike: float = Field(6.0, gt=0)  # in running standard deviations of the log norm, above its running mean
     min_deviation: float = Field(0.1, gt=0)  # of the log norm: quiet runs are not all spikes
     rollback_after: int = Field(5, ge=2)  # bad steps in a row
     max_rollbacks: int = Field(3, ge=0)
@@ -251,25 +269,6 @@ class Config(Section):
                 f"engine.kernels=triton knows the paper's task alone, and pretext.{name} is set; use "
                 "engine.kernels=torch, with engine.compile=true perhaps"
             )
-        if self.engine.compile and self.engine.kernels != "torch":
-            raise ValueError("engine.compile and engine.kernels=triton are two ways through the edges: choose one")
-        if (
-            self.engine.kernels == "triton"
-            and self.engine.device == "cpu"
-            and os.environ.get("TRITON_INTERPRET") != "1"
-        ):
-            raise ValueError("engine.kernels=triton does not go with engine.device=cpu: the kernels are for GPUs")
-        if (self.engine.compile or self.engine.kernels != "torch") and self.engine.stage == 3:
-            name = "compile" if self.engine.compile else "kernels"
-            raise ValueError(
-                f"engine.{name} does not go with engine.stage=3: fused code holds on to weights that ZeRO-3 takes "
-                f"apart between layers; use stage 0, 1 or 2, or leave {name} out"
-            )
-        if self.engine.compile and self.engine.stage == 0 and self.engine.precision == "bf16":
-            raise ValueError(
-                "engine.compile does not reach the bf16 copy that stage 0 computes with; set engine.stage=1, whose "
-                "result is the same"
-            )
         return self
 
     @property
@@ -374,10 +373,10 @@ def _override(content: dict[str, Any], override: str) -> None:
 def _explain(model: Any, error: Any) -> str:
     """One line for one of pydantic's errors; for an unknown key, the nearest known one."""
     where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "value_error":  # of a validator of ours, which names what it speaks of
+        return f"{where}: {error['ctx']['error']}" if where else str(error["ctx"]["error"])
     if error["type"] != "extra_forbidden":
-        return (
-            f"{where}: {error['msg']} (got {error['input']!r})" if where else error["msg"].removeprefix("Value error, ")
-        )
+        return f"{where}: {error['msg']} (got {error['input']!r})"
     for part in error["loc"][:-1]:
         model = _inside(model, part)
     known = list(getattr(model, "model_fields", {}))

@@ -6,23 +6,30 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdssl_dist.train.guard import GuardRules, GuardState, Judgement, judge, z_score
+from cdssl_dist.config import GuardConfig
+from cdssl_dist.train.guard import GuardState, Judgement, judge, z_score
 from cdssl_dist.train.schedule import learning_rate
 
-RULES = GuardRules(warmup=20)
-PATIENT = replace(RULES, rollback_after=10_000, max_bad_share=1.0)
+
+def changed(rules: GuardConfig, **settings: Any) -> GuardConfig:
+    return GuardConfig(**rules.model_dump() | settings)
+
+
+RULES = GuardConfig(warmup=20)
+PATIENT = changed(RULES, rollback_after=10_000, max_bad_share=1.0)
 NOT_FINITE = [math.nan, math.inf, -math.inf]
 
 
 def run(
     norms: Iterable[float],
-    rules: GuardRules = RULES,
+    rules: GuardConfig = RULES,
     state: GuardState | None = None,
     rollbacks: int = 0,
     loss: float | None = None,
@@ -58,10 +65,10 @@ def settled() -> GuardState:
 def test_the_statistics_are_those_of_the_log_norm() -> None:
     """As long as no norm is forgotten; afterwards they follow the newest."""
     norms = quiet(100)
-    _, state = run(norms, replace(RULES, memory=0.999))
+    _, state = run(norms, changed(RULES, memory=0.999))
     assert state.mean == pytest.approx(np.log(norms).mean())
     assert state.variance == pytest.approx(np.log(norms).var())
-    _, later = run([10 * norm for norm in quiet(2_000, seed=1)], replace(PATIENT, z_spike=1e9), state)
+    _, later = run([10 * norm for norm in quiet(2_000, seed=1)], changed(PATIENT, z_spike=1e9), state)
     assert later.mean == pytest.approx(math.log(20.0), abs=0.1)
     assert math.sqrt(later.variance) == pytest.approx(0.2, abs=0.05)
 
@@ -79,7 +86,7 @@ def test_z_counts_deviations(settled: GuardState) -> None:
 @pytest.mark.parametrize("policy", ["skip", "clip"])
 @pytest.mark.parametrize("steps_before", [0, 1, 5, 300])
 def test_what_is_not_finite_is_never_applied_nor_learnt(norm: float, policy: str, steps_before: int) -> None:
-    rules = replace(RULES, on_spike=policy)
+    rules = changed(RULES, on_spike=policy)
     _, before = run(quiet(steps_before), rules)
     judgement, after = judge(norm, before, rules)
     assert judgement.verdict == "skip"
@@ -89,7 +96,7 @@ def test_what_is_not_finite_is_never_applied_nor_learnt(norm: float, policy: str
 
 @given(st.lists(st.sampled_from([1.0, 2.0, 3.0, 1e3, 1e-3, 0.0, 1e300, *NOT_FINITE]), max_size=150), st.booleans())
 def test_whatever_comes_the_state_stays_sane(norms: list[float], clip: bool) -> None:
-    rules = replace(PATIENT, warmup=5, on_spike="clip" if clip else "skip")
+    rules = changed(PATIENT, warmup=5, on_spike="clip" if clip else "skip")
     judgements, state = run(norms, rules)
     finite = [norm for norm in norms if math.isfinite(norm)]
     verdict = Counter(verdicts(judgements))
@@ -117,7 +124,7 @@ def test_what_is_not_finite_does_not_end_the_warm_up() -> None:
 
 @pytest.mark.parametrize(("policy", "applied"), [("skip", 0), ("clip", 1)])
 def test_a_spike(settled: GuardState, policy: str, applied: int) -> None:
-    judgement, after = judge(2_000.0, settled, replace(RULES, on_spike=policy))
+    judgement, after = judge(2_000.0, settled, changed(RULES, on_spike=policy))
     assert judgement.verdict == policy
     assert judgement.z == pytest.approx(math.log(1_000) / math.sqrt(settled.variance), rel=0.05)
     assert "2000" in judgement.reason
@@ -156,7 +163,7 @@ def test_a_lasting_rise_is_a_new_level_where_the_loss_is_as_before(
     settled: GuardState, factor: float, policy: str
 ) -> None:
     """With the rules as they are: no roll-back, no stop; and afterwards a spike is one again."""
-    rules = replace(RULES, on_spike=policy)
+    rules = changed(RULES, on_spike=policy)
     higher = [factor * norm for norm in quiet(300, seed=2)]
     judgements, state = run(higher, rules, replace(settled, loss=1.0), loss=1.2)
     found = verdicts(judgements)
@@ -192,14 +199,14 @@ def test_the_loss_is_the_running_mean_of_applied_steps(settled: GuardState) -> N
 
 
 def test_where_spikes_are_applied_only_what_is_not_finite_is_held_back(settled: GuardState) -> None:
-    rules = replace(RULES, on_spike="apply")
+    rules = changed(RULES, on_spike="apply")
     assert verdicts(run([1e9, math.nan, 1e9, 1e30], rules, settled)[0]) == ["apply", "skip", "apply", "apply"]
 
 
 @pytest.mark.parametrize("policy", ["skip", "clip"])
 @pytest.mark.parametrize("bad", [[math.nan] * 9, [1e9] * 9, [1e9, math.inf] * 5])
 def test_several_bad_steps_in_a_row_roll_back(settled: GuardState, policy: str, bad: list[float]) -> None:
-    found = run(bad, replace(RULES, on_spike=policy), settled)[0]
+    found = run(bad, changed(RULES, on_spike=policy), settled)[0]
     assert len(found) == RULES.rollback_after == 5
     assert found[-1].verdict == "rollback"
     assert set(verdicts(found[:-1])) <= {"skip", policy}
@@ -228,7 +235,7 @@ def test_too_large_a_share_of_bad_steps_stops(settled: GuardState, period: int, 
 
 
 def test_a_hundred_steps_all_bad_stop_even_a_patient_guard(settled: GuardState) -> None:
-    rules = replace(RULES, rollback_after=10_000)
+    rules = changed(RULES, rollback_after=10_000)
     found = verdicts(run([math.nan] * 500, rules, settled)[0])
     assert 100 < len(found) < 115
     assert found[-1] == "stop"

@@ -672,8 +672,8 @@ def test_a_raw_deepspeed_section_must_not_contradict(raw: dict[str, Any], key: s
 @pytest.mark.parametrize(
     ("engine", "said"),
     [
-        ({"stage": 0, "precision": "bf16"}, "bf16 copy.*engine.stage=1"),
-        ({"stage": 3}, "engine.stage=3: .*use stage 0, 1 or 2"),
+        ({"stage": 0, "precision": "bf16"}, "engine: .*bf16 copy.*set stage=1"),
+        ({"stage": 3}, "engine: .*stage=3: .*use stage 0, 1 or 2"),
         ({"kernels": "triton"}, "two ways through the edges: choose one"),
     ],
 )

@@ -15,27 +15,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
+from cdssl_dist.config import GuardConfig
+
 Verdict = Literal["apply", "clip", "skip", "rollback", "stop"]
 VERDICTS: Final = ("apply", "clip", "skip", "rollback", "stop")
 WINDOW: Final = 1000  # steps in which the share of bad ones is watched
-
-
-@dataclass(frozen=True, slots=True)
-class GuardRules:
-    """Every threshold; see ``config.GuardConfig`` for what each means."""
-
-    on_spike: Literal["clip", "skip", "apply"] = "skip"
-    warmup: int = 50
-    memory: float = 0.99
-    z_spike: float = 6.0
-    min_deviation: float = 0.1
-    rollback_after: int = 5
-    max_rollbacks: int = 3
-    rollback_lr: float = 0.5
-    max_bad_share: float = 0.1
-    level_after: int = 10
-    level_spread: float = 1.0
-    level_loss: float = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +60,7 @@ class GuardStop(RuntimeError):
 class Guard:
     """The state machine with its state, for a loop that asks once a step."""
 
-    def __init__(self, rules: GuardRules) -> None:
+    def __init__(self, rules: GuardConfig) -> None:
         self.rules, self.state = rules, GuardState()
         self.norm, self.last = math.nan, Judgement("apply", math.nan)
 
@@ -86,7 +70,7 @@ class Guard:
         self.last, self.state = judge(norm, self.state, self.rules, rollbacks, loss)
 
 
-def z_score(norm: float, state: GuardState, rules: GuardRules) -> float:
+def z_score(norm: float, state: GuardState, rules: GuardConfig) -> float:
     """How far the log norm is above its running mean, in running standard deviations."""
     if not math.isfinite(norm):
         return math.inf
@@ -97,14 +81,14 @@ def z_score(norm: float, state: GuardState, rules: GuardRules) -> float:
 
 
 def judge(
-    norm: float, state: GuardState, rules: GuardRules, rollbacks: int = 0, loss: float | None = None
+    norm: float, state: GuardState, rules: GuardConfig, rollbacks: int = 0, loss: float | None = None
 ) -> tuple[Judgement, GuardState]:
     """One step.
 
     Args:
         norm: global gradient norm, all-reduced; NaN or infinite where a gradient is.
         state: before the step.
-        rules: thresholds.
+        rules: every threshold.
         rollbacks: how often the run was rolled back already (from the ledger, which no checkpoint resets).
         loss: of the step, over all ranks; where it is not known, no rise is taken for a new level.
 
@@ -139,14 +123,14 @@ def judge(
     return Judgement("skip", z, what), state
 
 
-def _applied(state: GuardState, loss: float | None, rules: GuardRules) -> GuardState:
+def _applied(state: GuardState, loss: float | None, rules: GuardConfig) -> GuardState:
     mean = state.loss if loss is None else rules.memory * state.loss + (1.0 - rules.memory) * loss
     if loss is not None and state.loss == 0.0:
         mean = loss
     return replace(state, applied=state.applied + 1, loss=mean)
 
 
-def _level(norm: float, loss: float | None, spike: bool, state: GuardState, rules: GuardRules) -> GuardState:
+def _level(norm: float, loss: float | None, spike: bool, state: GuardState, rules: GuardConfig) -> GuardState:
     """Count the spikes in a row that agree with one another while the loss is as before."""
     if not spike or loss is None or loss > rules.level_loss * state.loss:
         return replace(state, level_steps=0)
@@ -163,7 +147,7 @@ def _count(state: GuardState, bad: bool) -> GuardState:
     return replace(state, bad_in_row=state.bad_in_row + 1 if bad else 0, bad_recent=recent)
 
 
-def _learn(norm: float, state: GuardState, rules: GuardRules) -> GuardState:
+def _learn(norm: float, state: GuardState, rules: GuardConfig) -> GuardState:
     """Update the running mean and variance; the first norms weigh equally, as in a plain average.
 
     After the warm-up a norm enters clipped on both sides: none may widen the statistics so far that the next spike goes

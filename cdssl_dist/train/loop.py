@@ -25,7 +25,7 @@ from cdssl_dist.train import checkpoint
 from cdssl_dist.train.checkpoint import Checkpoint, Progress, Retention
 from cdssl_dist.train.engine import Engine, EngineSettings, init_distributed
 from cdssl_dist.train.evaluate import Validation, fitted_baseline, gathered
-from cdssl_dist.train.guard import Guard, GuardRules, GuardStop
+from cdssl_dist.train.guard import Guard, GuardStop
 from cdssl_dist.train.mirror import Mirror, restore
 from cdssl_dist.train.perf import Meter
 from cdssl_dist.train.runlog import Ledger, Rollback, RunLog
@@ -123,7 +123,7 @@ class Trainer:
 
         self.cursor = 0
         self.ledger = Ledger.read(self.folder)
-        self.guard = Guard(GuardRules(**config.guard.model_dump()))
+        self.guard = Guard(config.guard)
         self.stopping = False
         self.lr = 0.0
         self.metrics: dict[str, float] = {}  # of the last validation
