@@ -96,6 +96,11 @@ class ModelConfig(Section):
     blocks: int = Field(3, ge=1)
     seed: int = 0  # of the initial weights
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What a network is made with."""
+        return self.model_dump(exclude={"seed"})
+
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from cdssl_dist.data.labeled import formulas_of
@@ -23,7 +25,7 @@ from cdssl_dist.encoder import CrystalEncoder
 from cdssl_dist.finetune.predictor import Prediction, Predictor, network_of, property_card, write_property
 from cdssl_dist.finetune.splits import Split, hold_out
 from cdssl_dist.finetune.targets import Array, Target, Task
-from cdssl_dist.finetune.tuning import FineTuning, Member, fit
+from cdssl_dist.finetune.tuning import FineTuning, Member, check_members, fit
 from cdssl_dist.mlops.model_card import write_model_card
 from cdssl_dist.mlops.models import CHAMPION
 from cdssl_dist.model.heads import ReadoutName
@@ -40,7 +42,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         members: networks that answer together.
         validation: share of the crystals, by whole formulas, for early stopping; where there are fewer than three
             formulas, or it is 0, the last weights are taken.
-        random_state: seed.
+        random_state: seed, or None or a ``RandomState`` to draw one.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         readout: ReadoutName = "set2set",
         members: int = 1,
         validation: float = 0.1,
-        random_state: int = 0,
+        random_state: Any = 0,
     ) -> None:
         self.encoder = encoder
         self.registry_uri = registry_uri
@@ -93,11 +95,12 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"{len(items)} structures and {len(targets)} targets: one target a structure is needed")
         graphs = _graphs(items, found.cutoff)
         formulas = formulas_of(graphs)
-        if self.members < 1:
-            raise ValueError(f"members={self.members}: one network at least answers")
+        check_members(self.members, self.readout)
+        first = self.random_state
+        if not isinstance(first, numbers.Integral):  # None, or a generator
+            first = check_random_state(first).randint(2**31 - self.members)
         members: list[Member] = []
-        for i in range(self.members):
-            seed = self.random_state + i
+        for seed in range(int(first), int(first) + self.members):
             train, val = hold_out(np.arange(len(items)), formulas, self.validation, seed)
             own = FineTuning(**asdict(how) | {"seed": seed})
             split = Split(train, val, val[:0])
@@ -195,11 +198,11 @@ class CrystalClassifier(ClassifierMixin, _Estimator):  # type: ignore[misc]
             RefusedStructuresError: naming the rows that are no ordered crystals.
         """
         given = list(y)  # as it is: an array of text would turn NaN into a word
-        known = np.array([not (v is None or v != v) for v in given], bool)  # NaN alone is not itself
+        known = np.array([_is_known(v) for v in given], bool)
         labels = np.asarray([v for v, there in zip(given, known, strict=True) if there])
-        self.classes_, numbers = np.unique(labels, return_inverse=True)
+        self.classes_, found = np.unique(labels, return_inverse=True)
         index = np.full(len(given), np.nan)
-        index[known] = numbers
+        index[known] = found
         if len(self.classes_) < 2:
             raise ValueError(f"y holds {len(self.classes_)} class: nothing to tell apart")
         names = tuple(map(str, self.classes_.tolist()))
@@ -213,6 +216,13 @@ class CrystalClassifier(ClassifierMixin, _Estimator):  # type: ignore[misc]
         """The likeliest class: (n,)."""
         chance = self.predict_proba(X)
         return np.asarray(self.classes_[chance.argmax(axis=1)])
+
+
+def _is_known(value: Any) -> bool:
+    try:
+        return value is not None and bool(value == value)  # NaN alone is not itself
+    except TypeError:  # pandas' NA does not say
+        return False
 
 
 def _flags(name: str, given: bool | Sequence[bool], targets: int) -> list[bool]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -66,11 +65,11 @@ def pretrain(config: Config) -> int:
     folder = Path(config.run)
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):
-        prepare(config, data)
-        return trained(config, data, folder)
+        check_and_write_config(config, data)
+        return train_and_register(config, data, folder)
 
 
-def trained(config: Config, data: DataSet, folder: Path) -> int:
+def train_and_register(config: Config, data: DataSet, folder: Path) -> int:
     """Train on the workers of a cluster, and register what comes of it; returns the exit code."""
     tags = {"data_digest": data.manifest.digest}
     with tracking.follow(folder, config, params=about(data.manifest), tags=tags) as tracked, live.watching(folder):
@@ -111,17 +110,16 @@ def located(config: Config) -> Config:
     return config.model_copy(update={"run": run, "data": config.data.model_copy(update={"path": path})})
 
 
-def prepare(config: Config, data: DataSet) -> None:
-    """Write the configuration into the run folder.
+def check_and_write_config(config: Config, data: DataSet) -> None:
+    """Write the configuration into the run folder, where it holds this run or none.
 
     Raises:
         CheckpointError: where it holds another run; ranks would find out as well, when a cluster is at hand.
     """
     folder = Path(config.run)
-    if found := checkpoint.last(folder / "checkpoints"):
-        counts = {"name": data.name, **data.manifest.splits}
-        now = replace(found.progress, data_digest=data.manifest.digest, data=counts)
-        checkpoint.check_fits(found, config, now)
+    for last in checkpoint.committed(folder / "checkpoints")[-1:]:
+        found = checkpoint.Checkpoint(last, checkpoint.read_progress(last))
+        checkpoint.check_fits(found, config, data.manifest.digest, data.counts)
     if config.engine.device == "auto" and not config.cluster.gpus_per_worker and torch.cuda.is_available():
         print("this machine has a GPU that no worker was given: cluster.gpus_per_worker=1 uses it", file=sys.stderr)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))

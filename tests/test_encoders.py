@@ -77,6 +77,7 @@ def table(small: list[Crystal], volumes: np.ndarray, tmp_path_factory: pytest.Te
         "part": [("train", "train", "val", "test")[i % 4] for i in range(n)],
         "fold": [i % 3 for i in range(n)],
         "constant": [1.5] * n,
+        "sparse": [1.0 if i == 1 else None for i in range(n)],
         "signed": [-2.0 if i in (1, 2, 3, 8, 9) else 1.0 for i in range(n)],
     }
     columns["id"][5] = "c-4"  # twice
@@ -277,7 +278,9 @@ def test_finetune_register_predict(
             assert by_key[key]["total"] == pytest.approx(ours) and by_key[key]["std:total"] == pytest.approx(deviation)
             factor = results["uncertainty"]["total"]["factor"]
             assert by_key[key]["within68:total"] == pytest.approx(factor * deviation)
-    # Fine-tuning has seen silicon.
+    card = json.loads((home / "tuned" / "model" / "property.json").read_text())
+    seen = {int(z) for i, c in enumerate(small) if i % 4 != 3 for z in c.atomic_numbers}
+    assert set(card["elements"]) == seen | set(read_encoder(folder)[1].elements)  # not those of the test alone
     assert {r["unseen_elements"] for r in rows} == {None}
 
     assert cdssl(["predict", "--model", "models:/crystals@champion", "--data", str(table), "--out", "q.parquet"]) == 2
@@ -310,7 +313,8 @@ def test_finetune_to_classes_with_labels_that_lie_elsewhere(home: Path, folder: 
     ("arguments", "said"),
     [
         ("--target volme", "no column volme"),
-        ("--target kind", "no crystal has a finite value of 'kind'; a column of text is for classes"),
+        ("--target kind", "no crystal has a finite value of 'kind': is the column there"),
+        ("--target volume kind", "no crystal has a finite value of 'kind'"),
         ("--target kind volume --classify", "one target"),
         ("--target volume --classify", "nothing to classify"),
         ("--target volume --per-atom total", "--per-atom total: no target"),
@@ -318,6 +322,9 @@ def test_finetune_to_classes_with_labels_that_lie_elsewhere(home: Path, folder: 
         ("--target volume signed --log signed", "5 of 58 labels are not above 0, the smallest -2"),
         ("--target volume --register a/b", "'a/b' is no name for a model"),
         ("--target volume --members 0", "one network at least"),
+        ("--target volume --members 3 --readout linear", "all of them would be the same"),
+        ("--target volume --folds 3 --val 1", "a share of 1 to validate with"),
+        ("--target volume sparse --folds 5 --no-scratch", ": no training crystal has a label of sparse"),
         ("--target volume --folds 0", "0 folds"),
         ("--target computed:density --classify", "names no classes"),
         ("--target kind --classify --log kind", "classes have no --log"),
@@ -341,6 +348,13 @@ def test_wrong_use_is_said_in_a_line(
     assert cdssl(["finetune", *encoder, "--data", str(table), "--epochs", "1", *arguments.split()]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and said in error
+
+
+def test_a_list_of_targets_is_not_empty(capsys: pytest.CaptureFixture[str]) -> None:
+    """``--log`` alone would learn the target as it is."""
+    with pytest.raises(SystemExit):
+        cdssl(["finetune", "--data", "x.csv", "--target", "volume", "--log"])
+    assert "--log: expected at least one argument" in capsys.readouterr().err
 
 
 def test_constant_labels(home: Path, folder: Path, table: Path) -> None:

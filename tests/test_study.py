@@ -64,6 +64,7 @@ CONFIG: dict[str, Any] = {
     "sweep": {"sizes": [20], "evaluate": 25},
     "predict": {"targets": ["mass"], "seeds": [0, 1], "training": {"epochs": [1, 1]}, "without_graph": "median"},
 }
+LABELS = ("volume", "mass", "signed")
 SMALL = {
     "targets": {"volume": CONFIG["targets"]["volume"] | {"log": True}},
     "arms": {name: CONFIG["arms"][name] for name in ("pretrained", "scratch")},
@@ -87,11 +88,11 @@ def toy(aflow: list[Crystal], tmp_path_factory: pytest.TempPathFactory) -> Path:
     order = np.random.default_rng(0).permutation(160)
     rows = {}
     for i, crystal in enumerate(chosen):
-        parts = ["train" if k < 100 else "val" if k < 140 else "test" for k in (order[i], order[-i - 1])]
+        parts = ["train" if k < 100 else "val" if k < 140 else "test" for k in (order[i], order[-i - 1], order[i])]
         volume = abs(np.linalg.det(crystal.lattice)) / len(crystal.atomic_numbers)
-        labels = (volume, float(crystal.atomic_numbers.sum()))
-        rows[i] = {f"_y_{name}": value for name, value in zip(("volume", "mass"), labels, strict=True)}
-        rows[i] |= {f"_split_{name}": part for name, part in zip(("volume", "mass"), parts, strict=True)}
+        labels = (volume, float(crystal.atomic_numbers.sum()), -1.0 if i % 20 == 0 else 1.0)
+        rows[i] = {f"_y_{name}": value for name, value in zip(LABELS, labels, strict=True)}
+        rows[i] |= {f"_split_{name}": part for name, part in zip(LABELS, parts, strict=True)}
         if i % 17 == 0:
             rows[i]["_y_volume"] = None
     first = chosen[0]  # of which one is made without neighbours
@@ -527,7 +528,7 @@ def test_matbench_folds(toy: Path, aflow: list[Crystal], tmp_path: Path, encoder
     """A file as matminer has it, in which two rows are no crystals."""
     some = [c for c in aflow if len(c.atomic_numbers) <= 10][:50]
     structures = [Structure(c.lattice, c.atomic_numbers, c.positions, coords_are_cartesian=True) for c in some]
-    data = [[s.as_dict() if i not in (3, 20) else {}, float(i)] for i, s in enumerate(structures)]
+    data = [[s.as_dict() if i not in (3, 20) else {}, 1.0 + i] for i, s in enumerate(structures)]
     content = {"index": list(range(50)), "columns": ["structure", "_y_volume"], "data": data}
     path = tmp_path / "matbench_toy.json.gz"
     path.write_bytes(gzip.compress(json.dumps(content).encode()))
@@ -543,7 +544,7 @@ def test_matbench_folds(toy: Path, aflow: list[Crystal], tmp_path: Path, encoder
         assert {number[k] for k in keys[split.test]} <= set(test) and len(split.test) == len({*test} - {3, 20})
         assert {number[k] for k in keys[np.concatenate([split.train, split.val])]} <= set(train)
         labels = dict(zip(keys, plan.samples["volume"].crystals.labels["volume"], strict=True))
-        assert len(labels) == 48 and all(labels[k] == number[k] for k in keys)
+        assert len(labels) == 48 and all(labels[k] == 1 + number[k] for k in keys)
     reported = {key for seed in (0, 1) for key in keys[plan.samples["volume"].evaluated(seed)]}
     for cell in plan.sweeps():  # no rate is chosen by a crystal of the report
         split = plan.samples["volume"].split(cell)
@@ -608,6 +609,8 @@ def test_what_cannot_be_is_said(toy: Path, encoder: Path, tmp_path: Path, capsys
     paper = read(StudyConfig, packaged("study/paper.yaml"))
     assert len([1 for t in paper.targets for _ in paper.sizes_of(t)]) * len(paper.seeds) == 147
 
+    signed = ("targets.signed.data=toy",)
+
     def wrong(text: str, *more: str, **changes: Any) -> None:
         assert study.main(arguments(toy, encoder, tmp_path / "study", *more, **changes)) == 2
         assert text in capsys.readouterr().err
@@ -624,6 +627,12 @@ def test_what_cannot_be_is_said(toy: Path, encoder: Path, tmp_path: Path, capsys
     wrong("x.parquet: no Parquet with key and embedding", "probes.mine.vectors=x.parquet")
     wrong("200 labels to learn from are asked for, and", "targets.mass.sizes=[200]")
     wrong("no rate can be chosen", "sweep.sizes=[90]")
+    wrong(
+        "targets.signed: its logarithm is to be learned, and 6 labels are not above 0",
+        *signed,
+        "targets.signed.log=true",
+    )
+    wrong("no crystal has a finite value of '_split_mass'", "targets.mass.column=_split_mass")
     wrong("must be NAME=PATH", "--data", "other=x")
     wrong("unseen_only wants --pretraining-shards", "unseen_only=true")
     wrong("no column _z_mass, _z_volume", "data.toy.column=_z_{target}")

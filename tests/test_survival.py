@@ -24,7 +24,8 @@ from test_train import config, metrics, run_training, weights
 
 from cdssl_dist.config import Config
 from cdssl_dist.train import checkpoint
-from cdssl_dist.train.runlog import Ledger, read_lines
+from cdssl_dist.train.ledger import Ledger
+from cdssl_dist.train.runlog import read_lines
 
 STEPS = 32
 SPIKES = range(16, 19)  # steps whose gradients are too large, each by another factor

@@ -26,12 +26,13 @@ from cdssl_dist.data.dataset import DataSet
 from cdssl_dist.data.plan import EpochPlan
 from cdssl_dist.train import checkpoint, cluster
 from cdssl_dist.train.checkpoint import Progress, Retention
-from cdssl_dist.train.engine import EngineSettings, deepspeed_config
+from cdssl_dist.train.deepspeed_json import EngineSettings, deepspeed_config
 from cdssl_dist.train.guard import GuardState
+from cdssl_dist.train.ledger import Ledger, Rollback
 from cdssl_dist.train.mirror import restore
 from cdssl_dist.train.perf import Meter
 from cdssl_dist.train.replay import replay
-from cdssl_dist.train.runlog import Ledger, Rollback, RunLog, alone, read_lines
+from cdssl_dist.train.runlog import RunLog, alone, read_lines
 from sharding.block import Budget, decode
 from sharding.manifest import DataSetError
 from sharding.pipeline import shard
@@ -406,7 +407,7 @@ def test_the_mirror_gives_what_no_roll_back_passed_over(tmp_path: Path, monkeypa
     monkeypatch.setattr(LocalFileSystem, "cat_file", torn)
     with pytest.raises(DataSetError, match="the network is gone"):
         restore(str(there), run)
-    assert checkpoint.last(run / "checkpoints") is None and not list(run.glob("*.tmp"))
+    assert not checkpoint.committed(run / "checkpoints") and not list(run.glob("*.tmp"))
     monkeypatch.undo()
     name = restore(str(there), run)
     assert name is not None and "1000" in name

@@ -246,15 +246,16 @@ def test_a_linear_readout_is_a_ridge_on_frozen_vectors(
 
     x = embed_graphs(network, card.expansion, graphs).astype(np.float64)
     learned = np.stack([np.log(y[:, 0]), y[:, 1] / graphs.n_atoms], axis=1)
+    train = np.concatenate([split.train, split.val])  # nothing is stopped early
     for t in range(2):
-        known = split.train[np.isfinite(learned[split.train, t])]
-        mean, std = x[split.train].mean(axis=0), x[split.train].std(axis=0)
+        known = train[np.isfinite(learned[train, t])]
+        mean, std = x[train].mean(axis=0), x[train].std(axis=0)
         spread = learned[known, t].std()
         ridge = RidgeCV(alphas=np.logspace(-3, 5, 17)).fit((x[known] - mean) / std, learned[known, t] / spread)
         said = ridge.predict((x - mean) / std) * spread
         expected = np.exp(said) if t == 0 else said * graphs.n_atoms
         np.testing.assert_allclose(found[:, t], expected, rtol=1e-3)
-    assert member.history[0]["val"] > 0 and len(member.history) == 1
+    assert len(member.history) == 1
 
     outcome = compare(*encoder, graphs, y, task, [split], replace(QUICK, epochs=1))
     np.testing.assert_allclose(outcome.predictions[LINEAR][split.test], found[split.test])
@@ -276,14 +277,15 @@ def test_a_linear_readout_of_classes_is_a_logistic_regression(
     member = fit(network, card.expansion, graphs, kind, split, task, replace(QUICK, readout="linear"))
     found = predict(member, card, graphs, task)
     x = embed_graphs(network, card.expansion, graphs).astype(np.float64)
-    x = (x - x[split.train].mean(axis=0)) / x[split.train].std(axis=0)
-    model = LogisticRegression(C=0.1, max_iter=2000).fit(x[split.train], kind[split.train, 0])
+    train = np.concatenate([split.train, split.val])
+    x = (x - x[train].mean(axis=0)) / x[train].std(axis=0)
+    model = LogisticRegression(C=0.1, max_iter=2000).fit(x[train], kind[train, 0])
     np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-6)
     if classes == 4:
         assert (found[:, 3] > 0).all() and found[:, 3].max() < 0.02
         found = found[:, :3] / found[:, :3].sum(axis=1, keepdims=True)
     np.testing.assert_allclose(found, model.predict_proba(x), atol=2e-3)
-    one = np.where(np.isin(np.arange(len(graphs)), split.train), 1.0, kind[:, 0])[:, None]
+    one = np.where(np.isin(np.arange(len(graphs)), train), 1.0, kind[:, 0])[:, None]
     alone = fit(network, card.expansion, graphs, one, split, task, replace(QUICK, readout="linear"))
     assert (predict(alone, card, graphs, task)[:, 1] > 0.9).all()
 
@@ -399,6 +401,7 @@ def test_the_uncertainty_is_scaled_on_some_crystals_and_checked_on_others() -> N
     known = np.isfinite(off[2000:])
     assert told.rank == pytest.approx(spearmanr(off[2000:][known], std[2000:][known]).statistic, abs=1e-9)
     assert np.isnan(factor(off[:9], std[:9]))  # too few to tell
+    assert np.isnan(factor(off[:2000], np.full(2000, 1e-17)))  # members that agree where they are wrong
     assert factor(np.zeros(20), np.zeros(20)) == 0  # constant labels, which all members know
 
 

@@ -126,7 +126,8 @@ def _engine(
     """One engine, with a gate that is always open, and with guard and metrics as in the training loop."""
     import torch.distributed as dist
 
-    from cdssl_dist.train.engine import Engine, EngineSettings, init_distributed
+    from cdssl_dist.train.deepspeed_json import EngineSettings
+    from cdssl_dist.train.engine import Engine, init_distributed
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     init_distributed(device)
@@ -182,7 +183,7 @@ def _checkpoint(engine: Any, root: Path, repeat: int, step: float) -> Figures:
     """How long training stands still for a checkpoint, and what share of the time that is at the default cadence."""
     from cdssl_dist.train.checkpoint import Progress, Retention, save
     from cdssl_dist.train.guard import GuardState
-    from cdssl_dist.train.runlog import Ledger
+    from cdssl_dist.train.ledger import Ledger
 
     root.mkdir()
     stalls = []

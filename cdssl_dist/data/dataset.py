@@ -78,6 +78,11 @@ class DataSet:
                 f"again with --cutoff {cutoff}, or give the database itself"
             )
 
+    @property
+    def counts(self) -> dict[str, Any]:
+        """Its name, and how much is in each split: what a person tells one data set from another by."""
+        return {"name": self.name, **self.manifest.splits}
+
     def table(self, split: str) -> BlockTable:
         """The block table of a split.
 

@@ -26,6 +26,7 @@ from sharding.sources.pieces import number
 
 DALTON_PER_CUBIC_ANGSTROM: Final = 1.66053906660  # in g/cm³ (CODATA 2018)
 CRYSTALS_AT_ONCE: Final = 512
+MISSING: Final = ("", "nan", "na", "n/a", "<na>", "null", "none")  # words for a class that is not known
 _ATOMIC_WEIGHT: Final = np.array([0.0] + [gemmi.Element(z).weight for z in range(1, len(SYMBOLS))])  # Da
 
 
@@ -138,11 +139,11 @@ def load_labeled(
         else:
             values[:, t] = graphs.labels[name]
     values[~np.isfinite(values)] = np.nan
+    for t, name in enumerate(names):
+        if len(values) and np.isnan(values[:, t]).all():
+            hint = "" if classes else ": is the column there, and of numbers? A column of text is for classes"
+            raise DataSetError(f"{path}: no crystal has a finite value of {name!r}{hint}")
     known = np.flatnonzero(np.isfinite(values).any(axis=1))
-    if len(known) == 0:
-        raise DataSetError(
-            f"{path}: no crystal has a finite value of {' or '.join(map(repr, names))}; a column of text is for classes"
-        )
     if unlabeled:
         known = np.arange(len(graphs))
     return Labeled(
@@ -164,7 +165,7 @@ def class_names(column: Sequence[Any]) -> tuple[str, ...]:
 def _class(value: Any) -> str | None:
     """The name of a class; 1, 1.0 and "1" are one."""
     text = "" if value is None else str(value).strip()
-    if text.lower() in ("", "nan"):
+    if text.lower() in MISSING:
         return None
     as_number = number(value) if not isinstance(value, bool) else None
     if as_number is None or not math.isfinite(as_number):
@@ -227,7 +228,10 @@ def _from_source(path: str, targets: list[str], cutoff: float, keys: Sequence[st
     if keys is not None:
         place = {key: i for i, key in enumerate(graphs.keys)}
         if absent := [key for key in keys if key not in place]:
-            raise DataSetError(f"{path}: {len(absent)} of {len(keys)} keys are not in it, as {absent[0]!r}")
+            raise DataSetError(
+                f"{path}: {len(absent)} of {len(keys)} keys are not in it, as {absent[0]!r}; those that are look like "
+                f"{graphs.keys[0]!r}"
+            )
         graphs, groups = graphs.take(np.array([place[k] for k in keys])), [groups[place[k]] for k in keys]
     about = {"name": source.name, "licence": source.licence, "cite": source.cite}
     return graphs, groups, {t: source.units.get(t, "") for t in targets}, [about]

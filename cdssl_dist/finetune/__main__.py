@@ -26,7 +26,7 @@ from cdssl_dist.finetune.predictor import PropertyCard, property_card, write_pro
 from cdssl_dist.finetune.results import digest, figures, told, write_results
 from cdssl_dist.finetune.splits import Split, folds_of_column, k_folds, split_by_group, split_of_column
 from cdssl_dist.finetune.targets import Scaler, Target, Task
-from cdssl_dist.finetune.tuning import FineTuning, TuningError
+from cdssl_dist.finetune.tuning import FineTuning, TuningError, check_members
 from cdssl_dist.look import report
 from cdssl_dist.look.encoder_map import map_of
 from cdssl_dist.mlops import registry
@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     encoder, card = read_encoder(pulled.folder)
     data = read_data(args, card)
     task = task_of(args, data)
-    check_labels(task, data)
     splits = splits_of(args, data)
+    check_labels(task, data, splits)
     how = FineTuning(**{name: getattr(args, name) for name in asdict(FineTuning())})
     scratch = None if args.no_scratch else replace(how, lr=args.scratch_lr, freeze=0, warmup=0, layer_decay=1.0)
     trainings = args.members * len(splits) * (1 if scratch is None else 2)
@@ -80,10 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         pulled.uri,
         members,
         task,
-        data.graphs,
+        data.graphs.take(np.unique(np.concatenate([part for s in splits for part in (s.train, s.val)]))),
         settings,
         data_digest=digest(data, outcome),
-        metrics=figures(task, outcome),
+        metrics=figures(task, outcome, data.targets),
         sources=data.sources,
         uncertainty={name: u.factor for name, u in outcome.uncertainty.items() if np.isfinite(u.factor)},
     )
@@ -139,8 +139,8 @@ def parser() -> Parser:
     computed = ", ".join(COMPUTED)
     g.add_argument("--target", required=True, nargs="+", help=f"labels or columns, or of {computed}; may have gaps")
     g.add_argument("--unit", nargs="+", help="of each target, where the data do not say")
-    g.add_argument("--per-atom", nargs="*", default=[], metavar="TARGET", help="those that grow with the cell")
-    g.add_argument("--log", nargs="*", default=[], metavar="TARGET", help="positive ones with a long tail")
+    g.add_argument("--per-atom", nargs="+", default=[], metavar="TARGET", help="those that grow with the cell")
+    g.add_argument("--log", nargs="+", default=[], metavar="TARGET", help="positive ones with a long tail")
     g.add_argument("--classify", action="store_true", help="the target names classes: numbers or text")
     g.add_argument("--split", choices=("train", "val", "test"), help="use this split of a data set of shards only")
     g.add_argument("--where", metavar="CONDITION", help="of a data set of shards, as in 'n_atoms <= 20'")
@@ -189,8 +189,7 @@ def parser() -> Parser:
 
 def read_data(args: argparse.Namespace, card: EncoderCard) -> Labeled:
     """The labeled crystals that the arguments name."""
-    if args.members < 1:
-        raise TuningError(f"--members {args.members}: one network at least answers")
+    check_members(args.members, args.readout)
     if args.classify:
         if len(args.target) > 1:
             raise TuningError("--classify takes one target")
@@ -235,12 +234,14 @@ def task_of(args: argparse.Namespace, data: Labeled) -> Task:
     return Task((Target(args.target[0]),), classes)
 
 
-def check_labels(task: Task, data: Labeled) -> None:
+def check_labels(task: Task, data: Labeled, splits: Sequence[Split]) -> None:
     """What would end the training of some fold is said before the first."""
-    try:
-        Scaler.fit(task, data.targets, data.graphs.n_atoms)
-    except ValueError as why:
-        raise TuningError(str(why)) from None
+    parts = [("", np.arange(len(data)))] + [(f"fold {i + 1}: ", split.train) for i, split in enumerate(splits)]
+    for where, part in parts:
+        try:
+            Scaler.fit(task, data.targets[part], data.graphs.n_atoms[part])
+        except ValueError as why:
+            raise TuningError(f"{where if len(splits) > 1 else ''}{why}") from None
 
 
 def splits_of(args: argparse.Namespace, data: Labeled) -> list[Split]:

@@ -15,7 +15,7 @@ from cdssl_dist.finetune.baselines import baselines
 from cdssl_dist.finetune.predictor import network_of
 from cdssl_dist.finetune.splits import Split
 from cdssl_dist.finetune.targets import Array, Task
-from cdssl_dist.finetune.tuning import FineTuning, Member, fit, outputs
+from cdssl_dist.finetune.tuning import FineTuning, Member, TuningError, check_members, fit, outputs
 from cdssl_dist.finetune.uncertainty import Uncertainty, factor, measured
 from cdssl_dist.model.export import EncoderCard
 from cdssl_dist.model.heads import PropertyModel
@@ -70,7 +70,10 @@ class Problem:
         split, settings = self.splits[number], self.arms[arm]
         how = replace(settings, seed=settings.seed + i)
         start = self.encoder if arm == PRETRAINED else new_encoder(self.card, how.seed)
-        member = fit(start, self.card.expansion, self.graphs, self.targets, split, self.task, how, tick)
+        try:
+            member = fit(start, self.card.expansion, self.graphs, self.targets, split, self.task, how, tick)
+        except TuningError as why:
+            raise type(why)(f"{arm}: {why}") from None
         held = [predict(member, self.card, self.graphs.take(part), self.task) for part in (split.val, split.test)]
         return member, np.concatenate(held)
 
@@ -100,7 +103,12 @@ def compare(
         members: networks of an arm on each split, which differ by their seed.
         tick: called after each epoch.
         elsewhere: a map that trains in other processes, to the same result; one after the other here where left out.
+
+    Raises:
+        ValueError: where a crystal tests in two splits.
+        TuningError: where a training fails; says which arm's.
     """
+    check_members(members, how.readout)
     arms = {PRETRAINED: how} | ({SCRATCH: scratch} if scratch else {})
     fold = np.full(len(graphs), -1, np.int64)
     for number, split in enumerate(splits):
@@ -126,7 +134,7 @@ def compare(
         if how.readout != "linear":  # which is what stands for itself otherwise
             solved = fit(encoder, card.expansion, graphs, targets, split, task, replace(how, readout="linear"))
             _fill(predictions, LINEAR, split, predict(solved, card, graphs.take(split.test), task), len(graphs))
-        for name, values in baselines(task, graphs, targets, split).items():
+        for name, values in baselines(task, graphs, targets, split.without_stopping()).items():
             _fill(predictions, name, split, values[split.test], len(graphs))
     every = np.flatnonzero(fold >= 0)
     errors = {arm: task.errors(targets[every], p[every]) for arm, p in predictions.items()}

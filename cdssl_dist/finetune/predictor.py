@@ -132,7 +132,7 @@ def property_card(
         ref: what it was pulled as.
         members: the networks.
         task: what they predict.
-        graphs: the labeled crystals.
+        graphs: the crystals that they learned from.
         settings: of the training.
         known: further fields of the card; where left out, there was no test, and nothing is said of the data.
     """

@@ -19,7 +19,7 @@ from cdssl_dist.finetune.experiment import PRETRAINED, Outcome
 from cdssl_dist.finetune.parity import plot_parity
 from cdssl_dist.finetune.predictor import PropertyCard
 from cdssl_dist.finetune.splits import Split
-from cdssl_dist.finetune.targets import Task
+from cdssl_dist.finetune.targets import Array, Task
 from cdssl_dist.finetune.uncertainty import SHARE, Uncertainty
 
 
@@ -60,20 +60,28 @@ def write_results(
     return results
 
 
-def figures(task: Task, outcome: Outcome) -> dict[str, float]:
+def figures(task: Task, outcome: Outcome, targets: Array) -> dict[str, float]:
     """The figures of the model's card: errors of all arms, the skill that models are compared by, its uncertainty."""
     found = {f"test/{arm}/{name}": value for arm, own in outcome.errors.items() for name, value in own.items()}
     for name, u in outcome.uncertainty.items():
         found[f"test/covered/{name}"] = u.covered
-    return {k: v for k, v in (found | {"test/skill": skill(task, outcome)}).items() if np.isfinite(v)}
+    return {k: v for k, v in (found | {"test/skill": skill(task, outcome, targets)}).items() if np.isfinite(v)}
 
 
-def skill(task: Task, outcome: Outcome) -> float:
-    """1 − error / error of the baseline that knows nothing, mean over the targets: what models are compared by."""
-    dull = outcome.errors["frequencies" if task.classes else "median"]
+def skill(task: Task, outcome: Outcome, targets: Array) -> float:
+    """1 − error / error of who knows nothing, mean over the targets: what models of the same test are compared by.
+
+    Who knows nothing says the median of the test labels, in the unit of the target however it is learned, or the
+    frequencies of the classes.
+    """
     ours = outcome.errors[PRETRAINED]
-    names = ["log_loss"] if task.classes else [t.name for t in task.targets]
-    return float(np.mean([1.0 - ours[n] / dull[n] if dull[n] > 0 else np.nan for n in names]))
+    if task.classes:
+        dull = {"log_loss": outcome.errors["frequencies"]["log_loss"]}
+    else:
+        tested = targets[outcome.fold >= 0]
+        off = np.nanmean(np.abs(tested - np.nanmedian(tested, axis=0)), axis=0)
+        dull = {target.name: float(error) for target, error in zip(task.targets, off, strict=True)}
+    return float(np.mean([1.0 - ours[name] / error if error > 0 else np.nan for name, error in dull.items()]))
 
 
 def told(results: dict[str, Any], outcome: Outcome, out: str) -> str:
@@ -90,8 +98,8 @@ def told(results: dict[str, Any], outcome: Outcome, out: str) -> str:
         best = (max if metric == "accuracy" else min)(values.values())
         for arm, value in values.items():
             error = outcome.spread(arm, metric)
-            about = f" ± {error:.4f}" if np.isfinite(error) else ""
-            lines.append(f"  {arm:24} {value:9.4f}{about}{'   ← best' if value == best else ''}")
+            about = f" ± {error:.2g}" if np.isfinite(error) else ""
+            lines.append(f"  {arm:24} {value:9.4g}{about}{'   ← best' if value == best else ''}")
         if u := outcome.uncertainty.get(metric):
             lines.append(f"  {describe(u)}")
     lines.append(f"  {out}/: results.json, predictions.parquet, history.jsonl, report.html, model/")
@@ -106,12 +114,12 @@ def digest(data: Labeled, outcome: Outcome) -> str:
 def describe(u: Uncertainty) -> str:
     """What the deviation of an ensemble is worth, in a line."""
     if not math.isfinite(u.factor):
-        return (
-            f"uncertainty: too few validation labels to scale the deviation; as it is, it covers {u.uncalibrated:.0%}"
-        )
+        why = "too few validation labels, or members that agree where they are wrong"
+        return f"uncertainty: the deviation cannot be scaled ({why}); as it is, it covers {u.uncalibrated:.0%}"
+    covered = f"cover {u.covered:.0%} of the test labels" if math.isfinite(u.covered) else "there were too few to check"
     return (
-        f"uncertainty: ±{u.factor:.3g} deviations of the ensemble were to cover {SHARE:.0%}, and cover {u.covered:.0%} "
-        f"of the test labels (one deviation: {u.uncalibrated:.0%}); rank correlation with the error {u.rank:.2f}"
+        f"uncertainty: ±{u.factor:.3g} deviations of the ensemble were to cover {SHARE:.0%}, and {covered} "
+        f"(one deviation: {u.uncalibrated:.0%}); rank correlation with the error {u.rank:.2f}"
     )
 
 

@@ -25,6 +25,10 @@ class Split:
     val: Indices
     test: Indices
 
+    def without_stopping(self) -> Split:
+        """For what stops nothing early: it learns from the crystals held out for that, too."""
+        return Split(np.concatenate([self.train, self.val]), self.val[:0], self.test)
+
     def sizes(self) -> dict[str, int]:
         """Crystals of each part."""
         return {"train": len(self.train), "val": len(self.val), "test": len(self.test)}
@@ -68,7 +72,12 @@ def hold_out(among: Indices, groups: Sequence[str], share: float, seed: int) -> 
 
     Returns:
         Those to train on, and those to validate with.
+
+    Raises:
+        SplitError: where the share is none.
     """
+    if not 0 <= share < 1:
+        raise SplitError(f"a share of {share:g} to validate with: it must be at least 0, and below 1")
     rank, _ = _shuffled([groups[i] for i in among], seed, large_last=share)
     if share <= 0 or len(among) == 0 or len(np.unique(rank)) < 3:
         return among, among[:0]

@@ -61,6 +61,18 @@ class FineTuning:
             raise TuningError(f"readout must be one of {', '.join(READOUTS)}, not {self.readout}")
 
 
+def check_members(members: int, readout: ReadoutName) -> None:
+    """Whether there can be an ensemble of so many networks.
+
+    Raises:
+        TuningError: where there can not.
+    """
+    if members < 1:
+        raise TuningError(f"{members} members: one network at least answers")
+    if members > 1 and readout == "linear":
+        raise TuningError(f"{members} members: a linear readout is solved, and all of them would be the same")
+
+
 @dataclass(frozen=True)
 class Member:
     """One trained network."""
@@ -87,7 +99,8 @@ def fit(
     The loss is the absolute error of the standardised targets (the cross entropy of classes), over the labels that are
     there. Early stopping watches the error in the unit of the target; where there are several, the mean
     error of them as they are learned. Without validation crystals nothing is stopped, and the last weights are kept.
-    A linear readout is solved instead, on the encoder as it is, and has a history of one line.
+    A linear readout is solved instead, on the encoder as it is, and has a history of one line; nothing is stopped
+    early, so that the validation crystals train, too.
 
     Args:
         encoder: pretrained or new; not changed.
@@ -120,7 +133,7 @@ def fit(
         model = PropertyModel(own, expansion, task.outputs, how.readout).to(device)
         if how.readout == "linear":
             tick()
-            return _solved(model, graphs, targets, Split(train, val, val[:0]), scaler, task)
+            return _solved(model, graphs, targets, np.concatenate([train, val]), scaler, task)
         if how.compile:
             _compile(own)
         stages = stages_of(model)
@@ -163,10 +176,10 @@ def fit(
 
 
 def _solved(
-    model: PropertyModel, graphs: Multigraphs, targets: Array, split: Split, scaler: Scaler, task: Task
+    model: PropertyModel, graphs: Multigraphs, targets: Array, train: Indices, scaler: Scaler, task: Task
 ) -> Member:
-    """The member whose readout is solved, with a history of one line; nothing is stopped early."""
-    train, val, n_atoms = split.train, split.val, graphs.n_atoms.astype(np.float64)
+    """The member whose readout is solved, with a history of one line."""
+    n_atoms = graphs.n_atoms.astype(np.float64)
     wanted = scaler.forward(targets[train], n_atoms[train])
     solve(model, graphs.take(train), wanted, len(task.classes))
     found = outputs(model, graphs.take(train), scaler, task)
@@ -175,8 +188,6 @@ def _solved(
     else:
         loss = float(np.nanmean(np.abs(scaler.forward(found, n_atoms[train]) - wanted)))
     line = {"epoch": 0.0, "loss": loss, "lr": 0.0}
-    if len(val):
-        line["val"] = watched(task, targets[val], outputs(model, graphs.take(val), scaler, task), scaler, n_atoms[val])
     weights = {name: weight.cpu() for name, weight in model.state_dict().items()}
     return Member(weights, scaler, [line], 0, "linear")
 

@@ -18,6 +18,7 @@ from cdssl_dist.finetune.targets import Array
 
 SHARE: Final = 0.68  # of the errors to cover: what one standard deviation covers of a normal distribution
 FEWEST: Final = 10  # validation labels to take a factor from
+NONE: Final = 1e-9  # of the error: a deviation that is rounding
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,19 @@ def factor(off: Array, std: Array, share: float = SHARE) -> float:
         off: (n,) absolute errors, NaN where there is no label.
         std: (n,) deviations between members.
         share: to cover.
+
+    Returns:
+        NaN where there are too few labels, or members agree where they are wrong: no factor would cover the share.
     """
     known = np.isfinite(off)
-    ratios = np.sort(off[known] / np.maximum(std[known], np.finfo(np.float64).tiny))
+    off, std = off[known], std[known]
+    ratios = np.where(off > 0, np.inf, 0.0)
+    differ = std > NONE * off
+    ratios[differ] = off[differ] / std[differ]
+    ratios = np.sort(ratios)
     at = math.ceil(share * (len(ratios) + 1)) - 1
-    return float(ratios[at]) if len(ratios) >= FEWEST and at < len(ratios) else math.nan
+    usable = len(ratios) >= FEWEST and at < len(ratios) and np.isfinite(ratios[at])
+    return float(ratios[at]) if usable else math.nan
 
 
 def measured(off: Array, std: Array, factors: Array, overall: float) -> Uncertainty:

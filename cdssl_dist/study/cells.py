@@ -18,7 +18,6 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cdssl_dist import __version__
 from cdssl_dist.finetune.splits import Indices, Split, hold_out
 from cdssl_dist.finetune.targets import Target
 from cdssl_dist.finetune.tuning import FineTuning
@@ -112,6 +111,16 @@ class Samples:
         """
         sizes = self.config.sizes_of(self.target)
         least = min(len(self.pool(seed)) for seed in self.config.seeds)
+        labels = self.crystals.labels[self.target]
+        if least == 0:
+            raise StudyError(
+                f"targets.{self.target}: no crystal that may train has a label; is its column there, and of numbers?"
+            )
+        if self.config.targets[self.target].log and (bad := int((labels <= 0).sum())):
+            raise StudyError(
+                f"targets.{self.target}: its logarithm is to be learned, and {bad} labels are not above 0; say "
+                "log: false, or drop these"
+            )
         if sizes and sizes[-1] > least:
             raise StudyError(
                 f"targets.{self.target}: {sizes[-1]} labels to learn from are asked for, and {least} crystals may "
@@ -272,7 +281,7 @@ class Plan:
         keys = samples.crystals.graphs.keys
         content: dict[str, Any] = {
             "version": VERSION,
-            "code": __version__,
+            "code": "0.1.0",  # as the first cells have it; the version of the program decides nothing
             "data": samples.crystals.source,
             "cutoff": card.cutoff,
             "label": [config.data[about.data].column.format(target=cell.target), about.column, about.extensive]
@@ -301,6 +310,8 @@ class Plan:
         else:
             content["baseline"] = cell.arm
         digest = _digest(content)
+        if probe:  # workers may stand elsewhere
+            probe = probe.model_copy(update={"vectors": str(Path(probe.vectors).absolute())})
         out = self.folder / "cells" / f"{cell.name()}-{digest[:12]}.parquet"
         start, parts = (arm.start, arm.parts) if arm else ("", ())
         learned = about.learned(cell.target)

@@ -175,11 +175,20 @@ def _folds(path: str, keys: list[str], folds: Folds) -> NDArray[np.int64]:
 
 
 def digest_of(path: str) -> str:
-    """SHA-256 of a file, or the digest of a data set of shards; of other sources, their name is all that is known."""
+    """SHA-256 of a file, or of all files of a folder, or the digest of a data set of shards.
+
+    Of other sources, which are read over a network, their name is all that is known.
+    """
     if is_data_set(path):
         with DataSet(path) as data:
             return data.manifest.digest
-    if not Path(path).is_file():
-        return hashlib.sha256(path.encode()).hexdigest()
+    place = Path(path)
+    if place.is_dir():
+        files = sorted(p for p in place.rglob("*") if p.is_file())
+        return hashlib.sha256(json.dumps([[str(p.relative_to(place)), _sha256(p)] for p in files]).encode()).hexdigest()
+    return _sha256(place) if place.is_file() else hashlib.sha256(path.encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -81,7 +81,7 @@ def run(job: Job) -> float:
     if job.probe:
         predicted = _probed(job.probe, job.target, graphs, true[:, 0], split)[:, None]
     elif not job.start:
-        predicted = baselines(task, graphs, true, split_of_all(split))[BASELINES[job.cell.arm]][split.test]
+        predicted = baselines(task, graphs, true, split.without_stopping())[BASELINES[job.cell.arm]][split.test]
     else:
         encoder, card = _encoder(job.encoder.folder)
         network = _start(job, encoder, card)
@@ -102,11 +102,6 @@ def run(job: Job) -> float:
     atoms = graphs.n_atoms[split.test].astype(np.int64)
     write_result(job.out, Result(job.cell, keys, true[split.test, 0], predicted[:, 0], atoms, about))
     return float(about["mae"])
-
-
-def split_of_all(split: Split) -> Split:
-    """A baseline stops nothing early: it learns from the crystals held out for that, too."""
-    return Split(np.concatenate([split.train, split.val]), split.val[:0], split.test)
 
 
 def errors(true: Array, predicted: Array) -> dict[str, float]:
@@ -147,11 +142,11 @@ def read_results(jobs: Iterable[Job]) -> dict[Cell, Result]:
 
 
 def _probed(probe: Probe, target: Target, graphs: Multigraphs, true: Array, split: Split) -> Array:
-    """Predictions of a ridge for the crystals that test; like a baseline it stops nothing early."""
+    """Predictions of a ridge for the crystals that test."""
     features = vectors_of(probe.vectors, graphs.keys)
     if probe.composition:
         features = np.column_stack([features, simple_features(graphs)])
-    train, n_atoms = split_of_all(split).train, graphs.n_atoms
+    train, n_atoms = split.without_stopping().train, graphs.n_atoms
     model = vector_ridge().fit(features[train], target.learned(true[train], n_atoms[train]))
     found: Array = target.restored(model.predict(features[split.test]), n_atoms[split.test])
     return found

@@ -12,10 +12,11 @@ import math
 import os
 import shutil
 import uuid
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch.distributed as dist
 import xxhash
@@ -24,10 +25,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cdssl_dist.config import Config
-from cdssl_dist.train.engine import EMA, Engine
+from cdssl_dist.train.gate import EMA
 from cdssl_dist.train.guard import GuardState
-from cdssl_dist.train.runlog import Ledger
+from cdssl_dist.train.ledger import Ledger
 from sharding.manifest import write_atomically
+
+if TYPE_CHECKING:
+    from cdssl_dist.train.engine import Engine  # DeepSpeed: who looks at checkpoints does without
 
 VERSION: Final = 2
 MARKER: Final = "COMMITTED"
@@ -100,11 +104,7 @@ def save(root: Path, engine: Engine, progress: Progress, retention: Retention, l
 
 def load(found: Checkpoint, engine: Engine) -> None:
     """Read a checkpoint into an engine, whatever number of ranks wrote it; a collective."""
-    with ExitStack() as opened:
-        where: dict[str, Any] = {}
-        for path in sorted(found.folder.glob("state-*.safetensors")):
-            file = opened.enter_context(safe_open(str(path), framework="pt"))
-            where |= dict.fromkeys(file.keys(), file)
+    with opened(found.folder) as where:
 
         def read(name: str) -> Tensor:
             if name not in where and name.startswith(f"{EMA}/"):  # saved without: the mean begins here
@@ -112,6 +112,17 @@ def load(found: Checkpoint, engine: Engine) -> None:
             return where[name].get_tensor(name)
 
         engine.set_tensors(read, found.progress.guard.applied)
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[dict[str, Any]]:
+    """The file that each tensor of a checkpoint is in, by the name of the tensor; open meanwhile."""
+    with ExitStack() as files:
+        where: dict[str, Any] = {}
+        for path in sorted(folder.glob("state-*.safetensors")):
+            file = files.enter_context(safe_open(str(path), framework="pt"))
+            where |= dict.fromkeys(file.keys(), file)
+        yield where
 
 
 def newest(root: Path, ledger: Ledger, before: int | None = None) -> Checkpoint | None:
@@ -125,21 +136,11 @@ def newest(root: Path, ledger: Ledger, before: int | None = None) -> Checkpoint 
     Raises:
         CheckpointError: where a file of it is not what its marker says.
     """
-    found = [
-        folder
-        for folder in committed(root)
-        if ledger.resume_point(_cursor(folder)) is not None and (before is None or _cursor(folder) <= before)
-    ]
+    found = [f for f in _not_passed_over(root, ledger) if before is None or cursor_of(f.name) <= before]
     if not found:
         return None
     verified(found[-1])
     return Checkpoint(found[-1], read_progress(found[-1]))
-
-
-def last(root: Path) -> Checkpoint | None:
-    """The committed checkpoint with the highest cursor, to see what its run began with: its weights are not read."""
-    found = committed(root)
-    return Checkpoint(found[-1], read_progress(found[-1])) if found else None
 
 
 def verified(folder: Path) -> None:
@@ -180,13 +181,13 @@ def _upgrade_1(content: dict[str, Any]) -> dict[str, Any]:
 UPGRADES: Final = {1: _upgrade_1}  # version → to the next
 
 
-def check_fits(checkpoint: Checkpoint, config: Config, progress: Progress) -> list[str]:
+def check_fits(checkpoint: Checkpoint, config: Config, digest: str, counts: dict[str, Any]) -> list[str]:
     """Refuse to continue another run.
 
     Args:
         checkpoint: to go on from.
         config: of now; ``checkpoint.allow_changed`` names what may differ.
-        progress: of now.
+        digest, counts: of the data set of now.
 
     Returns:
         What differs and is allowed to: ``section.key: old → new``.
@@ -198,9 +199,9 @@ def check_fits(checkpoint: Checkpoint, config: Config, progress: Progress) -> li
     # Through the typed config, so that what an older version did not know has its default.
     before = Config.model_validate(old.config).decisive()
     changes = dict(_differences(before, config.decisive()))
-    if old.data_digest != progress.data_digest:
-        counts = "".join(f", {key}: {change}" for key, change in _differences(old.data, progress.data))
-        changes["data"] = f"digest {old.data_digest[:12]} → {progress.data_digest[:12]}{counts}"
+    if old.data_digest != digest:
+        counted = "".join(f", {key}: {change}" for key, change in _differences(old.data, counts))
+        changes["data"] = f"digest {old.data_digest[:12]} → {digest[:12]}{counted}"
     refused = {key: change for key, change in changes.items() if key not in config.checkpoint.allow_changed}
     shape = {key: change for key, change in changes.items() if key.startswith(SHAPE)}
     if found := shape or refused:
@@ -227,19 +228,25 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     return found
 
 
-def _cursor(folder: Path) -> int:
-    return int(folder.name.split("-")[1])
+def cursor_of(name: str) -> int:
+    """Consumed steps of a checkpoint, by the name of its folder."""
+    return int(name.split("-")[1])
 
 
 def committed(root: Path) -> list[Path]:
     """Committed checkpoints, oldest first."""
-    return sorted((p.parent for p in root.glob(f"step-*/{MARKER}")), key=lambda p: (_cursor(p), p.stat().st_mtime_ns))
+    found = (p.parent for p in root.glob(f"step-*/{MARKER}"))
+    return sorted(found, key=lambda p: (cursor_of(p.name), p.stat().st_mtime_ns))
+
+
+def _not_passed_over(root: Path, ledger: Ledger) -> list[Path]:
+    return [folder for folder in committed(root) if not ledger.passed_over(cursor_of(folder.name))]
 
 
 def _retain(root: Path, retention: Retention, ledger: Ledger, cursor: int) -> None:
     """Remove what is not kept, markers first, what crashes left, and what a roll-back made worthless."""
-    found = [f for f in committed(root) if ledger.resume_point(_cursor(f)) is not None]
-    good = [f for f in found if _cursor(f) <= cursor - retention.quiet]
+    found = _not_passed_over(root, ledger)
+    good = [f for f in found if cursor_of(f.name) <= cursor - retention.quiet]
     kept = {*found[-retention.keep :], *good[-1:], *found[len(good) :]}  # the last have yet to become good
     about = {f: read_progress(f) for f in found}
     validated = [(p.loss, f) for f, p in about.items() if p.loss is not None and math.isfinite(p.loss)]

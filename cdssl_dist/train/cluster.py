@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from cdssl_dist.config import Config
 from cdssl_dist.train import rank
-from cdssl_dist.train.runlog import append_event, read_status, write_status
+from cdssl_dist.train.runlog import append_event, update_status
 from sharding.ray_start import LOCAL, start_ray
 
 POLL: Final = 0.5  # s
@@ -56,7 +56,7 @@ def launch(config: Config) -> bool:
     folder = Path(config.run)
     (folder / rank.STOP_FILE).unlink(missing_ok=True)
     rank.forget_empty_stacks(folder)
-    write_status(folder, **{**read_status(folder), "state": "starting", "reason": ""})
+    update_status(folder, state="starting", reason="")
     state, reason = "moved", ""
     try:
         _start_ray(config)
@@ -76,7 +76,7 @@ def launch(config: Config) -> bool:
         else:
             ray.shutdown()
     if reason:
-        write_status(folder, **{**read_status(folder), "state": state, "reason": reason})
+        update_status(folder, state=state, reason=reason)
     if state in ("failed", "refused"):
         raise (ClusterError if state == "failed" else RunError)(reason)
     return state == "done"

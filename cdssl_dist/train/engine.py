@@ -16,8 +16,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -42,58 +41,13 @@ from deepspeed.utils import (  # noqa: E402
 )
 
 from cdssl_dist.model.precision import bf16_twin, round_into  # noqa: E402
-from cdssl_dist.train.setup import SetupError  # noqa: E402
+from cdssl_dist.train.deepspeed_json import EngineSettings, deepspeed_config  # noqa: E402
+from cdssl_dist.train.gate import EMA, GatedAdamW  # noqa: E402
 
 MOMENTS: Final = ("exp_avg", "exp_avg_sq")  # Adam's, for each parameter
-EMA: Final = "ema"  # the running mean of the weights, beside them
 
 # norm of the step → learning rate to apply it with, or None to skip it; a collective, called on all ranks
 Decide = Callable[[float], float | None]
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """What decides how a step is computed."""
-
-    stage: Literal[0, 1, 2, 3]
-    precision: Literal["fp32", "bf16"]
-    micro_steps: int
-    clip: float  # largest norm, 0 for none
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    ema: float = 0.0  # decay of the running mean of the weights, 0 for none
-    extra: dict[str, Any] = field(default_factory=dict)  # the raw deepspeed section
-
-
-class GatedAdamW(torch.optim.AdamW):
-    """AdamW that asks before it updates."""
-
-    gate: Callable[[], float | None] | None = None
-    ema: float = 0.0
-    watched: Tensor | None = None  # while it is a vector: Σ Δw² and Σ w² of what this rank updates are added to it
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Update, with the learning rate that the gate gives; nothing changes when it gives None."""
-        if self.gate is not None:
-            lr = self.gate()
-            if lr is None:
-                return None
-            for group in self.param_groups:
-                group["lr"] = lr
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        before = [p.clone() for p in params] if self.watched is not None else []
-        super().step(closure)
-        for p, old in zip(params, before):  # noqa: B905  nothing before unless watched
-            assert self.watched is not None
-            self.watched += torch.stack([(p - old).square().sum(), old.square().sum()])
-        for p in params if self.ema else []:
-            state = self.state[p]
-            # 1 − min(decay, (1 + n) / (10 + n)): the first weights, which are noise, are soon forgotten.
-            rate = (9.0 / (10.0 + state["step"])).clamp(min=1.0 - self.ema)
-            state[EMA].lerp_(p, rate.to(p.device))
-        return None
 
 
 def init_distributed(device: torch.device) -> None:
@@ -334,38 +288,3 @@ def _block_of(name: str) -> str:
     if "blocks" in parts:
         return f"block{parts[parts.index('blocks') + 1]}"
     return "input" if parts[0] == "encoder" else "head"
-
-
-def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
-    """The JSON that DeepSpeed wants.
-
-    Raises:
-        SetupError: where the raw section contradicts what the typed config says.
-    """
-    bf16 = settings.precision == "bf16" and settings.stage > 0
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": settings.micro_steps,
-        "gradient_clipping": settings.clip if settings.stage > 0 else 0.0,  # see Engine._norm
-        "zero_optimization": {"stage": settings.stage},
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": bf16},
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-    }
-    if bf16:
-        # Sums over micro-steps and ranks in f32; ZeRO-2 and 3 still round the sum over ranks of one micro-step.
-        config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
-    for key, value in settings.extra.items():
-        if isinstance(value, dict) and isinstance(config.get(key), dict):
-            clash = [k for k in value if k in config[key] and config[key][k] != value[k]]
-            config[key] = value | config[key]
-        else:
-            clash = [key] if key in config and config[key] != value else []
-            config.setdefault(key, value)
-        if clash:
-            raise SetupError(
-                f"engine.deepspeed.{key} contradicts the typed configuration ({', '.join(clash)}): "
-                "say it in one place, the typed one"
-            )
-    return config

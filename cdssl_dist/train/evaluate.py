@@ -98,6 +98,7 @@ class Validation:
         data: DataSet,
         task: Denoising,
         baseline: Baseline,
+        *,
         blocks_per_pack: int,
         packs_per_step: int,
         packs: int | None,

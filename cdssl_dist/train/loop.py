@@ -23,12 +23,14 @@ from cdssl_dist.model.export import EncoderCard, write_encoder
 from cdssl_dist.model.loss import SUMS, metrics_of
 from cdssl_dist.train import checkpoint
 from cdssl_dist.train.checkpoint import Checkpoint, Progress, Retention
-from cdssl_dist.train.engine import Engine, EngineSettings, init_distributed
+from cdssl_dist.train.deepspeed_json import EngineSettings
+from cdssl_dist.train.engine import Engine, init_distributed
 from cdssl_dist.train.evaluate import Validation, fitted_baseline, gathered
 from cdssl_dist.train.guard import Guard, GuardStop
+from cdssl_dist.train.ledger import Ledger, Rollback
 from cdssl_dist.train.mirror import Mirror, restore
 from cdssl_dist.train.perf import Meter
-from cdssl_dist.train.runlog import Ledger, Rollback, RunLog
+from cdssl_dist.train.runlog import RunLog, Silence
 from cdssl_dist.train.schedule import learning_rate
 from cdssl_dist.train.setup import device_of, model_and_task, plan_of
 from cdssl_dist.train.system import memory_errors
@@ -100,16 +102,22 @@ class Trainer:
         self.checkpoints = self.folder / "checkpoints"
 
         self.data = DataSet(config.data_path, cache_gb=config.data.cache_gb)
-        k, per_step = config.data.blocks_per_pack, config.data.packs_per_step
         self.plan = plan_of(config, self.data)
         torch.manual_seed(config.model.seed)
-        self.size = config.model.model_dump(exclude={"seed"})
         model, self.task = on_all_ranks(lambda: model_and_task(config, device, self.data.manifest.cutoff))
-        packs, bad_blocks = config.tracking.baseline_packs, config.data.bad_blocks
-        fitted = replace(self.plan, last="pad")
-        self.baseline = fitted_baseline(self.data, fitted, self.task, packs, device, bad_blocks)
-        packs_of_val = config.data.val_packs
-        self.validation = Validation(self.data, self.task, self.baseline, k, per_step, packs_of_val, device, bad_blocks)
+        every_block, bad_blocks = replace(self.plan, last="pad"), config.data.bad_blocks
+        packs = config.tracking.baseline_packs
+        self.baseline = fitted_baseline(self.data, every_block, self.task, packs, device, bad_blocks)
+        self.validation = Validation(
+            self.data,
+            self.task,
+            self.baseline,
+            blocks_per_pack=config.data.blocks_per_pack,
+            packs_per_step=config.data.packs_per_step,
+            packs=config.data.val_packs,
+            device=device,
+            bad_blocks=bad_blocks,
+        )
 
         settings = EngineSettings(
             stage=config.engine.stage,
@@ -119,7 +127,7 @@ class Trainer:
             **config.optim.model_dump(exclude={"lr"}),
         )
         self.engine = Engine(model, settings, device, self._decide)
-        self.meter = Meter(device, config.engine.precision, flops_per_edge(config.graph.centers, **self.size))
+        self.meter = Meter(device, config.engine.precision, flops_per_edge(config.graph.centers, **config.model.sizes))
 
         self.cursor = 0
         self.ledger = Ledger.read(self.folder)
@@ -128,8 +136,8 @@ class Trainer:
         self.lr = 0.0
         self.metrics: dict[str, float] = {}  # of the last validation
         self.validated = -1  # the cursor then
-        self.log: RunLog | None = None  # of rank 0, from ``resume`` on
-        self.mirror: Mirror | None = None  # likewise, where checkpoints are copied
+        self.log: RunLog | Silence = Silence()  # of rank 0 a ``RunLog``, from ``resume`` on
+        self.mirror: Mirror | None = None  # of rank 0, where checkpoints are copied
         # Of the step under way, on this rank: its part of the loss, those of its packs, and bad blocks left out.
         self.loss = torch.zeros((), device=device)
         self.pack_losses: list[torch.Tensor] = []
@@ -150,19 +158,18 @@ class Trainer:
         ended = self.cursor >= self.config.schedule.steps
         if self.rank == 0:
             self.log = RunLog(self.folder, self.cursor, self.echo, self.report, ended)
-        if self.log and found:
+        if found:
             self.log.say(f"resumed from step {self.cursor} on {self.world_size} ranks")
             for change in changes:
                 self.log.event(self.cursor, "changed", what=change)
-        if self.log:
-            for line in self.plan.about(self.world_size):
-                self.log.say(line)
-            engine = self.config.engine
-            way = "Triton kernels" if engine.kernels == "triton" else "compiled torch" if engine.compile else "torch"
-            self.log.say(f"on {self.device}, {engine.precision}, ZeRO {engine.stage}; edges go through {way}")
+        for line in self.plan.about(self.world_size):
+            self.log.say(line)
+        engine = self.config.engine
+        way = "Triton kernels" if engine.kernels == "triton" else "compiled torch" if engine.compile else "torch"
+        self.log.say(f"on {self.device}, {engine.precision}, ZeRO {engine.stage}; edges go through {way}")
         mirror = self.config.checkpoint.mirror
-        if self.log and mirror:
-            self.mirror = Mirror(mirror, self.folder, self._tell_mirror)
+        if self.rank == 0 and mirror:
+            self.mirror = Mirror(mirror, self.folder, lambda kind, what: self.log.event(self.cursor, kind, what=what))
             if found:
                 self.mirror.copy(found.folder)
 
@@ -175,6 +182,8 @@ class Trainer:
                     self.cursor = step.number + 1
                     if self.guard.last.verdict != "apply":
                         self._tell(step)
+                    if self.guard.last.verdict == "stop":
+                        raise GuardStop(f"step {step.number}: {self.guard.last.reason}")
                     if self.guard.last.verdict == "rollback":
                         self._roll_back()
                         break
@@ -188,13 +197,12 @@ class Trainer:
         if complete and self.validated != self.cursor:  # a finished run, started again; or a roll-back at its end
             self._validate()
         weights = self.engine.weights() if complete else {}
-        if self.log:
-            if complete:
-                write_encoder(self.folder, weights, self._card())
-            if self.mirror and not self.mirror.close(self.config.checkpoint.mirror_wait):
-                self.log.say("the last checkpoint is not copied yet, and is left to the next start")
-            self._status("done" if complete else "stopped", self.metrics)
-            self.log.close()
+        if complete and self.rank == 0:
+            write_encoder(self.folder, weights, self._card())
+        if self.mirror and not self.mirror.close(self.config.checkpoint.mirror_wait):
+            self.log.say("the last checkpoint is not copied yet, and is left to the next start")
+        self._status("done" if complete else "stopped", self.metrics)
+        self.log.close()
         dist.barrier()
         return complete
 
@@ -243,10 +251,9 @@ class Trainer:
         dist.all_reduce(edges)
         found = self.engine.watched()
         messages, dead, saturated = (float(v) for v in edges)
-        if self.log:
-            if messages:
-                found |= {"watch/dead_edges": dead / messages, "watch/saturated_edges": saturated / messages}
-            self.log.metrics(self.cursor + 1, found)
+        if messages:
+            found |= {"watch/dead_edges": dead / messages, "watch/saturated_edges": saturated / messages}
+        self.log.metrics(self.cursor + 1, found)
 
     def _decide(self, norm: float) -> float | None:
         """The engine's question, once a step on all ranks: the learning rate to apply it with, or None."""
@@ -280,8 +287,7 @@ class Trainer:
             folder = checkpoint.save(self.checkpoints, self.engine, self._progress(), retention, self.ledger)
             if self.mirror:
                 self.mirror.copy(folder)
-            if self.log:
-                self.log.event(self.cursor, "checkpoint")
+            self.log.event(self.cursor, "checkpoint")
             self.meter.restart()
 
     def _report(self, sums: torch.Tensor) -> None:
@@ -290,47 +296,43 @@ class Trainer:
         figures = {f"train/{name}": v for name, v in metrics_of(sums, self.task.expansion.centers).items()}
         rates = self.meter.rates(len(self.plan.lanes(self.rank, self.world_size)) / self.plan.packs_per_step)
         guard = {"guard/norm": self.guard.norm, "guard/z": self.guard.last.z, "guard/verdict": self.guard.last.code}
-        if self.log:
-            self.log.metrics(self.cursor, {**figures, **guard, **rates, "lr": self.lr})
-            self._status("training", {**figures, **rates})
-            self.log.say(
-                f"step {self.cursor}/{self.config.schedule.steps}"
-                f"  loss {figures['train/loss']:.4f}  skill {figures['train/skill']:+.3f}"
-                f"  skill_edge {figures['train/skill_edge']:+.3f}  norm {self.guard.norm:.3g}"
-                f"  {rates['perf/edges_s']:,.0f} edges/s"
-                f"  {(self.config.schedule.steps - self.cursor) * self.meter.seconds_per_step:.0f} s left"
-            )
+        self.log.metrics(self.cursor, {**figures, **guard, **rates, "lr": self.lr})
+        self._status("training", {**figures, **rates})
+        self.log.say(
+            f"step {self.cursor}/{self.config.schedule.steps}"
+            f"  loss {figures['train/loss']:.4f}  skill {figures['train/skill']:+.3f}"
+            f"  skill_edge {figures['train/skill_edge']:+.3f}  norm {self.guard.norm:.3g}"
+            f"  {rates['perf/edges_s']:,.0f} edges/s"
+            f"  {(self.config.schedule.steps - self.cursor) * self.meter.seconds_per_step:.0f} s left"
+        )
 
     def _validate(self) -> None:
         with self.engine.averaged():
             found = self.validation.run(self.engine.module)
         self.metrics, self.validated = {f"val/{name}": v for name, v in found.items()}, self.cursor
-        if self.log:
-            self.log.metrics(self.cursor, self.metrics)
-            self.log.say(f"step {self.cursor}  " + "  ".join(f"{n} {v:.4f}" for n, v in self.metrics.items()))
+        self.log.metrics(self.cursor, self.metrics)
+        self.log.say(f"step {self.cursor}  " + "  ".join(f"{n} {v:.4f}" for n, v in self.metrics.items()))
         self._tell_skipped(self.cursor, "val", self.validation.skipped)
         self.meter.restart()
 
     def _tell_skipped(self, step: int, split: str, blocks: list[int]) -> None:
         """An event for the bad blocks that a step or a validation went without, on whatever rank."""
-        if self.log and blocks:
+        if blocks:
             self.log.event(step, "bad blocks", within=split == "train", split=split, blocks=blocks)
 
     def _tell(self, step: Step) -> None:
-        """An event for each verdict that is not plainly to apply; a stop ends the run."""
-        last = self.guard.last
-        losses = self._losses_of_packs()
-        if self.log:
-            packs = [[int(self.plan.table.block[e.index]) for e in pack] for pack in self.plan.step(step.number)]
-            worst = max(range(len(packs)), key=lambda p: losses[p] if math.isfinite(losses[p]) else math.inf)
-            about = {"norm": self.guard.norm, "z": last.z, "reason": last.reason, "packs": packs, "losses": losses}
-            graphs: list[str] = []
-            for block in packs[worst]:
-                with contextlib.suppress(BadBlockError):  # left out of the step too
-                    graphs += decode(self.data.read(block)).keys
-            self.log.event(step.number, last.verdict, within=True, **about, pack=worst, graphs=graphs)
-        if last.verdict == "stop":
-            raise GuardStop(f"step {step.number}: {last.reason}")
+        """An event for a verdict that is not plainly to apply, with the packs of the step; a collective."""
+        last, losses = self.guard.last, self._losses_of_packs()
+        if self.rank > 0:
+            return
+        packs = [[int(self.plan.table.block[e.index]) for e in pack] for pack in self.plan.step(step.number)]
+        worst = max(range(len(packs)), key=lambda p: losses[p] if math.isfinite(losses[p]) else math.inf)
+        about = {"norm": self.guard.norm, "z": last.z, "reason": last.reason, "packs": packs, "losses": losses}
+        graphs: list[str] = []
+        for block in packs[worst]:
+            with contextlib.suppress(BadBlockError):  # left out of the step too
+                graphs += decode(self.data.read(block)).keys
+        self.log.event(step.number, last.verdict, within=True, **about, pack=worst, graphs=graphs)
 
     def _losses_of_packs(self) -> list[float]:
         """Each pack's part of the loss of the step: the largest names the pack that is looked at; a collective."""
@@ -357,7 +359,7 @@ class Trainer:
 
     def _load(self, found: Checkpoint) -> list[str]:
         """Take a checkpoint over; returns what differs from the run that wrote it, and may."""
-        changes = checkpoint.check_fits(found, self.config, self._progress())
+        changes = checkpoint.check_fits(found, self.config, self.data.manifest.digest, self.data.counts)
         checkpoint.load(found, self.engine)
         self.guard.state = found.progress.guard
         self.cursor = self.ledger.resume_point(found.progress.cursor) or found.progress.cursor
@@ -372,14 +374,10 @@ class Trainer:
             config_digest=config.digest(),
             config=config.model_dump(mode="json"),
             world_size=self.world_size,
-            data={"name": self.data.name, **self.data.manifest.splits},
+            data=self.data.counts,
             loss=self.metrics["val/loss"] if self.validated == self.cursor else None,
             saved=time.time(),
         )
-
-    def _tell_mirror(self, kind: str, what: str) -> None:
-        if self.log:
-            self.log.event(self.cursor, kind, what=what)
 
     def _loader(self) -> Loader:
         return Loader(
@@ -396,7 +394,6 @@ class Trainer:
         )
 
     def _status(self, state: str, figures: dict[str, float]) -> None:
-        assert self.log is not None
         steps = self.config.schedule.steps
         self.log.status(state=state, step=self.cursor, steps=steps, world_size=self.world_size, **figures)
 
@@ -407,7 +404,7 @@ class Trainer:
             centers=expansion.centers,
             end=expansion.end,
             gamma=expansion.gamma,
-            model=self.size,
+            model=self.config.model.sizes,
             sigma=self.task.sigma,
             precision=self.config.engine.precision,
             data_digest=self.data.manifest.digest,

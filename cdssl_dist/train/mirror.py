@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from cdssl_dist.train.checkpoint import MARKER, CheckpointError, committed, verified
-from cdssl_dist.train.runlog import Ledger
+from cdssl_dist.train.checkpoint import MARKER, CheckpointError, committed, cursor_of, verified
+from cdssl_dist.train.ledger import Ledger
 from sharding.manifest import DataSetError
 from sharding.sources.streams import folder_system, redacted
 
@@ -129,7 +129,7 @@ def restore(url: str, run: Path) -> str | None:
             if system.exists(f"{root}/{name}"):
                 (temporary / name).write_bytes(system.cat_file(f"{root}/{name}"))
         ledger = Ledger.read(run if (run / BESIDE[0]).exists() else temporary)
-        good = [name for name in names if ledger.resume_point(int(name.split("-")[1])) is not None]
+        good = [name for name in names if not ledger.passed_over(cursor_of(name))]
         if not good:
             raise DataSetError(f"roll-backs passed over all of {', '.join(names)}")
         fetched = temporary / good[-1]

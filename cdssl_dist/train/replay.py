@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from cdssl_dist.config import Config, load
@@ -20,8 +19,8 @@ from cdssl_dist.data.batch import GraphBatch, widen
 from cdssl_dist.data.dataset import DataSet
 from cdssl_dist.model.megnet import segment_sum
 from cdssl_dist.model.pretext import Denoising
-from cdssl_dist.train.checkpoint import CheckpointError, newest
-from cdssl_dist.train.runlog import Ledger
+from cdssl_dist.train.checkpoint import CheckpointError, newest, opened
+from cdssl_dist.train.ledger import Ledger
 from cdssl_dist.train.setup import model_and_task, plan_of
 from sharding.block import decode
 
@@ -129,15 +128,12 @@ def _squared_by_graph(task: Denoising, model: nn.Module, batch: GraphBatch) -> T
 def _model_and_task(config: Config, cutoff: float, folder: Path) -> tuple[nn.Module, Denoising]:
     plain = config.engine.model_copy(update={"compile": False, "kernels": "torch", "recompute": False})
     model, task = model_and_task(config.model_copy(update={"engine": plain}), torch.device("cpu"), cutoff)
-    with torch.no_grad():
-        own = dict(model.named_parameters())
-        for path in folder.glob("state-*.safetensors"):
-            with safe_open(str(path), framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  not a dict
-                    if name.startswith("weight/"):
-                        own.pop(name.removeprefix("weight/")).copy_(file.get_tensor(name))
-    if own:
-        raise CheckpointError(f"{folder}: weights are missing: {', '.join(own)}")
+    own = dict(model.named_parameters())
+    with torch.no_grad(), opened(folder) as where:
+        if missing := [name for name in own if f"weight/{name}" not in where]:
+            raise CheckpointError(f"{folder}: weights are missing: {', '.join(missing)}")
+        for name, weight in own.items():
+            weight.copy_(where[f"weight/{name}"].get_tensor(f"weight/{name}"))
     return (model.to(torch.bfloat16) if config.engine.precision == "bf16" else model), task
 
 

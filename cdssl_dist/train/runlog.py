@@ -1,4 +1,4 @@
-"""The run folder: what a run writes as it goes, and the ledger that no checkpoint resets."""
+"""The run folder: what a run writes as it goes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -85,6 +84,25 @@ class RunLog:
             file.close()
 
 
+class Silence:
+    """The log of every rank but the first: the same calls, and nothing is written."""
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """See ``RunLog``."""
+
+    def event(self, step: int, kind: str, *, within: bool = False, **about: Any) -> None:
+        """See ``RunLog``."""
+
+    def status(self, **about: Any) -> None:
+        """See ``RunLog``."""
+
+    def say(self, line: str) -> None:
+        """See ``RunLog``."""
+
+    def close(self) -> None:
+        """See ``RunLog``."""
+
+
 def append_event(folder: Path, step: int | None, kind: str, **about: Any) -> None:
     """A line of ``events.jsonl``. One without a step is of the cluster, not of the training, and no resume cuts it."""
     with open(folder / "events.jsonl", "a") as file:
@@ -105,6 +123,11 @@ def _line(step: int, values: dict[str, float]) -> str:
 def write_status(folder: Path, **about: Any) -> None:
     """``status.json``, anew."""
     write_atomically(folder / "status.json", json.dumps({**about, "time": _now()}, indent=1).encode())
+
+
+def update_status(folder: Path, **about: Any) -> None:
+    """Some of ``status.json``; the rest stays."""
+    write_status(folder, **read_status(folder) | about)
 
 
 def read_status(folder: Path) -> dict[str, Any]:
@@ -161,49 +184,3 @@ def _cut(path: Path, cursor: int, ended: bool) -> None:
     if ended:
         kept = [line for line in kept if line["step"] != cursor or "val/loss" not in line]
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-
-
-@dataclass(frozen=True)
-class Rollback:
-    """Weights went back to a checkpoint; data went on."""
-
-    to: int  # cursor of the checkpoint that was loaded
-    resumed_at: int  # cursor from which the run went on
-    reason: str
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """What the guard did that must outlive a roll-back and a kill; ``guard-ledger.json``."""
-
-    rollbacks: list[Rollback] = field(default_factory=list)
-
-    def resume_point(self, cursor: int) -> int | None:
-        """Where to go on from a checkpoint at ``cursor``; None where the checkpoint was rolled back over.
-
-        A roll-back from b to a makes checkpoints between the two worthless, and sends that of a on to b.
-        """
-        for rollback in reversed(self.rollbacks):
-            if cursor >= rollback.resumed_at:
-                return cursor
-            if cursor > rollback.to:
-                return None
-            if cursor == rollback.to:
-                return rollback.resumed_at
-        return cursor
-
-    def with_rollback(self, rollback: Rollback) -> Ledger:
-        """One more."""
-        return Ledger([*self.rollbacks, rollback])
-
-    def write(self, folder: Path) -> None:
-        """Synced before anything is reloaded, so that a kill cannot forget it."""
-        write_atomically(folder / "guard-ledger.json", json.dumps(asdict(self), indent=1).encode())
-
-    @staticmethod
-    def read(folder: Path) -> Ledger:
-        """The ledger of a run; empty for a new one."""
-        path = folder / "guard-ledger.json"
-        if not path.exists():
-            return Ledger()
-        return Ledger([Rollback(**r) for r in json.loads(path.read_text())["rollbacks"]])

@@ -52,7 +52,7 @@ def model_and_task(config: Config, device: torch.device, cutoff: float) -> tuple
     Raises:
         SetupError: where this machine, or this size, knows no such way.
     """
-    size = config.model.model_dump(exclude={"seed"})
+    size = config.model.sizes
     expansion = GaussianExpansion(config.graph.centers, cutoff + config.graph.margin, config.graph.gamma)
     about = (expansion, config.noise.range, config.noise.seed)
     if config.engine.kernels == "triton":

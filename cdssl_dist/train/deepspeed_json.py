@@ -1,0 +1,58 @@
+"""What decides how a step is computed, and the JSON that says so to DeepSpeed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cdssl_dist.train.setup import SetupError
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What decides how a step is computed."""
+
+    stage: Literal[0, 1, 2, 3]
+    precision: Literal["fp32", "bf16"]
+    micro_steps: int
+    clip: float  # largest norm, 0 for none
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    ema: float = 0.0  # decay of the running mean of the weights, 0 for none
+    extra: dict[str, Any] = field(default_factory=dict)  # the raw deepspeed section
+
+
+def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
+    """The JSON that DeepSpeed wants.
+
+    Raises:
+        SetupError: where the raw section contradicts what the typed config says.
+    """
+    bf16 = settings.precision == "bf16" and settings.stage > 0
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": settings.micro_steps,
+        "gradient_clipping": settings.clip if settings.stage > 0 else 0.0,  # see Engine._norm
+        "zero_optimization": {"stage": settings.stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": bf16},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    if bf16:
+        # Sums over micro-steps and ranks in f32; ZeRO-2 and 3 still round the sum over ranks of one micro-step.
+        config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    for key, value in settings.extra.items():
+        if isinstance(value, dict) and isinstance(config.get(key), dict):
+            clash = [k for k in value if k in config[key] and config[key][k] != value[k]]
+            config[key] = value | config[key]
+        else:
+            clash = [key] if key in config and config[key] != value else []
+            config.setdefault(key, value)
+        if clash:
+            raise SetupError(
+                f"engine.deepspeed.{key} contradicts the typed configuration ({', '.join(clash)}): "
+                "say it in one place, the typed one"
+            )
+    return config

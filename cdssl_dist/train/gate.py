@@ -1,0 +1,41 @@
+"""The optimizer with a gate: what DeepSpeed is given, and calls once a step; see ``engine.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+EMA: Final = "ema"  # the running mean of the weights, beside Adam's moments of each
+
+
+class GatedAdamW(torch.optim.AdamW):
+    """AdamW that asks before it updates."""
+
+    gate: Callable[[], float | None] | None = None
+    ema: float = 0.0
+    watched: Tensor | None = None  # while it is a vector: Σ Δw² and Σ w² of what this rank updates are added to it
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update, with the learning rate that the gate gives; nothing changes when it gives None."""
+        if self.gate is not None:
+            lr = self.gate()
+            if lr is None:
+                return None
+            for group in self.param_groups:
+                group["lr"] = lr
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        before = [p.clone() for p in params] if self.watched is not None else []
+        super().step(closure)
+        for p, old in zip(params, before):  # noqa: B905  nothing before unless watched
+            assert self.watched is not None
+            self.watched += torch.stack([(p - old).square().sum(), old.square().sum()])
+        for p in params if self.ema else []:
+            state = self.state[p]
+            # 1 − min(decay, (1 + n) / (10 + n)): the first weights, which are noise, are soon forgotten.
+            rate = (9.0 / (10.0 + state["step"])).clamp(min=1.0 - self.ema)
+            state[EMA].lerp_(p, rate.to(p.device))
+        return None
