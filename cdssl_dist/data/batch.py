@@ -80,6 +80,11 @@ class GraphBatch:
     graph_counter: Tensor  # (G, 3) i64 | epoch, block, graph in block
 
     @property
+    def edges_of_atom(self) -> Tensor:
+        """Directed edges that each atom receives: (N,) i64."""
+        return self.row_ptr.diff()
+
+    @property
     def n_graphs(self) -> int:
         """G, padding included."""
         return len(self.lattice)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cdssl_dist.data.batch import GraphBatch
 from cdssl_dist.model.compiled import CompiledDenoising
 from cdssl_dist.model.edges import norms, vectors
-from cdssl_dist.model.megnet import ELEMENT_WIDTH, N_ELEMENTS, PretextModel, segment_sum
+from cdssl_dist.model.megnet import ELEMENT_WIDTH, N_ELEMENTS, PretextModel, segment_mean, segment_sum
 from cdssl_dist.model.noise import gaussian, masked, sigma_of, strain_of
 from cdssl_dist.model.pretext import Denoising
 
@@ -109,13 +109,13 @@ class BeyondDenoising(Denoising):
         true = self.expand(clean) if self.options.conditioned else None
         found: Recovered = model(features, seen, true, sigma)
         loss = self.squared_error(found.edges, clean, batch)
-        edges_of_atom = segment_sum(batch.scored[:, None], batch.receiver, batch.n_atoms)[:, 0]
+        scored_edges = segment_sum(batch.scored[:, None], batch.receiver, batch.n_atoms)[:, 0]
         if found.pulls is not None:
             error = self._pulled(found.pulls, batch) - self._displacements(batch)
-            loss = loss + self.options.displacement * (edges_of_atom * error.square().sum(dim=1)).sum()
+            loss = loss + self.options.displacement * (scored_edges * error.square().sum(dim=1)).sum()
         if found.elements is not None and hides is not None:
             entropy = F.cross_entropy(found.elements, batch.atomic_numbers, reduction="none")
-            loss = loss + (edges_of_atom * hides * entropy).sum()
+            loss = loss + (scored_edges * hides * entropy).sum()
         return found.edges, loss
 
     def _pulled(self, pulls: Tensor, batch: GraphBatch) -> Tensor:
@@ -124,13 +124,12 @@ class BeyondDenoising(Denoising):
         towards_sender = torch.where(batch.receiver == batch.src.index_select(0, batch.half), 1.0, -1.0)
         direction = (vector / norms(vector).clamp(min=1e-6)[:, None]).index_select(0, batch.half)
         pull = direction * (pulls * towards_sender * batch.scored)[:, None]
-        degree = batch.row_ptr.diff().clamp(min=1)[:, None]
-        return segment_sum(pull, batch.receiver, batch.n_atoms) / degree
+        return segment_mean(pull, batch.receiver, batch.edges_of_atom)
 
     def _displacements(self, batch: GraphBatch) -> Tensor:
         """ε without its mean over each crystal, which nothing can tell: (N, 3), in units of σ."""
         noise = gaussian(batch.noise_counter, self.seed)
-        mean = segment_sum(noise, batch.graph_of_atom, batch.n_graphs) / batch.atoms_of_graph.clamp(min=1)[:, None]
+        mean = segment_mean(noise, batch.graph_of_atom, batch.atoms_of_graph)
         return noise - mean.index_select(0, batch.graph_of_atom)
 
 

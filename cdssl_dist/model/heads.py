@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cdssl_dist.data.batch import GraphBatch
 from cdssl_dist.model.edges import GaussianExpansion, distances
-from cdssl_dist.model.megnet import Dense, MEGNet, pooled, segment_sum
+from cdssl_dist.model.megnet import Dense, MEGNet, pooled, segment_mean
 
 ReadoutName = Literal["set2set", "atoms", "linear"]
 
@@ -57,11 +57,9 @@ class AtomsReadout(nn.Module):
 
     def forward(self, x: Tensor, u: Tensor, s: Tensor, batch: GraphBatch) -> Tensor:
         """(N, W), (E, W), (G, W) → (G, targets)."""
-        degree = batch.row_ptr.diff().clamp(min=1)[:, None]
-        edges = segment_sum(u, batch.receiver, batch.n_atoms) / degree
+        edges = segment_mean(u, batch.receiver, batch.edges_of_atom)
         each = self.mlp(torch.cat([x, edges, s.index_select(0, batch.graph_of_atom)], dim=1))
-        total = segment_sum(each, batch.graph_of_atom, batch.n_graphs)
-        return total / batch.atoms_of_graph.clamp(min=1)[:, None]
+        return segment_mean(each, batch.graph_of_atom, batch.atoms_of_graph)
 
 
 class LinearReadout(nn.Module):

@@ -137,6 +137,16 @@ def segment_sum(values: Tensor, index: Tensor, segments: int) -> Tensor:
     return out.index_add(0, index, values.to(dtype))
 
 
+def averaged(sums: Tensor, counts: Tensor) -> Tensor:
+    """Means of segments from their sums, 0 where one is empty: (segments, W), (segments,) → (segments, W)."""
+    return sums / counts.clamp(min=1)[:, None]
+
+
+def segment_mean(values: Tensor, index: Tensor, counts: Tensor) -> Tensor:
+    """Mean of the rows of each segment, in f32 at least: (n, W), (n,), (segments,) → (segments, W)."""
+    return averaged(segment_sum(values, index, len(counts)), counts)
+
+
 class EdgeUpdate(nn.Module):
     """φ_e: (x_v, x_v', u, s) → u', equation 1 of the paper."""
 
@@ -178,16 +188,15 @@ class Block(nn.Module):
         x1, u1, s1 = self.dense_x(x), self.dense_u(u), self.dense_s(s)
         u2 = self.edge(x1, u1, s1, batch)
 
-        edge_sum = segment_sum(u2, batch.receiver, batch.n_atoms)
-        degree = batch.row_ptr.diff().clamp(min=1)[:, None]
-        edge_mean = (edge_sum / degree).to(x.dtype)
-        x2 = self.node(torch.cat([edge_mean, x1, s1.index_select(0, batch.graph_of_atom)], dim=1))
+        received = segment_sum(u2, batch.receiver, batch.n_atoms)
+        edges = averaged(received, batch.edges_of_atom).to(x.dtype)
+        x2 = self.node(torch.cat([edges, x1, s1.index_select(0, batch.graph_of_atom)], dim=1))
 
-        edge_mean = segment_sum(edge_sum, batch.graph_of_atom, batch.n_graphs)
-        edge_mean = (edge_mean / batch.edges_of_graph.clamp(min=1)[:, None]).to(x.dtype)
-        node_mean = segment_sum(x2, batch.graph_of_atom, batch.n_graphs)
-        node_mean = (node_mean / batch.atoms_of_graph.clamp(min=1)[:, None]).to(x.dtype)
-        s2 = self.state(torch.cat([edge_mean, node_mean, s1], dim=1))
+        # Of a graph: from the sums of its atoms, which are far fewer than its edges.
+        received = segment_sum(received, batch.graph_of_atom, batch.n_graphs)
+        edges = averaged(received, batch.edges_of_graph).to(x.dtype)
+        nodes = segment_mean(x2, batch.graph_of_atom, batch.atoms_of_graph).to(x.dtype)
+        s2 = self.state(torch.cat([edges, nodes, s1], dim=1))
         return x + x2, u + u2, s + s2
 
 
@@ -259,6 +268,6 @@ class PretextModel(nn.Module):
 
 def pooled(x: Tensor, u: Tensor, s: Tensor, batch: GraphBatch) -> Tensor:
     """The representation of a crystal for probes and maps: mean x̂, mean û and ŝ, (G, 3W) f32."""
-    nodes = segment_sum(x, batch.graph_of_atom, batch.n_graphs) / batch.atoms_of_graph.clamp(min=1)[:, None]
-    edges = segment_sum(u, batch.graph_of_edge, batch.n_graphs) / batch.edges_of_graph.clamp(min=1)[:, None]
+    nodes = segment_mean(x, batch.graph_of_atom, batch.atoms_of_graph)
+    edges = segment_mean(u, batch.graph_of_edge, batch.edges_of_graph)
     return torch.cat([nodes, edges, s.float()], dim=1)

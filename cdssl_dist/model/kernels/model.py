@@ -14,7 +14,7 @@ from cdssl_dist.model.kernels.edge import EdgeStep, Rows
 from cdssl_dist.model.kernels.ends import Expand, Loss
 from cdssl_dist.model.kernels.segment import Gather, SegmentSum
 from cdssl_dist.model.loss import Baseline
-from cdssl_dist.model.megnet import Dense, EdgeUpdate, PretextModel
+from cdssl_dist.model.megnet import Dense, EdgeUpdate, PretextModel, averaged
 from cdssl_dist.model.pretext import Denoising
 
 
@@ -103,14 +103,13 @@ def _block(block: Any, x: Tensor, u: Tensor, s: Tensor, batch: GraphBatch, rows:
     """``Block.forward``: nodes and state, of which there are few, in torch; their sums by ``row_ptr``."""
     x1, s1 = block.dense_x(x), block.dense_s(s)
     u, edge_sum = _edge_step(block.edge, block.dense_u, x1, u, s1, batch, rows)
-    degree = batch.row_ptr.diff().clamp(min=1)[:, None]
-    edge_mean = (edge_sum / degree).to(x.dtype)
+    edge_mean = averaged(edge_sum, batch.edges_of_atom).to(x.dtype)
     state = Gather.apply(s1, rows.graph_ptr, rows.atoms, batch.graph_of_atom)
     x2 = block.node(torch.cat([edge_mean, x1, state], dim=1))
 
     def of_graphs(values: Tensor, counts: Tensor) -> Tensor:
         total = SegmentSum.apply(values, rows.graph_ptr, rows.atoms, batch.graph_of_atom)
-        return (total / counts.clamp(min=1)[:, None]).to(x.dtype)
+        return averaged(total, counts).to(x.dtype)
 
     edges, nodes = of_graphs(edge_sum, batch.edges_of_graph), of_graphs(x2, batch.atoms_of_graph)
     s2 = block.state(torch.cat([edges, nodes, s1], dim=1))
