@@ -72,7 +72,10 @@ def pretrain(config: Config) -> int:
 def train_and_register(config: Config, data: DataSet, folder: Path) -> int:
     """Train on the workers of a cluster, and register what comes of it; returns the exit code."""
     tags = {"data_digest": data.manifest.digest}
-    with tracking.follow(folder, config, params=about(data.manifest), tags=tags) as tracked, live.watching(folder):
+    with (
+        tracking.follow_pretraining(folder, config, params=about(data.manifest), tags=tags) as tracked,
+        live.watching(folder),
+    ):
         complete = False
         try:
             complete = cluster.launch(config)

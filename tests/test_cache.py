@@ -86,7 +86,7 @@ def shard_of(data: DataSet, block: int) -> str:
 
 def loader(data: DataSet, last: int = 6) -> Loader:
     plan = EpochPlan(data.table("train"), 3, 1, 4)
-    return Loader(data, plan, data.shape("train", 1), rank=0, world_size=1, first=0, last=last)
+    return Loader(data, plan, data.shape("train", 1), rank=0, world_size=1, first=0, end=last)
 
 
 def assert_same_steps(a: list[Step], b: list[Step]) -> None:
@@ -616,7 +616,7 @@ def test_shards_are_loaded_before_they_are_needed_and_no_more_of_them(
     local, far = DataSet(data_folder), DataSet(server.url, patience=Patience(request=0.2, give_up=1.0))
     names = {shard["sha256"]: str(shard["name"]) for shard in far.manifest.shards}
     plans = [EpochPlan(data.table("train"), 3, 1, 1) for data in (local, far)]
-    which: dict[str, int] = {"rank": 0, "world_size": 1, "first": 0, "last": 15, "prefetch": 1}
+    which: dict[str, int] = {"rank": 0, "world_size": 1, "first": 0, "end": 15, "prefetch": 1}
     shape, window = local.shape("train", 1), plans[1].window
     read = 3  # one is taken, one waits, and one is in the hand of the reader
     with Loader(far, plans[1], shape, **which) as found, Loader(local, plans[0], shape, **which) as expected:
@@ -642,7 +642,7 @@ def test_what_is_loaded_ahead_in_vain_is_no_error_yet(server: Server, data_folde
     taken = []
     with (
         pytest.raises(DataSetError, match=f"{later}: there is no such file"),
-        Loader(far, plan, far.shape("train", 1), rank=0, world_size=1, first=0, last=15) as found,
+        Loader(far, plan, far.shape("train", 1), rank=0, world_size=1, first=0, end=15) as found,
     ):
         for step in found:
             taken.append(step.number)

@@ -194,7 +194,7 @@ def stuck(content: dict[str, Any], rank: int) -> None:
     import torch.distributed as dist
 
     from cdssl_dist.train import loop
-    from cdssl_dist.train.rank import STACKS, watched
+    from cdssl_dist.train.rank import STACKS, watchdog
 
     plain = loop.Trainer._step
 
@@ -207,7 +207,7 @@ def stuck(content: dict[str, Any], rank: int) -> None:
     torch.set_num_threads(1)
     run = Config.model_validate(content)
     path = Path(run.run) / STACKS / f"1-rank-{os.environ['RANK']:>05}.txt"
-    with watched(path, 8.0, first=200.0) as progress:
+    with watchdog(path, 8.0, first=200.0) as progress:
         loop.train(run, stop_requested=lambda: bool(progress()), echo=False)
 
 

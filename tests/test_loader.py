@@ -59,7 +59,7 @@ def loader(
     data: DataSet, first: int = 0, last: int = 9, rank: int = 0, world_size: int = 1, prefetch: int = 4
 ) -> Loader:
     plan, shape = plan_of(data), data.shape("train", 1)
-    return Loader(data, plan, shape, rank=rank, world_size=world_size, first=first, last=last, prefetch=prefetch)
+    return Loader(data, plan, shape, rank=rank, world_size=world_size, first=first, end=last, prefetch=prefetch)
 
 
 def steps(data: DataSet, **which: int) -> list[Step]:
@@ -235,9 +235,7 @@ def test_steps_are_what_the_plan_says(data: DataSet) -> None:
 
 def test_an_epoch_of_steps_holds_every_crystal_once(data: DataSet) -> None:
     epoch = EpochPlan(data.table("train"), 3, 1, P, last="pad")
-    with Loader(
-        data, epoch, data.shape("train", 1), rank=0, world_size=1, first=0, last=epoch.steps_before(1)
-    ) as found:
+    with Loader(data, epoch, data.shape("train", 1), rank=0, world_size=1, first=0, end=epoch.steps_before(1)) as found:
         atoms = [pack.atomic_numbers for step in found for pack in step.packs]
     assert sum(int((z > 0).sum()) for z in atoms) == data.manifest.splits["train"]["atoms"]
 
@@ -268,7 +266,7 @@ def test_fewer_blocks_than_ranks(data: DataSet) -> None:
     few = BlockTable(table.block[:2], table.shard[:2], table.edges[:2])
     plan, shape = EpochPlan(few, 0, 1, P), data.shape("train", 1)
     for rank in range(P):
-        with Loader(data, plan, shape, rank=rank, world_size=P, first=0, last=5) as found:
+        with Loader(data, plan, shape, rank=rank, world_size=P, first=0, end=5) as found:
             blocks = [step.packs[0].block[0] for step in found]
         assert blocks == [few.block[plan.pack(step, rank)[0].index] for step in range(5)]
 
@@ -389,7 +387,7 @@ def test_a_skipped_block_is_missing_in_its_pack_and_nowhere_else(
     harmed = spoiled(copy, [bad])
     plan, shape = plan_of(data, k=2), data.shape("train", 2)
     for rank in range(ranks):
-        about: dict[str, Any] = {"rank": rank, "world_size": ranks, "first": 0, "last": 3}
+        about: dict[str, Any] = {"rank": rank, "world_size": ranks, "first": 0, "end": 3}
         with (
             Loader(data, plan, shape, **about) as sound,
             Loader(harmed, plan, shape, **about, bad_blocks="skip") as found,
@@ -417,14 +415,14 @@ def test_a_skipped_block_is_missing_in_its_pack_and_nowhere_else(
 def test_a_lost_shard_is_never_skipped(copy: Path) -> None:
     data = DataSet(copy)
     (copy / "train-000002.tar").unlink()
-    lost = Loader(data, plan_of(data), data.shape("train", 1), rank=0, world_size=1, first=0, last=9, bad_blocks="skip")
+    lost = Loader(data, plan_of(data), data.shape("train", 1), rank=0, world_size=1, first=0, end=9, bad_blocks="skip")
     with pytest.raises(DataSetError, match="lost after the start"), lost as found:
         list(found)
 
 
 def test_data_that_are_bad_throughout_are_not_skipped(copy: Path) -> None:
     data = spoiled(copy, list(range(13)))
-    many = Loader(data, plan_of(data), data.shape("train", 1), rank=0, world_size=1, first=0, last=9, bad_blocks="skip")
+    many = Loader(data, plan_of(data), data.shape("train", 1), rank=0, world_size=1, first=0, end=9, bad_blocks="skip")
     with pytest.raises(DataSetError, match=r"11 of .* too many to skip"), many as found:
         list(found)
 
@@ -488,7 +486,7 @@ def test_an_empty_split_says_so(data: DataSet) -> None:
 @pytest.mark.gpu
 def test_packs_in_pinned_memory_arrive_as_they_were(data: DataSet) -> None:
     plan, shape = plan_of(data), data.shape("train", 1)
-    with Loader(data, plan, shape, rank=0, world_size=1, first=0, last=9, pin=True) as found:
+    with Loader(data, plan, shape, rank=0, world_size=1, first=0, end=9, pin=True) as found:
         for step in found:
             for raw, entries in zip(step.packs, plan.step(step.number), strict=True):
                 assert all(getattr(raw, f.name).is_pinned() for f in fields(RawPack))
@@ -501,7 +499,7 @@ def test_any_error_of_the_thread_reaches_the_loop(data: DataSet) -> None:
     plan = replace(plan_of(data), blocks_per_pack=2)  # two blocks do not fit into the shape of one
     with (
         pytest.raises(ValueError, match="exceeds"),
-        Loader(data, plan, data.shape("train", 1), rank=0, world_size=1, first=0, last=9) as found,
+        Loader(data, plan, data.shape("train", 1), rank=0, world_size=1, first=0, end=9) as found,
     ):
         list(found)
 

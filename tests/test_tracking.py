@@ -22,7 +22,7 @@ import pytest
 from cdssl_dist.config import Config, parse
 from cdssl_dist.mlops import tracking
 from cdssl_dist.mlops.mlflow_server import connect, metric_name, redact, tracking_uri
-from cdssl_dist.mlops.tracking import Spool, follow
+from cdssl_dist.mlops.tracking import Spool, follow_pretraining
 from cdssl_dist.train.runlog import RunLog, read_lines
 
 SECRET = "hunter2-correct-horse"
@@ -74,7 +74,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 
 def tracked(folder: Path, config: Config | None = None, **options: Any) -> Any:
     options = {"params": {"graphs": 120}, "tags": {"data_digest": "abc"}, "period": 0.1, **options}
-    return follow(folder, config or Config(), **options)
+    return follow_pretraining(folder, config or Config(), **options)
 
 
 def test_two_sessions_and_a_cut(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

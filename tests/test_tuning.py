@@ -24,7 +24,7 @@ from cdssl_dist.finetune.experiment import LINEAR, PRETRAINED, SCRATCH, compare,
 from cdssl_dist.finetune.predictor import network_of
 from cdssl_dist.finetune.splits import Split, folds_of_column, hold_out, k_folds, split_by_group, split_of_column
 from cdssl_dist.finetune.targets import Scaler, Target, Task
-from cdssl_dist.finetune.tuning import FineTuning, TuningError, fit, stages_of, watched
+from cdssl_dist.finetune.tuning import FineTuning, TuningError, fit, stages_of, stopping_error
 from cdssl_dist.finetune.uncertainty import factor, measured
 from cdssl_dist.model import compiled
 from cdssl_dist.model.compiled import compile_encoder
@@ -228,7 +228,7 @@ def test_what_is_not_finite_is_no_small_error() -> None:
     assert errors == {"volume": math.inf, "atoms": 0.5}
     assert TWO.errors(true, np.array([[1.0, 1.5], [np.nan, 3.0]]))["volume"] == math.inf
     scaler = Scaler(np.zeros(2), np.ones(2), TWO.targets)
-    assert watched(TWO, true, np.array([[1.0, 1.5], [np.inf, 1.0]]), scaler, np.ones(2)) == math.inf
+    assert stopping_error(TWO, true, np.array([[1.0, 1.5], [np.inf, 1.0]]), scaler, np.ones(2)) == math.inf
 
 
 def test_a_linear_readout_is_a_ridge_on_frozen_vectors(

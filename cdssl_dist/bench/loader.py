@@ -96,7 +96,7 @@ def _deliver(data: DataSet, plan: EpochPlan, shape: PackShape, packs: list[tuple
 def _ahead(data: DataSet, plan: EpochPlan, shape: PackShape, steps: int) -> float:
     """The same as training takes them: from a thread; seconds of CPU of both threads."""
     begin = time.process_time()
-    with Loader(data, plan, shape, rank=0, world_size=1, first=0, last=steps, prefetch=16) as found:
+    with Loader(data, plan, shape, rank=0, world_size=1, first=0, end=steps, prefetch=16) as found:
         for _ in found:
             pass
     return time.process_time() - begin
@@ -133,7 +133,7 @@ def _to_device(
 
     def whole() -> None:
         last = len(packs) // plan.packs_per_step
-        with Loader(data, plan, shape, rank=0, world_size=1, first=0, last=last, prefetch=16, pin=gpu) as found:
+        with Loader(data, plan, shape, rank=0, world_size=1, first=0, end=last, prefetch=16, pin=gpu) as found:
             for step in found:
                 for one in step.packs:
                     widen(one.to(device))
@@ -208,7 +208,7 @@ def memory(folder: str) -> Figures:
     data = DataSet(folder)
     plan, shape = EpochPlan(data.table("train"), 0, 1, 8), data.shape("train", 1)
     imported, steps, seen, size = _resident(), plan.steps_before(1), list[float](), 0
-    with Loader(data, plan, shape, rank=0, world_size=1, first=0, last=steps, prefetch=16) as found:
+    with Loader(data, plan, shape, rank=0, world_size=1, first=0, end=steps, prefetch=16) as found:
         for step in found:
             size = sum(getattr(step.packs[0], f.name).nbytes for f in fields(RawPack))
             seen.append(_resident())

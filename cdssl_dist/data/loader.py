@@ -38,14 +38,14 @@ class Step:
 
 
 class Loader:
-    """The steps of one rank, from ``first`` to before ``last``, read ahead.
+    """The steps of one rank, from ``first`` to before ``end``, read ahead.
 
     Args:
         data: the data set.
         plan: of the split.
         shape: static shape of a pack.
         rank, world_size: which lanes are read.
-        first, last: steps.
+        first, end: steps; ``end`` is not one of them.
         prefetch: packs read ahead. Of a remote data set, another thread loads the shards that come after them into the
             cache: those that each lane mixes next.
         pin: copy packs to pinned memory, for a GPU.
@@ -69,14 +69,14 @@ class Loader:
         rank: int,
         world_size: int,
         first: int,
-        last: int,
+        end: int,
         prefetch: int = 4,
         pin: bool = False,
         bad_blocks: BadBlocks = "error",
     ) -> None:
         self.data, self.plan, self.shape, self.bad_blocks = data, plan, shape, bad_blocks
         self.lanes, self.micro = plan.lanes(rank, world_size), plan.micro_steps(world_size)
-        self.first, self.last, self.pin = first, last, pin
+        self.first, self.end, self.pin = first, end, pin
         self._read, self._bad = 0, 0  # blocks
         self._queue: queue.Queue[Step | BaseException | None] = queue.Queue(max(1, prefetch // self.micro))
         self._stop = threading.Event()
@@ -113,7 +113,7 @@ class Loader:
 
     def _work(self) -> None:
         try:
-            for number in range(self.first, self.last):
+            for number in range(self.first, self.end):
                 self._at = number
                 self._put(self._step(number))
                 if self._stop.is_set():
@@ -128,7 +128,7 @@ class Loader:
         """Load shards before they are read. Reading does not depend on it: what fails here is tried again there."""
         reach = -(-self.plan.window // self.plan.blocks_per_pack)  # steps: the shards that are mixed next
         try:
-            for number in range(self.first, self.last):
+            for number in range(self.first, self.end):
                 while number > self._at + reach:
                     if self._stop.wait(POLL):
                         return

@@ -30,7 +30,7 @@ class Storage(Protocol):
     def fetch(self, shard: int, stop: threading.Event | None) -> bool:
         """Bring a shard near before it is read; False where there is no nearer place, and nothing was done."""
 
-    def again(self, shard: int) -> bool:
+    def distrust(self, shard: int) -> bool:
         """Told that a shard gave wrong bytes: whether reading once more may help."""
 
     def open(self, name: str) -> IO[bytes]:
@@ -72,7 +72,7 @@ class LocalShards:
         """The system reads ahead."""
         return False
 
-    def again(self, shard: int) -> bool:
+    def distrust(self, shard: int) -> bool:
         """A disk says the same twice."""
         return False
 
@@ -106,7 +106,7 @@ class RemoteShards:
         """See ``Storage``; raises as ``read`` does."""
         return self._open.get(shard, lambda: self._cached(shard, stop)) is not None
 
-    def again(self, shard: int) -> bool:
+    def distrust(self, shard: int) -> bool:
         """The cached copy is thrown away; a network may do better the second time."""
         file = self._open.take(shard)
         if file is not None and self._cache is not None:

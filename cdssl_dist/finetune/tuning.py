@@ -163,7 +163,7 @@ def fit(
             error = math.nan
             if len(val):
                 predicted = outputs(model, graphs.take(val), scaler, task)
-                error = line["val"] = watched(task, targets[val], predicted, scaler, n_atoms[val])
+                error = line["val"] = stopping_error(task, targets[val], predicted, scaler, n_atoms[val])
             history.append(line)
             if error < best or not len(val):
                 best, best_epoch = error, epoch
@@ -192,7 +192,7 @@ def _solved(
     return Member(weights, scaler, [line], 0, "linear")
 
 
-def watched(task: Task, true: Array, predicted: Array, scaler: Scaler, n_atoms: Array) -> float:
+def stopping_error(task: Task, true: Array, predicted: Array, scaler: Scaler, n_atoms: Array) -> float:
     """One number for early stopping: the error of the one target in its unit, or the mean of several as learned."""
     errors = task.errors(true, predicted)
     if task.classes:

@@ -248,7 +248,7 @@ class _Worker(threading.Thread):
 
 
 @contextlib.contextmanager
-def follow(
+def follow_pretraining(
     folder: Path,
     config: Config,
     *,
@@ -258,7 +258,7 @@ def follow(
     period: float = 3.0,
     patience: float = 30.0,
 ) -> Iterator[Follower]:
-    """Track a pretraining run while the body of the ``with`` trains it; see ``followed``.
+    """Track a pretraining run while the body of the ``with`` trains it; see ``follow``.
 
     Args:
         folder: of the run, on a disk that this process shares with rank 0.
@@ -266,17 +266,17 @@ def follow(
         params: more parameters, e.g. of the data set.
         tags: at least the digest of the data.
         home: folder of the SQLite file where no server is given; the one that holds the run folder where left out.
-        period, patience: see ``followed``.
+        period, patience: see ``follow``.
     """
     uri = tracking_uri(config.tracking.uri, home or folder.parent)
     about = config.model_dump(mode="json") | dict(params)
     named = {"config_digest": config.digest()} | dict(tags)
-    with followed(folder, uri, config.tracking.experiment, about, named, period=period, patience=patience) as follower:
+    with follow(folder, uri, config.tracking.experiment, about, named, period=period, patience=patience) as follower:
         yield follower
 
 
 @contextlib.contextmanager
-def followed(
+def follow(
     folder: Path,
     uri: str,
     experiment: str,

@@ -22,7 +22,7 @@ from cdssl_dist.config import ConfigError, packaged, read
 from cdssl_dist.data.vectors import vectors_of
 from cdssl_dist.mlops import registry
 from cdssl_dist.mlops.mlflow_server import say, tracking_uri
-from cdssl_dist.mlops.tracking import followed
+from cdssl_dist.mlops.tracking import follow
 from cdssl_dist.model.export import read_card
 from cdssl_dist.study.cells import Cell, Job, Plan, Pulled, StudyError, choose_rates
 from cdssl_dist.study.config import StudyConfig
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder, about, failures = plan.folder, about_of(plan), dict[str, str]()
     write_atomically(folder / "study.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
     uri, params = tracking_uri(config.tracking.uri, folder.parent), config.model_dump(mode="json")
-    with followed(folder, uri, config.tracking.experiment, params, about, ARTIFACTS):
+    with follow(folder, uri, config.tracking.experiment, params, about, ARTIFACTS):
         try:
             with executor_of(args.workers, args.address) as executor:
                 work(plan, executor, failures, args.sweeps_only)

@@ -114,7 +114,7 @@ class Engine:
         boundary = self.ds.is_gradient_accumulation_boundary()
         self._answer.clear()
         self.ds.backward(loss)
-        if boundary and self._optimizer.watched is not None:
+        if boundary and self._optimizer.changes is not None:
             self._block_norms = self._norms_by_block()
         self.ds.step()
         if boundary and not self._answer:
@@ -143,14 +143,14 @@ class Engine:
 
     def watch(self) -> None:
         """Look closely at the next step."""
-        self._optimizer.watched = torch.zeros(2, dtype=torch.float32, device=self.device)
+        self._optimizer.changes = torch.zeros(2, dtype=torch.float32, device=self.device)
         self._block_norms = {}
 
     def watched(self) -> dict[str, float]:
         """Gradient norms by block and ‖Δw‖ / ‖w‖ of the watched step (0 where it was skipped); a collective."""
-        sums = self._optimizer.watched
+        sums = self._optimizer.changes
         assert sums is not None, "nothing was watched"
-        self._optimizer.watched = None
+        self._optimizer.changes = None
         if self.settings.stage > 0:  # each rank updated its share
             torch.distributed.all_reduce(sums)
         change, size = (float(v) ** 0.5 for v in sums)

@@ -47,7 +47,7 @@ def sum_over_split(
     shape = data.shape(split, plan.blocks_per_pack)
     total = zero.clone()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    loader = Loader(data, plan, shape, rank=rank, world_size=world_size, first=0, last=steps, bad_blocks=bad_blocks)
+    loader = Loader(data, plan, shape, rank=rank, world_size=world_size, first=0, end=steps, bad_blocks=bad_blocks)
     skipped: list[int] = []
     with torch.no_grad(), loader as found:
         for step in found:

@@ -16,7 +16,7 @@ class GatedAdamW(torch.optim.AdamW):
 
     gate: Callable[[], float | None] | None = None
     ema: float = 0.0
-    watched: Tensor | None = None  # while it is a vector: Σ Δw² and Σ w² of what this rank updates are added to it
+    changes: Tensor | None = None  # while it is a vector: Σ Δw² and Σ w² of what this rank updates are added to it
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -28,11 +28,11 @@ class GatedAdamW(torch.optim.AdamW):
             for group in self.param_groups:
                 group["lr"] = lr
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        before = [p.clone() for p in params] if self.watched is not None else []
+        before = [p.clone() for p in params] if self.changes is not None else []
         super().step(closure)
-        for p, old in zip(params, before):  # noqa: B905  nothing before unless watched
-            assert self.watched is not None
-            self.watched += torch.stack([(p - old).square().sum(), old.square().sum()])
+        for p, old in zip(params, before):  # noqa: B905  nothing before unless changes are asked for
+            assert self.changes is not None
+            self.changes += torch.stack([(p - old).square().sum(), old.square().sum()])
         for p in params if self.ema else []:
             state = self.state[p]
             # 1 − min(decay, (1 + n) / (10 + n)): the first weights, which are noise, are soon forgotten.

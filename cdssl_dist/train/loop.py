@@ -221,7 +221,7 @@ class Trainer:
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device) if due else None
         # Compiled code would be compiled anew for each hook, and kernels call none.
         plain = not self.config.engine.compile and self.config.engine.kernels == "torch"
-        if watched := self._watched(step.number):
+        if watched := self._look_is_due(step.number):
             self.engine.watch()
         edges = torch.zeros(3, dtype=torch.float64, device=self.device)
         # DeepSpeed divides by micro-steps and averages over ranks; the loss is per scored edge of the whole step.
@@ -242,7 +242,7 @@ class Trainer:
             self._report_watched(edges)
         return sums
 
-    def _watched(self, step: int) -> bool:
+    def _look_is_due(self, step: int) -> bool:
         every = self.config.tracking.watch_every
         return every > 0 and (step + 1) % every == 0
 
@@ -387,7 +387,7 @@ class Trainer:
             rank=self.rank,
             world_size=self.world_size,
             first=self.cursor,
-            last=self.config.schedule.steps,
+            end=self.config.schedule.steps,
             prefetch=self.config.data.prefetch,
             pin=self.device.type == "cuda",
             bad_blocks=self.config.data.bad_blocks,

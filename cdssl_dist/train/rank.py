@@ -46,7 +46,7 @@ def run(content: dict[str, Any]) -> Outcome:
         os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
     requests = Requests(folder / STOP_FILE if rank == 0 else None)
     stacks = folder / STACKS / f"{int(time.time())}-rank-{rank:05d}.txt"
-    with watched(stacks, config.cluster.hang_after, first=max(config.cluster.hang_after, STARTING)) as progress:
+    with watchdog(stacks, config.cluster.hang_after, first=max(config.cluster.hang_after, STARTING)) as progress:
 
         def stop_requested() -> bool:
             progress()
@@ -134,7 +134,7 @@ class Gauges:
 
 
 @contextlib.contextmanager
-def watched(path: Path, seconds: float, first: float) -> Iterator[Any]:
+def watchdog(path: Path, seconds: float, first: float) -> Iterator[Any]:
     """End this process when it makes no progress for so long; the stacks of its threads are written first.
 
     Ray then restarts the group. All ranks hang when one does, and each writes its stacks: who waits in a collective
