@@ -53,5 +53,10 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
     return run
 
 
+def one_line(why: object, limit: int = 300) -> str:
+    """What a library says of an error, in one line that is not too long; its kind where it says nothing."""
+    return " ".join(str(why).split())[:limit] or type(why).__name__
+
+
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+from sharding.commands import one_line
 from sharding.manifest import VERSION, DataSetError, Manifest, read_manifest
 from sharding.sources.streams import filesystem, is_remote, local_path, redacted
 
@@ -162,4 +163,4 @@ def _as_os_error() -> Iterator[None]:
     except OSError:
         raise
     except Exception as why:
-        raise OSError(" ".join(str(why).split())[:300] or type(why).__name__) from why
+        raise OSError(one_line(why)) from why

@@ -7,7 +7,6 @@ rerun takes what it finds. A task of the next stage reads one range of hashes ou
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.numpy import save
 from sharding.block import views
 from sharding.crystal import Refusal
 from sharding.graph import Multigraphs, concatenate, sliced
+from sharding.manifest import write_atomically
 
 ROWS: Final = "rows"  # an Arrow table, as bytes
 REFUSALS: Final = "refusals"  # JSON
@@ -69,12 +69,7 @@ def write(path: Path, spill: Spill) -> None:
     arrays[ROWS] = np.frombuffer(sink.getvalue(), np.uint8)
     refusals = json.dumps([asdict(r) for r in spill.refusals]).encode()
     arrays[REFUSALS] = np.frombuffer(refusals, np.uint8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(save({name: np.ascontiguousarray(a) for name, a in arrays.items()}))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(path, save({name: np.ascontiguousarray(a) for name, a in arrays.items()}))
 
 
 def read(path: Path, low: int = 0, high: int = 2**64) -> Spill:

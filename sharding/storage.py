@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
+from sharding.commands import one_line
 from sharding.manifest import WORK, DataSetError, Manifest
 from sharding.progress import Progress
 from sharding.sources.streams import base_name, filesystem, is_remote, local_path, redacted
@@ -151,7 +152,7 @@ class Remote:
         except (DataSetError, TargetError):
             raise
         except Exception as why:
-            text = " ".join(str(why).split())[:300] or type(why).__name__
+            text = one_line(why)
             raise TargetError(f"{self.url}: cannot be {what} ({text}); run the same command again to go on") from why
 
     def _taken(self) -> DataSetError:

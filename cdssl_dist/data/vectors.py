@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from sharding.commands import one_line
 from sharding.manifest import DataSetError
 
 
@@ -23,7 +24,7 @@ def vectors_of(path: str | Path, keys: Sequence[str]) -> NDArray[np.float64]:
     try:
         place, rows = _read(Path(path), Path(path).stat().st_mtime_ns)
     except (OSError, ValueError, AttributeError, pa.ArrowException) as why:
-        raise DataSetError(f"{path}: no Parquet with key and embedding ({' '.join(str(why).split())[:200]})") from None
+        raise DataSetError(f"{path}: no Parquet with key and embedding ({one_line(why, 200)})") from None
     if missing := [key for key in keys if key not in place]:
         raise DataSetError(
             f"{path}: no vector for {len(missing):,} of {len(keys):,} crystals, {missing[0]} for one; what is compared "

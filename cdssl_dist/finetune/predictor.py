@@ -17,6 +17,7 @@ from cdssl_dist.model.edges import GaussianExpansion
 from cdssl_dist.model.export import EncoderCard, ExportError, Upgrade, read_content, read_weights, write_pair
 from cdssl_dist.model.heads import PropertyModel, ReadoutName
 from cdssl_dist.model.megnet import MEGNet
+from sharding.commands import one_line
 from sharding.graph import Multigraphs
 
 FORMAT: Final = "cdssl-property"
@@ -186,5 +187,5 @@ def read_property(folder: str | Path) -> Predictor:
             networks.append(network)
             scalers.append(Scaler(np.array(scaler["center"]), np.array(scaler["scale"]), task.targets))
     except (RuntimeError, TypeError, KeyError) as why:
-        raise ExportError(f"{path}: the weights do not fit the card ({' '.join(str(why).split())[:300]})") from None
+        raise ExportError(f"{path}: the weights do not fit the card ({one_line(why)})") from None
     return Predictor(networks, scalers, task, card)

@@ -17,6 +17,7 @@ from cdssl_dist.finetune import predictor
 from cdssl_dist.finetune.predictor import PropertyCard
 from cdssl_dist.model import export
 from cdssl_dist.model.export import EncoderCard, ExportError
+from sharding.commands import one_line
 
 CHAMPION: Final = "models:/cdssl-encoder@champion"  # what people pull where they do not say
 
@@ -146,7 +147,7 @@ def checked(folder: Path, kind: Kind) -> Card:
         with safe_open(str(path), "numpy"):
             return card
     except (ExportError, KeyError, TypeError, OSError, SafetensorError) as why:
-        text = " ".join(str(why).split())[:200]
+        text = one_line(why, 200)
         raise RegistryError(f"{folder}: holds no {' and '.join(kind.files)} to use ({text})") from None
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cdssl_dist.model.edges import GaussianExpansion
 from cdssl_dist.model.megnet import MEGNet
+from sharding.commands import one_line
 from sharding.graph import TIE
 from sharding.manifest import write_atomically
 
@@ -96,7 +97,7 @@ def read_encoder(folder: str | Path) -> tuple[MEGNet, EncoderCard]:
     try:
         encoder.load_state_dict(weights)
     except RuntimeError as why:
-        raise ExportError(f"{path}: the weights do not fit the card ({' '.join(str(why).split())[:300]})") from None
+        raise ExportError(f"{path}: the weights do not fit the card ({one_line(why)})") from None
     return encoder, card
 
 

@@ -62,7 +62,7 @@ def baseline_sums(target: Tensor, noisy: Tensor, scored: Tensor, end: float) -> 
 
 
 def fit_baseline(sums: Tensor, end: float) -> Baseline:
-    """The baseline from the sums over all fitting packs. Empty bins predict the overall mean."""
+    """The baseline from the sums over all fitting packs, (BINS, M + 1). Empty bins predict the overall mean."""
     total = sums.sum(dim=0)
     mean = total[:-1] / total[-1].clamp(min=1)
     counts = sums[:, -1:]

@@ -36,7 +36,11 @@ class Denoising:
     def loss(
         self, model: nn.Module, batch: GraphBatch, baseline: Baseline | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Sum of squared errors of a pack, and with a baseline the sums behind all metrics."""
+        """Sum of squared errors over the scored edges of a pack, and with a baseline the sums behind all metrics.
+
+        Returns:
+            Both in the order of ``loss.SUMS`` where there are metrics: (), f32, and (6,) f64 or None.
+        """
         noisy, clean = self.distances(batch)
         features = self.expand(noisy)
         predicted, squared = self.recovered(model, features, clean, batch)

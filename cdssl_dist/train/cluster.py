@@ -21,6 +21,7 @@ from typing import Any, Final
 from cdssl_dist.config import Config
 from cdssl_dist.train import rank
 from cdssl_dist.train.runlog import append_event, update_status
+from sharding.commands import one_line
 from sharding.ray_start import LOCAL, start_ray
 
 POLL: Final = 0.5  # s
@@ -191,7 +192,7 @@ def _start_ray(config: Config) -> None:
     try:
         start_ray(address, num_cpus=max(os.cpu_count() or 1, needed))
     except Exception as why:  # one kind for each part of Ray that fails
-        raise ClusterError(f"no Ray cluster at {address} can be joined: {' '.join(str(why).split())[:500]}") from None
+        raise ClusterError(f"no Ray cluster at {address} can be joined: {one_line(why, 500)}") from None
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from cdssl_dist.train.checkpoint import MARKER, CheckpointError, committed, cursor_of, verified
 from cdssl_dist.train.ledger import Ledger
+from sharding.commands import one_line
 from sharding.manifest import DataSetError
 from sharding.sources.streams import folder_system, redacted
 
@@ -80,7 +81,7 @@ class Mirror:
                 self._upload(folder)
                 self._say("copied", f"{folder.name} to {self.name} in {time.monotonic() - begin:.1f} s")
             except Exception as why:  # each kind of storage has errors of its own, and none may end the run
-                self._say("not copied", f"{folder.name} to {self.name}: {' '.join(str(why).split())[:300]}")
+                self._say("not copied", f"{folder.name} to {self.name}: {one_line(why)}")
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
                 with self._changed:
@@ -150,7 +151,7 @@ def restore(url: str, run: Path) -> str | None:
     except DataSetError:
         raise
     except Exception as why:
-        text = " ".join(str(why).split())[:300] or type(why).__name__
+        text = one_line(why)
         raise DataSetError(
             f"{redacted(url)}: the copy of the checkpoints cannot be read ({text}); run the same command again, or "
             "without checkpoint.mirror to begin anew"

@@ -59,7 +59,7 @@ def parse_place(text: str) -> tuple[Path, int]:
     """``RUN:STEP``.
 
     Raises:
-        ValueError: where it is something else.
+        CheckpointError: where it is something else.
     """
     run, colon, step = text.rpartition(":")
     if not colon or not run or not step.isdecimal():
