@@ -15,8 +15,8 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -76,62 +76,174 @@ def shard(
     target = target_of(out, work)
     target.check()
     with writing(target.folder), Workspace(target.folder, describe(sources, exclude, settings)).opened() as space:
-        manifest = space.finished or _sharded(sources, exclude, settings, executor or Executor(), space, strict)
+        manifest = space.finished
+        if manifest is None:
+            with executor or Executor() as workers, Quarantine(space.folder / "quarantine.jsonl") as refused:
+                manifest = _Stages(settings, workers, space, refused, strict).run(sources, exclude)
         target.publish(manifest)
         space.remove()
     target.remove()
     return manifest
 
 
-def _sharded(
-    sources: Sequence[Source],
-    exclude: Sequence[Source],
-    settings: ShardSettings,
-    executor: Executor,
-    work: Workspace,
-    strict: bool,
-) -> Manifest:
-    """All stages."""
-    with executor, Quarantine(work.folder / "quarantine.jsonl") as refused:
-        unlabelled = replace(settings, labels={})
-        excluded = _convert("exclude", exclude, work.path / "excluded", unlabelled, executor, refused, strict)
-        _all_met(exclude, excluded)
-        graphs = _convert("convert", sources, work.path / "1-graphs", settings, executor, refused, strict)
+@dataclass(frozen=True)
+class _Stages:
+    """The stages of one sharding, and what all of them need."""
+
+    settings: ShardSettings
+    executor: Executor
+    space: Workspace
+    refused: Quarantine
+    strict: bool
+
+    def run(self, sources: Sequence[Source], exclude: Sequence[Source]) -> Manifest:
+        """All of them."""
+        excluded = self.exclude(exclude)
+        graphs = self.convert("convert", sources, self._folder("1-graphs"), self.settings) if sources else []
         names = ", ".join(source.name for source in sources)
         if not graphs:
             raise DataSetError(f"nothing to read in {names}")
-        work.converted([*excluded, *graphs])
-        graphs = _merge(graphs, work.path / "2-merged", settings, executor)
-        decided = _decide(graphs, excluded, work.path / "2-decided", settings, executor, refused)
-        packings, packed = _pack(decided, work.path / "3-packed", settings, executor, refused)
+        self.space.converted([*excluded, *graphs])
+        decided = self.decide(self.merge(graphs), excluded)
+        packings, packed = self.pack(decided)
         if not any(sum(p.blocks) for p in packed):
-            raise DataSetError(f"no crystal is left of {names}: {refused.summary() or 'the sources are empty'}")
-        return _write(packings, packed, work, sources, settings, executor, refused)
+            raise DataSetError(f"no crystal is left of {names}: {self.refused.summary() or 'the sources are empty'}")
+        return self.write(packings, packed, sources)
 
+    def exclude(self, sources: Sequence[Source]) -> list[Path]:
+        """Stage 1 of what is to be kept out, where a refusal matters as much: it hides twins."""
+        if not sources:
+            return []
+        unlabelled = replace(self.settings, labels={})
+        files = self.convert("exclude", sources, self._folder("excluded"), unlabelled, _hides_twins)
+        _all_met(sources, files)
+        return files
 
-def _convert(
-    title: str,
-    sources: Sequence[Source],
-    folder: Path,
-    settings: ShardSettings,
-    executor: Executor,
-    refused: Quarantine,
-    strict: bool,
-) -> list[Path]:
-    """Stage 1: the files. The same for what is to be kept out, where a refusal matters as much: it hides twins."""
-    if not sources:
-        return []
-    folder.mkdir(exist_ok=True)
-    paths: list[Path] = []
-    with Progress(title, "crystals") as progress:
-        for done in executor.map(convert.convert, convert.tasks(sources, folder, settings)):
-            paths.append(done.path)
-            if strict and done.refused:
-                first = done.refused[0]
-                raise StrictError(f"{first.source}, {first.position}: {first.text} [{first.code}]")
-            refused.add([_hides_twins(r) for r in done.refused] if title == "exclude" else done.refused)
-            progress.add(done.crystals)
-    return paths
+    def convert(
+        self,
+        title: str,
+        sources: Sequence[Source],
+        folder: Path,
+        settings: ShardSettings,
+        noted: Callable[[Refusal], Refusal] = lambda refusal: refusal,
+    ) -> list[Path]:
+        """Stage 1: the files."""
+        paths: list[Path] = []
+        with Progress(title, "crystals") as progress:
+            for done in self.executor.map(convert.convert, convert.tasks(sources, folder, settings)):
+                paths.append(done.path)
+                if self.strict and done.refused:
+                    first = done.refused[0]
+                    raise StrictError(f"{first.source}, {first.position}: {first.text} [{first.code}]")
+                self.refused.add(list(map(noted, done.refused)))
+                progress.add(done.crystals)
+        return paths
+
+    def merge(self, files: list[Path]) -> list[Path]:
+        """The same graphs in fewer files, where there are many: each task of stage 2 looks into every file."""
+        if len(files) * _buckets(files, self.settings) <= MANY_READS:
+            return files
+        folder = self._folder("2-merged")
+        groups = _together(files, _bucket_bytes(files, self.settings))
+        tasks = [spill.Merging(parts, folder / f"{i:06d}.spill") for i, parts in enumerate(groups)]
+        with Progress("merge", "crystals") as progress:
+            for count in self.executor.map(spill.merge, tasks):
+                progress.add(count)
+        return [task.path for task in tasks]
+
+    def decide(self, graphs: list[Path], excluded: list[Path]) -> list[Path]:
+        """Stage 2: the files."""
+        folder = self._folder("2-decided")
+        tasks = [
+            decide.Decision(low, high, graphs, excluded, folder / f"{b:06d}.spill", self.settings)
+            for b, (low, high) in enumerate(spill.ranges_of(_buckets(graphs, self.settings)))
+        ]
+        with Progress("find twins", "crystals") as progress:
+            for count, refusals in self.executor.map(decide.decide, tasks):
+                self.refused.add(refusals)
+                progress.add(count)
+        return [task.path for task in tasks]
+
+    def pack(self, decided: list[Path]) -> tuple[list[write.Packing], list[write.Packed]]:
+        """Stage 3: packings in the order of their blocks, and what came of them.
+
+        What the ranges set aside is packed once more, several files together, until one task holds all that is left.
+        """
+        folder, settings = self._folder("3-packed"), self.settings
+        ranges = spill.ranges_of(_buckets(decided, settings))
+        tasks = [
+            write.Packing(low, high, decided, folder / f"{b:06d}.spill", len(ranges) > 1, settings)
+            for b, (low, high) in enumerate(ranges)
+        ]
+        packings: list[write.Packing] = []
+        packed: list[write.Packed] = []
+        with Progress("pack", "crystals") as progress:
+            while tasks:
+                for result in self.executor.map(write.arrange, tasks):
+                    packed.append(result)
+                    self.refused.add(result.refusals)
+                    progress.add(result.graphs)
+                packings += tasks
+                rests = _together([task.path for task in tasks if task.set_aside], settings.bucket_bytes)
+                tasks = [
+                    write.Packing(0, 2**64, paths, folder / f"{b:06d}.spill", len(rests) > 1, settings)
+                    for b, paths in enumerate(rests, len(packings))
+                ]
+        return packings, packed
+
+    def write(self, packings: list[write.Packing], packed: list[write.Packed], sources: Sequence[Source]) -> Manifest:
+        """Stage 4, then the tables, the quarantine, and the manifest last."""
+        done, folder, settings = self._folder("4-written"), self.space.folder, self.settings
+        (folder / "graphs.parquet").mkdir(exist_ok=True)
+        index_dtype = "uint8" if max(p.widest for p in packed) <= 256 else "uint16"
+        tasks: list[write.Writing] = []
+        block = shard = 0
+        for split in range(len(SPLITS)):
+            for packing, counts in zip(packings, packed, strict=True):
+                if n := counts.blocks[split]:
+                    part = len(tasks)
+                    path = done / f"{part:06d}.json"
+                    tasks.append(write.Writing(packing, split, n, block, shard, index_dtype, part, folder, path))
+                    block += n
+                    shard += -(-n // settings.blocks_per_shard)
+        names, shards, tables = [], [], []
+        labelled: Counter[str] = Counter()
+        with Progress("write", "crystals", sum(p.graphs for p in packed)) as progress:
+            for result in self.executor.map(write.write, tasks):
+                names.append(result["part"])
+                shards += result["shards"]
+                tables.append(pa.Table.from_pylist(result["blocks"], BLOCK_SCHEMA))
+                labelled.update(result["labelled"])
+                progress.add(result["graphs"])
+
+        for name, column in settings.labels.items():
+            if not labelled[name]:
+                print(
+                    f"warning: no crystal has a label {name!r}; is {column!r} the name of its column?", file=sys.stderr
+                )
+        blocks = pa.concat_tables(tables).combine_chunks()
+        write_atomically(folder / "blocks.parquet", write.parquet(blocks))
+        self.refused.finish()
+        units = {name: unit for source in sources for name, unit in source.units.items()}
+        return Manifest(
+            graph={"cutoff": settings.cutoff, "tie": TIE, "index_dtype": index_dtype},
+            budget=settings.budget,
+            seed=settings.seed,
+            splits={split: _totals(blocks, i) for i, split in enumerate(SPLITS)},
+            sources=[{"name": s.name, "licence": s.licence, "cite": s.cite} for s in sources],
+            labels={n: {"column": column, "unit": units.get(n, "unknown")} for n, column in settings.labels.items()},
+            quarantined=dict(sorted(self.refused.counts.items())),
+            shards=shards,
+            tables={
+                name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+                for name in ("blocks.parquet", "quarantine.jsonl", *names)
+            },
+        ).write(folder)
+
+    def _folder(self, name: str) -> Path:
+        folder = self.space.path / name
+        folder.mkdir(exist_ok=True)
+        return folder
 
 
 def _hides_twins(refusal: Refusal) -> Refusal:
@@ -149,127 +261,6 @@ def _all_met(exclude: Sequence[Source], files: list[Path]) -> None:
     if absent := sorted(wanted - met):
         listed = ", ".join(map(repr, absent[:5])) + (", …" if len(absent) > 5 else "")
         raise DataSetError(f"{len(absent)} of {len(wanted)} keys to exclude are in no excluded source: {listed}")
-
-
-def _merge(files: list[Path], folder: Path, settings: ShardSettings, executor: Executor) -> list[Path]:
-    """The same graphs in fewer files, where there are many: each task of stage 2 looks into every file."""
-    if len(files) * _buckets(files, settings) <= MANY_READS:
-        return files
-    folder.mkdir(exist_ok=True)
-    groups = _together(files, _bucket_bytes(files, settings))
-    tasks = [spill.Merging(parts, folder / f"{i:06d}.spill") for i, parts in enumerate(groups)]
-    with Progress("merge", "crystals") as progress:
-        for count in executor.map(spill.merge, tasks):
-            progress.add(count)
-    return [task.path for task in tasks]
-
-
-def _decide(
-    graphs: list[Path],
-    excluded: list[Path],
-    folder: Path,
-    settings: ShardSettings,
-    executor: Executor,
-    refused: Quarantine,
-) -> list[Path]:
-    """Stage 2: the files."""
-    folder.mkdir(exist_ok=True)
-    tasks = [
-        decide.Decision(low, high, graphs, excluded, folder / f"{b:06d}.spill", settings)
-        for b, (low, high) in enumerate(spill.ranges_of(_buckets(graphs, settings)))
-    ]
-    with Progress("find twins", "crystals") as progress:
-        for count, refusals in executor.map(decide.decide, tasks):
-            refused.add(refusals)
-            progress.add(count)
-    return [task.path for task in tasks]
-
-
-def _pack(
-    decided: list[Path], folder: Path, settings: ShardSettings, executor: Executor, refused: Quarantine
-) -> tuple[list[write.Packing], list[write.Packed]]:
-    """Stage 3: packings in the order of their blocks, and what came of them.
-
-    What the ranges set aside is packed once more, several files together, until one task holds all that is left.
-    """
-    folder.mkdir(exist_ok=True)
-    ranges = spill.ranges_of(_buckets(decided, settings))
-    tasks = [
-        write.Packing(low, high, decided, folder / f"{b:06d}.spill", len(ranges) > 1, settings)
-        for b, (low, high) in enumerate(ranges)
-    ]
-    packings: list[write.Packing] = []
-    packed: list[write.Packed] = []
-    with Progress("pack", "crystals") as progress:
-        while tasks:
-            for result in executor.map(write.arrange, tasks):
-                packed.append(result)
-                refused.add(result.refusals)
-                progress.add(result.graphs)
-            packings += tasks
-            rests = _together([task.path for task in tasks if task.set_aside], settings.bucket_bytes)
-            tasks = [
-                write.Packing(0, 2**64, paths, folder / f"{b:06d}.spill", len(rests) > 1, settings)
-                for b, paths in enumerate(rests, len(packings))
-            ]
-    return packings, packed
-
-
-def _write(
-    packings: list[write.Packing],
-    packed: list[write.Packed],
-    work: Workspace,
-    sources: Sequence[Source],
-    settings: ShardSettings,
-    executor: Executor,
-    refused: Quarantine,
-) -> Manifest:
-    """Stage 4, then the tables, the quarantine, and the manifest last."""
-    folder, done = work.folder, work.path / "4-written"
-    done.mkdir(exist_ok=True)
-    (folder / "graphs.parquet").mkdir(exist_ok=True)
-    index_dtype = "uint8" if max(p.widest for p in packed) <= 256 else "uint16"
-    tasks: list[write.Writing] = []
-    block = shard = 0
-    for split in range(len(SPLITS)):
-        for packing, counts in zip(packings, packed, strict=True):
-            if n := counts.blocks[split]:
-                part = len(tasks)
-                path = done / f"{part:06d}.json"
-                tasks.append(write.Writing(packing, split, n, block, shard, index_dtype, part, folder, path))
-                block += n
-                shard += -(-n // settings.blocks_per_shard)
-    names, shards, tables = [], [], []
-    labelled: Counter[str] = Counter()
-    with Progress("write", "crystals", sum(p.graphs for p in packed)) as progress:
-        for result in executor.map(write.write, tasks):
-            names.append(result["part"])
-            shards += result["shards"]
-            tables.append(pa.Table.from_pylist(result["blocks"], BLOCK_SCHEMA))
-            labelled.update(result["labelled"])
-            progress.add(result["graphs"])
-
-    for name, column in settings.labels.items():
-        if not labelled[name]:
-            print(f"warning: no crystal has a label {name!r}; is {column!r} the name of its column?", file=sys.stderr)
-    blocks = pa.concat_tables(tables).combine_chunks()
-    write_atomically(folder / "blocks.parquet", write.parquet(blocks))
-    refused.finish()
-    units = {name: unit for source in sources for name, unit in source.units.items()}
-    return Manifest(
-        graph={"cutoff": settings.cutoff, "tie": TIE, "index_dtype": index_dtype},
-        budget=settings.budget,
-        seed=settings.seed,
-        splits={split: _totals(blocks, i) for i, split in enumerate(SPLITS)},
-        sources=[{"name": s.name, "licence": s.licence, "cite": s.cite} for s in sources],
-        labels={n: {"column": column, "unit": units.get(n, "unknown")} for n, column in settings.labels.items()},
-        quarantined=dict(sorted(refused.counts.items())),
-        shards=shards,
-        tables={
-            name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-            for name in ("blocks.parquet", "quarantine.jsonl", *names)
-        },
-    ).write(folder)
 
 
 def _buckets(files: list[Path], settings: ShardSettings) -> int:
