@@ -13,7 +13,7 @@ from sharding.executor import Executor
 from sharding.manifest import Manifest
 from sharding.pipeline import shard
 from sharding.settings import ShardSettings
-from sharding.sources import ReadOptions, open_source
+from sharding.sources import ReadOptions, open_sources
 
 DEFAULT = ShardSettings()
 
@@ -33,13 +33,15 @@ def parser() -> Parser:
     p.add_argument("--block-atoms", type=int, default=DEFAULT.budget.atoms, help="atoms of a block at most")
     p.add_argument("--block-graphs", type=int, default=DEFAULT.budget.graphs, help="graphs of a block at most")
     p.add_argument("--blocks-per-shard", type=int, default=DEFAULT.blocks_per_shard, help="blocks of a tar file")
-    p.add_argument("--limit", type=int, help="read this many crystals of each source")
+    p.add_argument("--limit", type=int, help="read this many records of each source: rows, or files")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that convert")
     p.add_argument("--address", help="of a Ray cluster that converts, with --workers tasks at a time")
     p.add_argument("--exclude", action="append", default=[], metavar="SOURCE", help="keep out twins of its crystals")
     p.add_argument("--exclude-keys", metavar="FILE", help="of the excluded, only these: a text with a key in each line")
     p.add_argument(
-        "--duplicates", choices=("keep", "exact", "near"), default=DEFAULT.duplicates, help="which repetitions to drop"
+        "--duplicates",
+        choices=("keep", "exact", "near"),
+        help=f"which repetitions to drop; {DEFAULT.duplicates} where left out, keep without fingerprints",
     )
     p.add_argument("--no-fingerprints", action="store_true", help="do not look for twins; split by formula")
     p.add_argument(
@@ -56,7 +58,12 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Shard, and say what came out."""
     args = parser().parse_args(argv)
-    labels = dict(_pair(text) for text in args.label)
+    pairs = [_pair(text) for text in args.label]
+    labels = dict(pairs)
+    if len(labels) < len(pairs):
+        raise UseError("--label: a name is given to two columns")
+    if args.limit is not None and args.limit < 1:
+        raise UseError(f"--limit {args.limit}: one record at least is read")
     settings = ShardSettings(
         cutoff=args.cutoff,
         budget=Budget(args.block_edges, args.block_atoms, args.block_graphs),
@@ -66,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed=args.seed,
         labels=labels,
         fingerprints=not args.no_fingerprints,
-        duplicates="keep" if args.no_fingerprints else args.duplicates,
+        duplicates=args.duplicates or ("keep" if args.no_fingerprints else DEFAULT.duplicates),
     )
     options = ReadOptions(labels=labels, limit=args.limit, occupancy=args.occupancy)
     excluded = ReadOptions(occupancy=args.occupancy, keys=_keys(args.exclude_keys))
@@ -74,11 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UseError("--exclude-keys chooses among the crystals of --exclude: give that too")
     try:
         manifest = shard(
-            [open_source(s, options) for s in args.sources],
+            open_sources(args.sources, options),
             args.out,
             settings,
             Executor(args.workers, args.address),
-            exclude=[open_source(s, excluded) for s in args.exclude],
+            exclude=open_sources(args.exclude, excluded),
             strict=args.strict,
             work=args.work,
         )
@@ -111,7 +118,13 @@ def summary(manifest: Manifest, folder: str) -> str:
 def _keys(path: str | None) -> frozenset[str] | None:
     if path is None:
         return None
-    return frozenset(line for line in Path(path).read_text().splitlines() if line)
+    try:
+        keys = frozenset(line.strip() for line in Path(path).read_text().splitlines() if line.strip())
+    except UnicodeDecodeError:
+        raise UseError(f"--exclude-keys {path}: not a text with a key in each line") from None
+    if not keys:
+        raise UseError(f"--exclude-keys {path}: holds no key, so nothing would be kept out")
+    return keys
 
 
 def _pair(text: str) -> tuple[str, str]:

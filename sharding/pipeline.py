@@ -73,6 +73,7 @@ def shard(
     settings = settings or ShardSettings()
     if exclude and not settings.fingerprints:
         raise DataSetError("--exclude compares fingerprints: leave them on")
+    _check_units(sources)
     target = target_of(out, work)
     target.check()
     with writing(target.folder), Workspace(target.folder, describe(sources, exclude, settings)).opened() as space:
@@ -160,7 +161,7 @@ class _Stages:
         ]
         with Progress("find twins", "crystals") as progress:
             for count, refusals in self.executor.map(decide.decide, tasks):
-                self.refused.add(refusals)
+                self.drop(refusals)
                 progress.add(count)
         return [task.path for task in tasks]
 
@@ -181,7 +182,7 @@ class _Stages:
             while tasks:
                 for result in self.executor.map(write.arrange, tasks):
                     packed.append(result)
-                    self.refused.add(result.refusals)
+                    self.drop(result.refusals)
                     progress.add(result.graphs)
                 packings += tasks
                 rests = _together([task.path for task in tasks if task.set_aside], settings.bucket_bytes)
@@ -240,10 +241,29 @@ class _Stages:
             },
         ).write(folder)
 
+    def drop(self, refusals: Sequence[Refusal]) -> None:
+        """Note what stages 2 and 3 left out; a key of two crystals is no twin, and ends a strict sharding."""
+        for refusal in refusals:
+            if self.strict and refusal.code == "duplicate_key":
+                raise StrictError(f"{refusal.source}, {refusal.position}: {refusal.text} [{refusal.code}]")
+        self.refused.add(refusals)
+
     def _folder(self, name: str) -> Path:
         folder = self.space.path / name
         folder.mkdir(exist_ok=True)
         return folder
+
+
+def _check_units(sources: Sequence[Source]) -> None:
+    """Values of one label are told apart by nothing once they are in one column."""
+    stated: dict[str, tuple[str, str]] = {}
+    for source in sources:
+        for label, unit in source.units.items():
+            other, there = stated.setdefault(label, (source.name, unit))
+            if there != unit:
+                raise DataSetError(
+                    f"label {label!r} is in {there} in {other}, and in {unit} in {source.name}: bring them to one unit"
+                )
 
 
 def _hides_twins(refusal: Refusal) -> Refusal:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Literal
 
 from sharding.block import Budget
@@ -35,5 +35,7 @@ class ShardSettings:
             raise SettingsError(f"cutoff {self.cutoff} Å is outside 0.5–20 Å")
         if min(self.val, self.test) < 0 or self.val + self.test >= 1:
             raise SettingsError(f"val {self.val} and test {self.test} must leave something to train on")
+        if min(*astuple(self.budget), self.blocks_per_shard) < 1:
+            raise SettingsError(f"{self.budget} and {self.blocks_per_shard} blocks per shard: each must be 1 at least")
         if self.duplicates != "keep" and not self.fingerprints:
             raise SettingsError("duplicates are found by fingerprints: keep them, or leave fingerprints on")

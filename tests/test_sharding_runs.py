@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 from killable import Killable, until
 from pymatgen.core import Lattice, Structure
-from test_format import contents, optimade, refusals_of
+from test_format import contents, graphs_of, optimade, refusals_of
 
 from sharding.__main__ import main
 from sharding.block import Budget
@@ -143,6 +143,57 @@ def test_a_source_that_is_mended_is_read_again(tmp_path: Path, aflow: list[Cryst
     shard([from_crystals(aflow[:60])], tmp_path / "d", SETTINGS, strict=False)
     shard([from_crystals(aflow[:60])], tmp_path / "fresh", SETTINGS)
     assert contents(tmp_path / "d") == contents(tmp_path / "fresh")
+
+
+def test_a_header_that_is_mended_is_read_again(tmp_path: Path, aflow: list[Crystal]) -> None:
+    """The rows are the same bytes, and mean something else."""
+    cif = "data_a\n" + "".join(f"_cell_length_{x} 3\n" for x in "abc")
+    cif += "".join(f"_cell_angle_{x} 90\n" for x in ("alpha", "beta", "gamma"))
+    cif += "loop_\n_atom_site_type_symbol\n_atom_site_fract_x\n_atom_site_fract_y\n_atom_site_fract_z\nFe 0 0 0\n"
+
+    def run(header: str, rows: str, *more: str) -> int:
+        (tmp_path / "a.csv").write_text(f"{header}\n{rows}")
+        return main([str(tmp_path / "a.csv"), "--out", str(tmp_path / "d"), "--label", "y=y", "--val", "0.3", *more])
+
+    rows = "".join(f'm-{i},{i},{10 + i},"{cif.replace(" 3", f" 3.{i}")}"\n' for i in range(4))
+    assert run("id,y,z,cif", rows + 'm-9,1,2,"data_a"\n', "--strict") == 2
+    assert run("id,z,y,cif", rows) == 0
+    values = {y for graphs in graphs_of(tmp_path / "d").values() for y in graphs.labels["y"].tolist()}
+    assert values == {10.0, 11.0, 12.0, 13.0}
+
+
+def test_one_label_in_two_units_is_refused(aflow: list[Crystal], tmp_path: Path) -> None:
+    sources = [from_crystals(aflow[:3], "a", units={"y": "eV"}), from_crystals(aflow[3:6], "b", units={"y": "meV"})]
+    with pytest.raises(DataSetError, match="'y' is in eV in a, and in meV in b"):
+        shard(sources, tmp_path / "d")
+
+
+def test_strict_ends_at_a_key_of_two_crystals(aflow: list[Crystal], tmp_path: Path) -> None:
+    twice = [*aflow[:20], replace(aflow[30], key=aflow[3].key)]
+    with pytest.raises(StrictError, match="duplicate_key"):
+        shard([from_crystals(twice)], tmp_path / "d", SETTINGS, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--blocks-per-shard", "0"], "each must be 1 at least"),
+        (["--block-graphs", "0"], "each must be 1 at least"),
+        (["--limit", "-1"], "one record at least"),
+        (["--no-fingerprints", "--duplicates", "near"], "duplicates are found by fingerprints"),
+        (["--label", "a=x", "--label", "a=y"], "a name is given to two columns"),
+        (["--exclude", "aflow:9", "--exclude-keys", "EMPTY"], "holds no key, so nothing would be kept out"),
+        (["--exclude", "aflow:9", "--exclude-keys", "BINARY"], "not a text with a key in each line"),
+    ],
+)
+def test_options_that_would_do_nothing_or_harm(
+    more: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "EMPTY").write_text("\n")
+    (tmp_path / "BINARY").write_bytes(b"\xff\xfe\x00")
+    more = [str(tmp_path / m) if m.isupper() else m for m in more]
+    assert main(["aflow:9", "--out", str(tmp_path / "d"), *more]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_killed_at_random_moments_and_run_again(source: Path, undisturbed: Path, tmp_path: Path) -> None:

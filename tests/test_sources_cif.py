@@ -200,6 +200,33 @@ def test_one_bad_block_loses_no_other() -> None:
     assert bad == Fault("block two", "species", "'Qq' is not a chemical element", "key#two")
 
 
+def test_blocks_of_one_name_are_all_read() -> None:
+    """As programs write them that name every structure alike."""
+    two = text("Fe 0 0 0", name="VESTA_phase_1") + text("Cu 0 0 0", name="VESTA_phase_1")
+    assert [(c.key, c.atomic_numbers[0]) for c in read(two)] == [
+        ("key#VESTA_phase_1#0", 26),
+        ("key#VESTA_phase_1#1", 29),
+    ]
+
+
+def test_a_block_that_breaks_the_syntax_loses_no_other() -> None:
+    broken = text("Qq 0 0 0", name="two").replace("loop_", "loop_ loop_ 'never ends", 1)
+    good, bad, other = cif.crystals(
+        "data_global\n_audit_author_name me\n" + text("Fe 0 0 0", name="one") + broken + text("Cu 0 0 0", name="three"),
+        "key",
+        ReadOptions(),
+    )
+    assert isinstance(good, Crystal) and isinstance(other, Crystal)
+    assert (good.key, good.atomic_numbers[0], other.key) == ("key#one", 26, "key#three")
+    assert isinstance(bad, Fault) and bad.key == "key#two"
+
+
+def test_a_name_in_another_encoding_is_no_obstacle() -> None:
+    """Where pymatgen is asked, too."""
+    symmetry = "_symmetry_space_group_name_H-M 'F d -3 m'\n_publ_author_name 'M\xfcller'"
+    assert len(read(text("Mg1 0 0 0", LABELLED, symmetry=symmetry).encode("latin-1"))) == 1
+
+
 def test_hydrogens_without_positions() -> None:
     tags = OCCUPIED.replace("_occupancy", "_attached_hydrogens")
     assert len(read(text("C 0 0 0 0\nO 0.5 0 0 ?", tags))) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import sys
 import types
@@ -193,6 +194,23 @@ def table_of(structures: list[Structure]) -> dict[str, list[Any]]:
 
 
 FIXED = pa.list_(pa.list_(pa.float32(), 3), 3)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "said"),
+    [
+        ("species", ["Fe"], "species holds list<"),
+        ("lattice_vectors", "[[1, 0, 0]]", "lattice_vectors holds string, and must hold lists of three vectors"),
+        ("id", 1.5, "id holds double, and must hold text or whole numbers"),
+    ],
+)
+def test_columns_of_other_types_are_named(
+    structures: list[Structure], tmp_path: Path, column: str, values: Any, said: str
+) -> None:
+    table = table_of(structures)
+    pq.write_table(pa.table(table | {column: [values] * len(structures)}), tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match=re.escape(f"column {said}")):
+        open_source(str(tmp_path / "a.parquet"))
 
 
 def test_parquet(structures: list[Structure], tmp_path: Path) -> None:

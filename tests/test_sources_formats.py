@@ -32,7 +32,7 @@ from pymatgen.io.vasp import Poscar
 from test_sources_support import assert_all_same, assert_same, read, sort, structures_of
 
 from sharding.crystal import Crystal
-from sharding.sources import ReadOptions, SourceError, from_crystals, open_source, parse_records
+from sharding.sources import ReadOptions, SourceError, from_crystals, open_source, open_sources, parse_records
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
@@ -228,6 +228,56 @@ def test_one_file_each(structures: list[Structure], tmp_path: Path) -> None:
         assert_all_same(crystals, [s] * 3)
 
 
+def test_files_of_one_name_are_told_apart_by_their_folders(structures: list[Structure], tmp_path: Path) -> None:
+    """Crystals without ids would otherwise pass for one another, and all but the first be dropped."""
+    for i, s in enumerate(structures[:3]):
+        folder = tmp_path / f"run{i}" / "out"
+        folder.mkdir(parents=True)
+        (folder / "POSCAR").write_text(poscar(s))
+        (folder / "relaxed.cif").write_text(cif(s))
+        (folder / "md.extxyz").write_bytes(extxyz(structures[i : i + 2]))
+    for name, keys in {
+        "POSCAR": ["run0/out", "run1/out", "run2/out"],
+        "relaxed.cif": ["run0/out/relaxed", "run1/out/relaxed", "run2/out/relaxed"],
+        "md.extxyz": [f"run{i}/out/md#{n}" for i in range(3) for n in range(2)],
+    }.items():
+        sources = open_sources([str(tmp_path / f"run{i}" / "out" / name) for i in range(3)], ReadOptions())
+        assert [source.name for source in sources] == [f"run{i}/out/{name}" for i in range(3)]
+        assert [c.key for source in sources for c in sort(parse_records(source, source.records()))[0]] == keys
+    alone = open_sources([str(tmp_path / "run0/out/POSCAR"), str(tmp_path / "run1/out/md.extxyz")], ReadOptions())
+    assert [source.name for source in alone] == ["POSCAR", "md.extxyz"]
+    keys = [c.key for c in read(tmp_path)[0]]
+    assert len(set(keys)) == len(keys) == 12 and {"run1/out", "relaxed", "run1/out/relaxed", "md#0"} <= set(keys)
+
+
+def test_what_a_folder_holds_and_is_not_read_in_it_is_said(structures: list[Structure], tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "d", tmp_path / "elsewhere"
+    for place in (folder, elsewhere):
+        place.mkdir()
+        (place / "a.cif").write_text(cif(structures[0]))
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "b.parquet").write_bytes(b"PAR1")
+    (folder / "c.csv").write_bytes("id;größe\n1;2\n".encode("utf-16"))  # a spreadsheet's
+    (folder / "e.json").write_text('{"columns": null, "data": [[1]]}')
+    crystals, refusals = read(folder)
+    assert [c.key for c in crystals] == ["a"]
+    assert {r.position: r.code for r in refusals} == {
+        **dict.fromkeys(["b.parquet", "linked", "c.csv", "e.json"], "unparsable"),
+    }
+    assert all("a source of its own" in r.text for r in refusals if r.position in ("b.parquet", "linked"))
+
+
+def test_an_archive_of_poscars_is_an_archive(structures: list[Structure], tmp_path: Path) -> None:
+    path = tmp_path / "POSCARs.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for i, s in enumerate(structures):
+            info = tarfile.TarInfo(f"{i}/POSCAR")
+            info.size = len(poscar(s).encode())
+            archive.addfile(info, io.BytesIO(poscar(s).encode()))
+    crystals, refusals = read(path)
+    assert refusals == [] and [c.key for c in crystals] == [str(i) for i in range(len(structures))]
+
+
 def test_folder(structures: list[Structure], tmp_path: Path) -> None:
     for i, s in enumerate(structures):
         folder = tmp_path / "many" / f"{i}"
@@ -238,7 +288,7 @@ def test_folder(structures: list[Structure], tmp_path: Path) -> None:
     crystals, refusals = read(tmp_path / "many")
     assert refusals == []
     assert_all_same(crystals, structures)
-    assert [c.key for c in crystals][:4] == ["x", "1", "x", "3"]
+    assert [c.key for c in crystals][:4] == ["x", "1", "2/x", "3"]
     positions = [record.position for record in open_source(str(tmp_path / "many")).records()]
     assert positions == ["0/x.cif"]
     with pytest.raises(SourceError, match="no file in this folder"):

@@ -230,3 +230,16 @@ def test_optimade_disorder_and_vacancies(tmp_path: Path) -> None:
     crystals, refusals = read(tmp_path / "a.jsonl")
     assert len(crystals) == 1
     assert [r.code for r in refusals] == ["partial_occupancy", "species"]
+
+
+@pytest.mark.parametrize("before", ['"version": 1', '"metadata": {"a": {"b": 1}}', '"jsonapi": {"version": "1.0"}'])
+def test_an_array_of_records_behind_other_members(before: str, tmp_path: Path) -> None:
+    lattice = {"matrix": [[3, 0, 0], [0, 3, 0], [0, 0, 3]]}
+    site = {"species": [{"element": "Fe", "occu": 1}], "abc": [0, 0, 0]}
+    rows = ", ".join(json.dumps({"id": f"m-{i}", "structure": {"lattice": lattice, "sites": [site]}}) for i in range(3))
+    (tmp_path / "a.json").write_text(f'{{{before}, "entries": [{rows}]}}')
+    crystals, refusals = read(tmp_path / "a.json")
+    assert [c.key for c in crystals] == ["m-0", "m-1", "m-2"] and refusals == []
+    (tmp_path / "b.json").write_text(f'{{"m-1": {rows.split(", {")[0]}, "others": [{rows}]}}')
+    crystals, refusals = read(tmp_path / "b.json")
+    assert len(crystals) == 1 and [r.text for r in refusals] == ["an array of objects among records by id is not read"]

@@ -23,6 +23,7 @@ from cdssl_dist.data.storage import LocalShards, RemoteShards, Storage
 from cdssl_dist.data.waiting import Patience
 from sharding.block import decode_arrays
 from sharding.manifest import BLOCK_SCHEMA, SPLITS, WORK, DataSetError, Manifest, read_manifest
+from sharding.sources import SCHEMES
 from sharding.sources.streams import is_remote, local_path
 
 CACHE_GB: Final = 50.0
@@ -181,6 +182,8 @@ def is_data_set(path: str) -> bool:
     Raises:
         DataSetError: where the endpoint of a URL is dead.
     """
+    if path.split(":", 1)[0] in SCHEMES:
+        return False
     if not is_remote(path):
         folder = local_path(path)
         return any((folder / name).exists() for name in ("manifest.json", WORK))

@@ -14,7 +14,8 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -34,10 +35,11 @@ class ReadOptions:
     """What a user may say about reading; the same for all sources."""
 
     labels: dict[str, str] = field(default_factory=dict)  # label name → column in the source, dotted where nested
-    limit: int | None = None  # read this many crystals, then stop
+    limit: int | None = None  # read this many records (rows, files), then stop
     occupancy: Literal["refuse", "majority"] = "refuse"  # of a disordered crystal: the crystal, or its rarer species
     keys: frozenset[str] | None = None  # only the crystals with these keys
     max_record_bytes: int = 256 * 2**20  # of one crystal, decompressed: guards against decompression bombs
+    name: str | None = None  # of the source, where that of its file is another's too
 
 
 class SourceError(ValueError):
@@ -69,7 +71,7 @@ class Source:
 
 # The registry. A module is imported when its scheme or ending is met, so that no user pays for readers not used.
 # A module of the first two kinds has one public function ``open_source(spec, options) -> Source``.
-_BY_SCHEME: dict[str, str] = {
+SCHEMES: dict[str, str] = {
     "aflow": "aflow",
     "mp": "materials_project",
     "optimade": "optimade_api",
@@ -111,17 +113,43 @@ def open_source(spec: str, options: ReadOptions | None = None) -> Source:
     """
     options = options or ReadOptions()
     scheme = spec.split(":", 1)[0] if ":" in spec else ""
-    if scheme in _BY_SCHEME:
-        return replace(load(_BY_SCHEME[scheme]).open_source(spec, options), options=options)
+    if scheme in SCHEMES:
+        return replace(load(SCHEMES[scheme]).open_source(spec, options), options=options)
     if "://" not in spec and not os.path.exists(spec):
         raise SourceError(f"{spec}: no such file")
     ending = os.path.splitext(spec.lower())[1]
     return replace(load(_BY_ENDING.get(ending, "files")).open_source(spec, options), options=options)
 
 
+def open_sources(specs: Sequence[str], options: ReadOptions) -> list[Source]:
+    """Open several; those whose files have one name are told apart by the folders that these lie in.
+
+    Crystals without ids are named after their file, and would otherwise pass for one another.
+
+    Raises:
+        SourceError: see ``open_source``.
+    """
+    names = _names([spec for spec in specs if spec.split(":", 1)[0] not in SCHEMES])
+    return [open_source(spec, replace(options, name=names.get(spec))) for spec in specs]
+
+
+def _names(specs: Sequence[str]) -> dict[str, str]:
+    """The shortest ends that tell paths apart, of those that share the last part."""
+    parts = {spec: spec.rstrip("/").split("/") for spec in specs}
+    names: dict[str, str] = {}
+    length, left = 1, set(parts)
+    while left:
+        met = Counter(tuple(mine[-length:]) for mine in parts.values())
+        told = {spec for spec in left if met[tuple(parts[spec][-length:])] == 1 or length >= len(parts[spec])}
+        names |= {spec: "/".join(parts[spec][-length:]) for spec in told if length > 1}
+        left -= told
+        length += 1
+    return names
+
+
 def known() -> str:
     """The schemes and endings that have a reader, for a message."""
-    schemes = ", ".join(f"{scheme}:" for scheme in _BY_SCHEME)
+    schemes = ", ".join(f"{scheme}:" for scheme in SCHEMES)
     endings = ", ".join(sorted({*_BY_ENDING, *FORMATS, *ARCHIVES}))
     return f"{schemes}; {endings}, POSCAR, CONTCAR, also with {', '.join(COMPRESSIONS)}; and folders of them"
 

@@ -37,7 +37,7 @@ def open_source(spec: str, options: ReadOptions) -> Source:
     """
     if "://" in spec:
         raise SourceError(f"{redacted(spec)}: a database is read from a disk, not from a URL; copy it first")
-    name = os.path.basename(spec)
+    name = options.name or os.path.basename(spec)
     reader = _lmdb_pieces if spec.lower().endswith(".aselmdb") else _sqlite_pieces
     with contextlib.closing(reader(spec, options)) as pieces:
         next(pieces, None)
@@ -84,7 +84,7 @@ def _unpacked(text: bytes, limit: int) -> bytes:
 
 
 def _sqlite_pieces(spec: str, options: ReadOptions) -> Generator[Piece | Fault]:
-    stem = os.path.splitext(os.path.basename(spec))[0]
+    stem = os.path.splitext(options.name or os.path.basename(spec))[0]
     with open(spec, "rb") as file:
         page_size, pages = struct.unpack(">16xH10xI", file.read(32).ljust(32, b"\0"))
     _check_length(spec, (2**16 if page_size == 1 else page_size) * pages)
@@ -127,7 +127,7 @@ def _lmdb_pieces(spec: str, options: ReadOptions) -> Generator[Piece | Fault]:
         import lmdb
     except ImportError:
         raise SourceError(f"{spec}: reading .aselmdb needs the package lmdb: pip install lmdb") from None
-    stem = os.path.splitext(os.path.basename(spec))[0]
+    stem = os.path.splitext(options.name or os.path.basename(spec))[0]
     try:
         database = lmdb.open(spec, subdir=False, readonly=True, lock=False)
     except lmdb.Error as why:

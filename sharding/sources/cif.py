@@ -16,7 +16,9 @@ import functools
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Final
 
 import gemmi
@@ -38,6 +40,8 @@ NONE: Final = frozenset(("0", ".", "?"))
 # an element with an optional charge or count: "Fe", "Fe3+", "O2-", "C1"
 SYMBOL: Final = re.compile(r"([A-Z][a-z]?)(?:[\d+-][\w+-]*)?$")
 
+HEADING: Final = re.compile(rb"^data_", re.M | re.I)
+SITES: Final = re.compile(rb"^\s*(_cell_length_a|_atom_site_fract_x)\b", re.M | re.I)
 # `_symmetry_space_group_name_H-M    P 1`, as ASE wrote it for years
 UNQUOTED: Final = re.compile(
     rb"^(\s*_\w*space_group_name_H-M\w*[ \t]+)([A-Za-z][^'\"\r\n]*[ \t][^'\"\r\n]*?)[ \t]*\r?$", re.M
@@ -72,35 +76,79 @@ def crystals(
     try:
         document = _document(text)
     except (RuntimeError, ValueError) as why:
-        yield from _slowly(text, key, options, labels, str(why))
+        yield from _apart(text, key, options, labels, str(why))
         return
     # the other blocks tell of authors, or of the measurement
     blocks = [b for b in document if b.find_value(CELL[0]) or b.find_loop(FRACTIONAL[0])]
     if not blocks:
         raise RefusedError("unparsable", "no data block has a cell and atoms")
     if len(blocks) == 1:
-        yield from _block(blocks[0], key, options, labels)
+        yield from _block(blocks[0], text if len(document) == 1 else None, key, options, labels)
         return
-    for block in blocks:
+    for name, block in zip(_told_apart([block.name for block in blocks]), blocks, strict=True):
         try:
-            yield from _block(block, f"{key}#{block.name}", options, labels)
+            yield from _block(block, None, f"{key}#{name}", options, labels)
         except RefusedError as why:
-            yield Fault(f"block {block.name}", why.code, why.text, f"{key}#{block.name}")
+            yield Fault(f"block {name}", why.code, why.text, f"{key}#{name}")
+
+
+def _told_apart(names: Sequence[str]) -> Iterator[str]:
+    """Names of blocks; of those that occur repeatedly, as programs write them, with their number behind."""
+    repeated = Counter(names)
+    for number, name in enumerate(names):
+        yield f"{name}#{number}" if repeated[name] > 1 else name
 
 
 def _document(text: bytes | str) -> gemmi.cif.Document:
     """The parsed text; the one break of the syntax that whole databases have is mended."""
     try:
-        return gemmi.cif.read_string(text)
+        return _parsed(text)
     except (RuntimeError, ValueError):
         there = text.encode() if isinstance(text, str) else text
         mended = UNQUOTED.sub(rb"\1'\2'", there, count=1)
         if mended == there:
             raise
-        return gemmi.cif.read_string(mended)
+        return _parsed(mended)
 
 
-def _block(block: gemmi.cif.Block, key: str, options: ReadOptions, labels: Mapping[str, float] | None) -> list[Crystal]:
+def _parsed(text: bytes | str) -> gemmi.cif.Document:
+    try:
+        return gemmi.cif.read_string(text)
+    except (RuntimeError, ValueError) as why:
+        if "duplicate block name" not in str(why):
+            raise
+        document = gemmi.cif.Document()
+        document.parse_string(text if isinstance(text, str) else text.decode("utf-8", "replace"))
+        return document
+
+
+def _apart(
+    text: bytes | str, key: str, options: ReadOptions, labels: Mapping[str, float] | None, why: str
+) -> Iterator[Crystal | Fault]:
+    """A text that gemmi cannot read, block by block: one that is broken loses no other."""
+    whole = text.encode() if isinstance(text, str) else text
+    starts = [match.start() for match in HEADING.finditer(whole)]
+    parts = [whole[a:b] for a, b in pairwise([*starts, len(whole)])]
+    parts = [part for part in parts if SITES.search(part)]
+    if len(parts) < 2:
+        yield from _slowly(text, key, options, labels, why)
+        return
+    headings = [part.split(maxsplit=1)[0][len(b"data_") :].decode("utf-8", "replace") for part in parts]
+    for name, part in zip(_told_apart(headings), parts, strict=True):
+        try:
+            yield from crystals(part, f"{key}#{name}", options, labels)
+        except RefusedError as refused:
+            yield Fault(f"block {name}", refused.code, refused.text, f"{key}#{name}")
+
+
+def _block(
+    block: gemmi.cif.Block,
+    text: bytes | str | None,
+    key: str,
+    options: ReadOptions,
+    labels: Mapping[str, float] | None,
+) -> list[Crystal]:
+    """The crystal of a block; ``text`` is that of the block, where it is known to be no other's."""
     if labels is None:
         labels = _labels_of(block.find_value, options)
     try:
@@ -108,7 +156,7 @@ def _block(block: gemmi.cif.Block, key: str, options: ReadOptions, labels: Mappi
     except RefusedError:
         raise
     except (DoubtError, RuntimeError, ValueError) as why:  # the last two are gemmi's
-        return _slowly(block.as_string(), key, options, labels, str(why))
+        return _slowly(text or block.as_string(), key, options, labels, str(why))
 
 
 def _labels_of(value: Callable[[str], str | None], options: ReadOptions) -> Mapping[str, float]:

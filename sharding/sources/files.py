@@ -8,12 +8,14 @@ the CIFs is passed over.
 from __future__ import annotations
 
 import contextlib
+import csv
 import functools
 import os
 import posixpath
 from collections.abc import Generator, Iterator
 from typing import Any, Final
 
+from sharding.commands import one_line
 from sharding.crystal import Crystal, Refusal
 from sharding.sources import (
     _BY_ENDING,
@@ -42,6 +44,7 @@ from sharding.sources.streams import (
 )
 
 VASP_NAMES: Final = ("POSCAR", "CONTCAR")
+APART: Final = "and must be named as a source of its own"
 
 
 def open_source(spec: str, options: ReadOptions) -> Source:
@@ -50,7 +53,7 @@ def open_source(spec: str, options: ReadOptions) -> Source:
     Raises:
         SourceError: where there is no reader for it, it cannot be opened, or a table has no such columns.
     """
-    name = base_name(spec)
+    name = options.name or base_name(spec)
     if not _is_folder(spec):
         module = format_of(name)
         if module is None and _archive_kind(name) is None:
@@ -67,14 +70,23 @@ def open_source(spec: str, options: ReadOptions) -> Source:
 
 def format_of(path: str) -> str | None:
     """The module that reads a file, by its name; None where there is none."""
-    base = posixpath.basename(uncompressed_name(path))
-    if base.startswith(VASP_NAMES):
+    if _is_poscar(path):
         return "poscar"
-    return FORMATS.get(os.path.splitext(base.lower())[1])
+    return FORMATS.get(_ending(path))
+
+
+def _is_poscar(path: str) -> bool:
+    """``POSCAR``, ``CONTCAR_relaxed``, ``POSCAR.1.gz``; not ``POSCARs.tar``."""
+    named = posixpath.basename(path).startswith(VASP_NAMES)
+    return named and _ending(path) not in {*FORMATS, *ARCHIVES, *_BY_ENDING}
+
+
+def _ending(path: str) -> str:
+    return os.path.splitext(uncompressed_name(path).lower())[1]
 
 
 def _archive_kind(path: str) -> str | None:
-    return ARCHIVES.get(os.path.splitext(uncompressed_name(path).lower())[1])
+    return ARCHIVES.get(_ending(path))
 
 
 def _records(spec: str, name: str, options: ReadOptions) -> Iterator[Record]:
@@ -91,13 +103,19 @@ def _parse_piece(piece: Piece, options: ReadOptions) -> Iterator[Crystal | Fault
 
 
 def _pieces(spec: str, name: str, options: ReadOptions) -> Generator[Piece | Fault]:
+    stems = _Stems(whole=options.name is not None)
     if not _is_folder(spec):
         with opened(spec, forward=_archive_kind(name) != "zip") as file:
-            yield from _file_pieces(file, spec, name, "", options)
+            yield from _file_pieces(file, spec, name, "", stems, options)
         return
     empty = True
     for path, relative in _walk(spec):
+        if "://" not in path and os.path.isdir(path):
+            yield Fault(relative, "unparsable", f"is a link to a folder, {APART}")
+            continue
         if format_of(relative) is None and _archive_kind(relative) is None:
+            if _ending(relative) in _BY_ENDING:
+                yield Fault(relative, "unparsable", f"is not read in a folder, {APART}")
             continue
         empty = False
         with contextlib.ExitStack() as stack:
@@ -108,7 +126,7 @@ def _pieces(spec: str, name: str, options: ReadOptions) -> Generator[Piece | Fau
                     raise SourceError(f"{path}: vanished while its folder was read; run again") from None
                 yield Fault(relative, "unparsable", str(why))
                 continue
-            yield from _file_pieces(file, path, relative, relative, options)
+            yield from _file_pieces(file, path, relative, relative, stems, options)
     if empty:
         others = sorted(ending for ending in _BY_ENDING)
         raise SourceError(
@@ -117,10 +135,12 @@ def _pieces(spec: str, name: str, options: ReadOptions) -> Generator[Piece | Fau
         )
 
 
-def _file_pieces(file: Any, spec: str, path: str, where: str, options: ReadOptions) -> Iterator[Piece | Fault]:
+def _file_pieces(
+    file: Any, spec: str, path: str, where: str, stems: _Stems, options: ReadOptions
+) -> Iterator[Piece | Fault]:
     """The pieces of one file or archive; ``where`` goes before every position."""
     if format_of(path) is not None:
-        yield from _stream_pieces(stream_of(file, spec), path, where, options)
+        yield from _stream_pieces(stream_of(file, spec), path, where, stems, options)
         return
     if _archive_kind(path) == "zip":
         members = zip_members(file)
@@ -138,26 +158,30 @@ def _file_pieces(file: Any, spec: str, path: str, where: str, options: ReadOptio
                 continue
             if format_of(member.path) is not None:
                 empty = False
-                yield from _member_pieces(member, inside, options)
+                yield from _member_pieces(member, inside, stems, options)
             elif _archive_kind(member.path) is not None:
                 yield Fault(inside, "unparsable", "is an archive inside an archive, which is not read")
+            elif _ending(member.path) in _BY_ENDING:
+                yield Fault(inside, "unparsable", f"is not read in an archive, {APART}")
         if empty:
             yield Fault(where, "unparsable", f"no file in the archive has a reader; known are {known()}")
     except DamagedError as why:
         yield Fault(where, "truncated", f"the archive cannot be read to its end: {why}")
 
 
-def _member_pieces(member: Member, where: str, options: ReadOptions) -> Iterator[Piece | Fault]:
+def _member_pieces(member: Member, where: str, stems: _Stems, options: ReadOptions) -> Iterator[Piece | Fault]:
     if member.stream is None:
         yield Fault(where, "unparsable", f"is {member.kind}, which is not followed")
     else:
-        yield from _stream_pieces(member.stream, member.path, where, options)
+        yield from _stream_pieces(member.stream, member.path, where, stems, options)
 
 
-def _stream_pieces(stream: Stream, path: str, where: str, options: ReadOptions) -> Iterator[Piece | Fault]:
-    """The pieces of one stream in a text format, and a fault where it ends too early or is too large."""
+def _stream_pieces(
+    stream: Stream, path: str, where: str, stems: _Stems, options: ReadOptions
+) -> Iterator[Piece | Fault]:
+    """The pieces of one stream in a text format, and a fault where it cannot be cut, ends too early or is too large."""
     module = format_of(path) or ""
-    key = _key(path)
+    key = stems.of(path, where)
     try:
         for piece in load(module).split(decompressed(stream, path), key, options):
             position = f"{where}: {piece.position}" if where and piece.position else where or piece.position or path
@@ -169,16 +193,33 @@ def _stream_pieces(stream: Stream, path: str, where: str, options: ReadOptions) 
         yield Fault(where, "too_large", str(why), key)
     except DamagedError as why:
         yield Fault(where, "truncated", f"cannot be read to its end: {why}", key)
+    except SourceError:
+        raise
+    except (ValueError, TypeError, AttributeError, csv.Error) as why:  # another encoding, a header that is none
+        yield Fault(where, "unparsable", f"cannot be read: {one_line(why)}", key)
 
 
-def _key(path: str) -> str:
-    """The stem of a file's name; of a POSCAR, which has no name of its own, the path of its folder."""
-    folder, base = posixpath.split(uncompressed_name(path))
-    if base in VASP_NAMES:
-        return folder.strip("./") or base
-    if base.startswith(VASP_NAMES):
-        return base
-    return os.path.splitext(base)[0]
+class _Stems:
+    """What crystals without ids are named after: the stem of their file, with its folders where that is another's too.
+
+    Args:
+        whole: whether every file has its folders.
+    """
+
+    def __init__(self, whole: bool) -> None:
+        self.whole, self.met = whole, set[str]()
+
+    def of(self, path: str, where: str) -> str:
+        """The stem of a file; of a POSCAR, which has no name of its own, the path of its folder."""
+        name = uncompressed_name(path)
+        folder, base = posixpath.split(name)
+        inside = name if _is_poscar(path) else os.path.splitext(name)[0]
+        short = inside if self.whole else posixpath.basename(inside)
+        if base in VASP_NAMES:
+            short = folder.strip("./") or base
+        stem = next((s for s in (short, inside, path, where) if s not in self.met), short)
+        self.met.add(stem)
+        return stem
 
 
 def _hidden(path: str) -> bool:
@@ -198,7 +239,8 @@ def _is_folder(spec: str) -> bool:
 def _walk(spec: str) -> Iterator[tuple[str, str]]:
     """The files of a folder and below, by name: what to open, and the path inside the folder.
 
-    Links to files are followed, since the folder is the user's own, and links to folders are not: they may go round.
+    Links to files are followed, since the folder is the user's own, and links to folders are not: they may go round,
+    and come as they are.
     """
     if "://" in spec:
         system, root = filesystem(spec)
@@ -213,8 +255,10 @@ def _walk(spec: str) -> Iterator[tuple[str, str]]:
 
     for folder, folders, names in os.walk(spec, onerror=refuse):
         folders.sort()
-        for name in sorted(names):
+        linked = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        for name in sorted([*names, *linked]):
             path = os.path.join(folder, name)
             relative = os.path.relpath(path, spec).replace(os.sep, "/")
+            relative = relative.encode("utf-8", "replace").decode()  # a name need not be text
             if not _hidden(relative):
                 yield path, relative

@@ -45,6 +45,8 @@ STRUCTURE: Final = {
     "lattice_vectors",
     "cif",
 }  # no id of a record
+NEIGHBOURS: Final = STRUCTURE | {"numbers", "positions"}  # of an array that is a field of a record
+OBJECTS: Final = re.compile(rb"\[\s*\{")
 TOKEN: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\]]|:\s*')
 
 
@@ -83,10 +85,15 @@ def _kind(head: bytes, options: ReadOptions) -> tuple[str, int]:
     """What an object is, by how it begins, and how many levels of ids it has."""
     names = _first_names(head)
     kind, depth = _kind_of(names)
-    if kind != "mapping":
+    if kind in ("envelope", "columns"):
+        return kind, depth
+    places = dict(_members(head))
+    if not places.keys() & NEIGHBOURS and any(head[places[n] :][:1] == b"[" for n in ARRAYS if n in places):
+        return "envelope", 0  # behind a version, or a word about itself
+    if kind == "record":
         return kind, depth
     # A record, or a table by column, may begin with an object that is no field: what comes after it tells.
-    members = {name: _first_names(head, at) for name, at in _members(head)}
+    members = {name: _first_names(head, at) for name, at in places.items()}
     rows = len(names) > 1 and names[1].isdecimal()
     by_column = {name for name, inside in members.items() if _is_column(name) and inside and inside[0].isdecimal()}
     if by_column or (rows and names[0] in {column.split(".")[0] for column in options.labels.values()}):
@@ -174,6 +181,8 @@ def _mapping(cursor: Cursor, stem: str, depth: int) -> Iterator[Piece | Fault]:
     """Records by id, ``depth`` levels deep."""
     for name in cursor.members():
         if cursor.peek() != b"{":
+            if OBJECTS.match(cursor.look(HEAD)):
+                yield Fault(name, "unparsable", "an array of objects among records by id is not read")
             _pass(cursor)  # a remark beside the records, such as ASE's "nextid"
         elif depth > 1:
             yield from _mapping(cursor, stem, depth - 1)

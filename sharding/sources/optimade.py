@@ -9,7 +9,7 @@ and ``cite`` from the schema metadata, and the unit of a label from its field's 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -45,10 +45,13 @@ def open_source(spec: str, options: ReadOptions) -> Source:
     key = next((name for name in KEYS if name in there), None)
     if key is None:
         raise SourceError(f"{redacted(spec)}: no column of ids, which would be {', '.join(KEYS)}")
+    for column, (right, wanted) in (_TYPES | {key: (_is_id, "text or whole numbers")}).items():
+        if column in there and not right(kind := schema.field(column).type):
+            raise SourceError(f"{redacted(spec)}: column {column} holds {kind}, and must hold {wanted}")
     species = ["species"] if "species" in there else []
     columns = list(dict.fromkeys([key, *SITES, *species, *options.labels.values()]))
     about = {k.decode(): v.decode("utf-8", "replace") for k, v in (schema.metadata or {}).items()}
-    name = base_name(spec)
+    name = options.name or base_name(spec)
     return Source(
         name=name,
         records=functools.partial(_records, spec, name, columns, options),
@@ -57,6 +60,39 @@ def open_source(spec: str, options: ReadOptions) -> Source:
         cite=about.get("cite", ""),
         units=_units(schema, about, options),
     )
+
+
+def _is_id(kind: pa.DataType) -> bool:
+    return any(is_(kind) for is_ in (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer))
+
+
+def _is_list_of(inner: Callable[[pa.DataType], bool]) -> Callable[[pa.DataType], bool]:
+    def right(kind: pa.DataType) -> bool:
+        listed = any(is_(kind) for is_ in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
+        return listed and inner(kind.value_type)
+
+    return right
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
+
+
+def _is_species(kind: pa.DataType) -> bool:
+    fields = {field.name for field in kind} if pa.types.is_struct(kind) else set()
+    return fields >= {"name", "chemical_symbols", "concentration"}
+
+
+_TYPES: Final = {  # of columns, as OPTIMADE has them
+    "lattice_vectors": (_is_list_of(_is_list_of(_is_number)), "lists of three vectors"),
+    "cartesian_site_positions": (_is_list_of(_is_list_of(_is_number)), "lists of vectors"),
+    "species_at_sites": (_is_list_of(_is_text), "lists of texts"),
+    "species": (_is_list_of(_is_species), "lists of structs with name, chemical_symbols and concentration"),
+}
 
 
 def _units(schema: pa.Schema, about: dict[str, str], options: ReadOptions) -> dict[str, str]:
@@ -132,6 +168,8 @@ def _ordered(batch: pa.RecordBatch) -> bool:
         return True
     species = batch.column("species").flatten()
     symbols, shares = species.field("chemical_symbols"), species.field("concentration")
+    if species.null_count or symbols.null_count or shares.null_count:
+        return False
     if len(species) == 0 or not pc.all(pc.equal(pc.list_value_length(symbols), 1)).as_py():
         return len(species) == 0
     same = pc.all(pc.equal(symbols.flatten(), species.field("name"))).as_py()
