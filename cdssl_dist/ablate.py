@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ import numpy as np
 import torch
 from pydantic import Field, PositiveInt, field_validator
 
-from cdssl_dist.config import Section, load, packaged, read
+from cdssl_dist.config import Config, Section, load, packaged, read
+from cdssl_dist.data.dataset import DataSet
 from cdssl_dist.data.labeled import Labeled, load_labeled
 from cdssl_dist.data.vectors import vectors_of
 from cdssl_dist.encoder import CrystalEncoder
@@ -30,7 +30,7 @@ from cdssl_dist.look.probe import features, probe
 from cdssl_dist.pretrain import located
 from cdssl_dist.study.config import SplitColumn
 from cdssl_dist.train.runlog import read_lines, read_status
-from sharding.commands import DONE, Parser, command
+from sharding.commands import DONE, Parser, command, run_child
 from sharding.manifest import write_atomically
 
 WITHOUT: Final = ("random encoder 1", "composition", "composition + volume")  # what is probed besides, for comparison
@@ -45,7 +45,7 @@ class Probes(Section):
     # name → Parquet with key and embedding, probed besides; see cdssl probe
     vectors: dict[str, str] = Field(default_factory=dict)
     crystals: PositiveInt = 4000  # of each target, at most
-    folds: int = 5
+    folds: int = Field(5, ge=2)
 
 
 class Ablation(Section):
@@ -54,7 +54,7 @@ class Ablation(Section):
     out: str = "runs/ablation"
     config: str = "pretrain/mp.yaml"  # a path, or one that is packaged
     overrides: tuple[str, ...] = ()  # of all variants
-    variants: dict[str, tuple[str, ...]]  # name → what it changes
+    variants: dict[str, tuple[str, ...]] = Field(min_length=1)  # name → what it changes
     probe: Probes
 
     @field_validator("variants")
@@ -88,10 +88,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)  # the pieces are small: more threads mostly wait for each other
     ablation = read(Ablation, Path(args.config) if args.config else packaged("ablation/mp.yaml"), args.override)
 
+    data = functools.cache(lambda cutoff: labeled(ablation.probe, args.data, cutoff))
+    for name in ablation.variants:  # better said now than after hours of pretraining
+        with DataSet(wanted_of(ablation, name).data_path) as shards:
+            graphs = [found.graphs for found in data(shards.manifest.cutoff)]
+    for path in ablation.probe.vectors.values():
+        vectors_of(path, [key for of_target in graphs for key in of_target.keys])
     for name in ablation.variants:
         if code := pretrained(ablation, name):
             return code
-    data = functools.cache(lambda cutoff: labeled(ablation.probe, args.data, cutoff))
     rows = [judge(ablation, name, data) for name in ablation.variants]
     first = CrystalEncoder.from_registry(str(Path(ablation.out) / next(iter(ablation.variants))))
     text = table(ablation, rows, probed(ablation.probe, first, data(first.cutoff), (*WITHOUT, *ablation.probe.vectors)))
@@ -102,17 +107,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def pretrained(ablation: Ablation, name: str) -> int:
     """Train a variant, unless its folder holds just that, done; the exit code of ``cdssl pretrain``."""
-    folder = Path(ablation.out) / name
-    path = Path(ablation.config) if Path(ablation.config).exists() else packaged(ablation.config)
-    overrides = [f"run={folder}", "registry.name=null", *ablation.overrides, *ablation.variants[name]]
-    wanted = located(load(path, overrides))
+    folder, wanted = Path(ablation.out) / name, wanted_of(ablation, name)
     if read_status(folder).get("state") == "done":
         there = load(folder / "config.yaml")
         if there.model_copy(update={"tracking": wanted.tracking}) == wanted:
             return DONE
     print(f"── {name}: {' '.join(ablation.variants[name]) or 'as it is'}", flush=True)
+    path, overrides = said_of(ablation, name)
     command = [sys.executable, "-m", "cdssl_dist.cli", "pretrain", "--config", str(path), *overrides]
-    return subprocess.run(command, check=False).returncode
+    return run_child(command)
+
+
+def said_of(ablation: Ablation, name: str) -> tuple[Path, list[str]]:
+    """The configuration file of a variant, and what is said besides."""
+    path = Path(ablation.config) if Path(ablation.config).exists() else packaged(ablation.config)
+    run = f"run={Path(ablation.out) / name}"
+    return path, [run, "registry.name=null", *ablation.overrides, *ablation.variants[name]]
+
+
+def wanted_of(ablation: Ablation, name: str) -> Config:
+    """The configuration of a variant."""
+    return located(load(*said_of(ablation, name)))
 
 
 def judge(ablation: Ablation, name: str, data: Callable[[float], list[Labeled]]) -> Judged:

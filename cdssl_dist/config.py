@@ -332,7 +332,7 @@ def read(model: type[M], path: Path, overrides: Sequence[str] = ()) -> M:
         content = yaml.safe_load(path.read_text()) or {}
     except OSError as why:
         raise ConfigError(f"{path}: cannot be read ({why.strerror})") from None
-    except yaml.YAMLError as why:
+    except (yaml.YAMLError, UnicodeDecodeError) as why:
         raise ConfigError(f"{path}: not YAML ({' '.join(str(why).split())})") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold sections such as data: and model:")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -15,8 +14,9 @@ from pathlib import Path
 
 from cdssl_dist.config import packaged
 from cdssl_dist.train.runlog import read_lines
-from sharding.commands import Parser, command
+from sharding.commands import Parser, UseError, command, run_child
 from sharding.manifest import read_manifest
+from sharding.sources import open_source
 
 HOME = Path("runs/demo")
 REGISTRY = f"sqlite:///{HOME}/mlflow.db"
@@ -52,11 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     own = args.data != "aflow:"
     started = time.monotonic()
+    open_source(args.data)
+    if own and HOME.resolve() in Path(args.data).resolve().parents:
+        raise UseError(f"{args.data} lies in {HOME}, which a demo begins by removing: move it elsewhere")
     if HOME.exists():
         shutil.rmtree(HOME)  # a demo of its own: nothing else is kept there
     for title, arguments in steps(args.data, args.limit or (3000 if own else None), args.seed):
         print(f"\n── {title}\n   cdssl {' '.join(arguments)}", flush=True)
-        code = subprocess.run([sys.executable, "-m", "cdssl_dist.cli", *arguments], check=False).returncode
+        code = run_child([sys.executable, "-m", "cdssl_dist.cli", *arguments])
         if code:
             return code
     print(summary(args.data, time.monotonic() - started))

@@ -18,6 +18,8 @@ from cdssl_dist.look import report
 from cdssl_dist.look.encoder_map import map_of_validation
 from cdssl_dist.mlops import registry, tracking
 from cdssl_dist.mlops.mlflow_server import tracking_uri
+from cdssl_dist.mlops.models import ENCODER
+from cdssl_dist.mlops.registry_store import UnreachableError
 from cdssl_dist.train import checkpoint, cluster, live
 from cdssl_dist.train.replay import parse_place, replay, table
 from cdssl_dist.train.runlog import alone, read_status
@@ -63,6 +65,7 @@ def pretrain(config: Config) -> int:
     data = DataSet(config.data_path)  # opened here first: what is missing is said before a cluster is started
     data.table("train"), data.table("val")
     folder = Path(config.run)
+    check_name(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):
         check_and_write_config(config, data)
@@ -96,6 +99,20 @@ def train_and_register(config: Config, data: DataSet, folder: Path) -> int:
             print(text, file=sys.stderr)
             return FAILED
     return 0
+
+
+def check_name(config: Config, folder: Path) -> None:
+    """Whether the encoder could be registered as the configuration says, before the work that makes it.
+
+    Raises:
+        RegistryError: where the name is none, or holds another kind of model. A registry that does not answer may do so
+            when there is something to register, and costs a warning.
+    """
+    if config.registry.name:
+        try:
+            registry.check_free(config.registry.name, ENCODER, tracking_uri(config.tracking.uri, folder.parent))
+        except UnreachableError as why:
+            print(f"warning: {why}", file=sys.stderr)
 
 
 def leave_report(config: Config, complete: bool) -> None:

@@ -6,9 +6,10 @@ import argparse
 import functools
 import os
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,5 +59,28 @@ def one_line(why: object, limit: int = 300) -> str:
     return " ".join(str(why).split())[:limit] or type(why).__name__
 
 
+def run_child(command: Sequence[str]) -> int:
+    """Run another command, which may take its time to stop; returns its exit code.
+
+    Ctrl-C reaches it by itself, a SIGTERM to this process is passed on, and then its end is waited for, as it may save
+    what it has done. A second one ends it at once.
+    """
+    with subprocess.Popen(command) as child:
+        try:
+            return child.wait()
+        except KeyboardInterrupt as why:
+            if isinstance(why, _TerminatedError):
+                child.terminate()
+            try:
+                return child.wait()
+            except KeyboardInterrupt:
+                child.kill()
+                raise
+
+
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM, which no terminal sends to the whole group."""
+
+
 def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
+    raise _TerminatedError

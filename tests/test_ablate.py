@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
 from encoders import write_encoder_to
 
+from cdssl_dist import ablate
 from cdssl_dist.cli import main as cdssl
 from cdssl_dist.config import load, packaged
 from cdssl_dist.pretrain import located
@@ -52,7 +51,7 @@ def run(config: Path, *more: str) -> int:
 def test_what_is_done_is_probed_and_not_trained_again(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("trains"))
+    monkeypatch.setattr(ablate, "run_child", lambda *_: pytest.fail("trains"))
     assert run(config) == 0
     text = Path("ablation/table.md").read_text()
     assert text in capsys.readouterr().out
@@ -79,11 +78,11 @@ def test_vectors_of_others_have_a_row(config: Path) -> None:
 def test_what_is_not_done_is_trained(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[Sequence[str]] = []
 
-    def trains(command: Sequence[str], check: bool) -> SimpleNamespace:
+    def trains(command: Sequence[str]) -> int:
         called.append(command)
-        return SimpleNamespace(returncode=0 if len(called) == 1 else 75)
+        return 0 if len(called) == 1 else 75
 
-    monkeypatch.setattr(subprocess, "run", trains)
+    monkeypatch.setattr(ablate, "run_child", trains)
     (Path("ablation/base/status.json")).write_text('{"state": "training", "step": 3}')
     assert run(config, "variants.low=[noise.sigma=0.2]") == 75  # stopped: what comes after it is for another time
     first, second = (command[command.index("pretrain") + 1 :] for command in called)
@@ -95,3 +94,18 @@ def test_what_is_not_done_is_trained(config: Path, monkeypatch: pytest.MonkeyPat
 def test_a_variant_is_a_folder(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(config, "variants.a/b=[]") == 2
     assert "'a/b': a variant is a folder below out" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_said_before_anything_is_trained(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ablate, "run_child", lambda *_: pytest.fail("trains"))
+    more = ["variants.low=[noise.sigma=0.2]"]  # which is not done
+    for change, said in {
+        "variants={}": "variants",
+        "probe.folds=1": "probe.folds",
+        "probe.targets=[nope]": "nope",
+        "probe.vectors.mine=absent.parquet": "absent.parquet",
+    }.items():
+        assert run(config, *more, change) == 2
+        assert said in capsys.readouterr().err

@@ -79,6 +79,31 @@ def test_sigterm_ends_a_command_and_not_what_it_writes_then(more: list[str]) -> 
     assert (process.returncode, out, err.splitlines()[-1]) == (130, "tables are written\n", "interrupted")
 
 
+@pytest.mark.parametrize("to_all", [True, False], ids=["Ctrl-C", "SIGTERM"])
+def test_a_command_waits_for_the_one_that_it_runs(to_all: bool, tmp_path: Path) -> None:
+    """Which may save what it has done: a terminal's signal reaches both, that of a scheduler is passed on."""
+    child = (
+        "import pathlib, signal, sys, time\n"
+        "def stop(*_): time.sleep(1.0); pathlib.Path('saved').touch(); sys.exit(75)\n"
+        "signal.signal(signal.SIGINT, stop); signal.signal(signal.SIGTERM, stop)\n"
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    code = (
+        "import sys; from sharding.commands import command, run_child\n"
+        f"@command\ndef main(): return run_child([sys.executable, '-c', {child!r}])\n"
+        "sys.exit(main())"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        if to_all:
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.terminate()
+        assert process.wait(30) == 75
+    assert (tmp_path / "saved").exists()
+
+
 def wrong(answer: subprocess.CompletedProcess[str], *words: str) -> None:
     assert answer.returncode == 2, answer.stderr
     assert "Traceback" not in answer.stderr

@@ -27,7 +27,7 @@ from cdssl_dist.data.batch import collate, widen
 from cdssl_dist.data.structures import graphs_of
 from cdssl_dist.finetune.predictor import read_property
 from cdssl_dist.mlops import registry, registry_store
-from cdssl_dist.mlops.mlflow_server import connect, experiment
+from cdssl_dist.mlops.mlflow_server import connect, experiment, tracking_uri
 from cdssl_dist.mlops.model_card import write_model_card
 from cdssl_dist.mlops.registry import RegistryError, list_versions, promote, pull, register, rollback, show
 from cdssl_dist.mlops.registry_cli import main
@@ -233,6 +233,19 @@ def test_no_registry(home: Path) -> None:
     assert "password" not in str(error.value)
     with pytest.raises(RegistryError, match="no name"):
         register(home / "any", "a/b", f"sqlite:///{home}/mlflow.db")
+
+
+def test_what_is_remembered_of_a_file_is_of_that_file(
+    home: Path, uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two projects may call their registries alike, by a path from where they stand."""
+    monkeypatch.chdir(home)
+    relative = "sqlite:///" + str(Path(uri.removeprefix("sqlite:///")).relative_to(home))
+    assert tracking_uri(relative, home) == uri
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert tracking_uri(relative, home) == f"sqlite:///{tmp_path}/other/mlflow.db"
+    assert tracking_uri("https://mlflow.example.org", home) == "https://mlflow.example.org"
 
 
 def test_not_allowed(home: Path) -> None:

@@ -138,6 +138,17 @@ def test_what_cannot_be_reported(run: Path, tmp_path: Path, capsys: pytest.Captu
     assert cdssl(["report", str(run)]) == 0 and (run / "report.html").exists()
 
 
+def test_no_secret_is_in_a_page(run: Path) -> None:
+    """It is there to be passed on, and goes into MLflow."""
+    (run / "config.yaml").write_text("tracking:\n  uri: https://alice:S3cret@mlflow.example.org\n")
+    with open(run / "events.jsonl", "a") as file:
+        told = {"step": 3, "time": 1, "event": "not copied", "what": "s3://bucket/run?token=abcTOKEN: no answer"}
+        file.write(json.dumps(told) + "\n")
+    text = of_run(run)
+    assert "mlflow.example.org" in text and "no answer" in text
+    assert "S3cret" not in text and "abcTOKEN" not in text
+
+
 def test_a_page_that_cannot_be_made_costs_a_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     leave(run, lambda drawn: of_run(run, drawn=drawn), lambda: 1 / 0)  # type: ignore[arg-type,return-value]
     assert "has no map (ZeroDivisionError" in capsys.readouterr().err

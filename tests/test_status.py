@@ -14,6 +14,7 @@ import fsspec
 import pytest
 
 from cdssl_dist.train import live, status
+from cdssl_dist.train.rank import STARTING
 from cdssl_dist.train.runlog import RunLog, append_event, read_lines
 
 START = 1_700_000_000_000  # ms
@@ -80,6 +81,25 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "failed  step 40/100" in capsys.readouterr().out
     assert status.main([str(tmp_path / "elsewhere")]) == 2
     assert "no run is here" in capsys.readouterr().err
+
+
+def test_a_run_that_never_got_beyond_its_start(tmp_path: Path) -> None:
+    long_ago = 1_000 * int(time.time() - 2 * STARTING)
+    (tmp_path / "status.json").write_text(json.dumps({"state": "starting", "time": long_ago}))
+    assert live.snapshot(str(tmp_path)).state == "silent"
+    (tmp_path / "status.json").write_text(json.dumps({"state": "starting", "time": 1_000 * int(time.time())}))
+    assert live.snapshot(str(tmp_path)).state == "starting"
+
+
+def test_what_cannot_be_read_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path)
+    (tmp_path / "status.json").write_text('{"state": "trai')  # a storage that does not rename
+    assert live.snapshot(str(tmp_path)).step == 40
+    assert status.main([str(tmp_path), "--follow", "--every", "-1"]) == 2
+    assert "must be above 0" in capsys.readouterr().err
+    assert status.main(["https://user:secret@localhost:1/run"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: https://localhost:1/run: ") and "secret" not in said
 
 
 def test_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

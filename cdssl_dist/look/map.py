@@ -146,14 +146,20 @@ def read_vectors(path: str, sample: int, seed: int) -> tuple[pa.Table, NDArray[n
         raise MapError(f"{path}: {len(table)} vectors are too few for a map")
     if len(table) > sample:
         table = table.take(np.sort(np.random.default_rng(seed).choice(len(table), sample, replace=False)))
-    vectors = np.array(table["embedding"].to_pylist(), np.float64)
+    try:
+        vectors = np.array(table["embedding"].to_pylist(), np.float64)
+    except (TypeError, ValueError):
+        vectors = np.empty(0)
+    if vectors.ndim != 2 or not np.isfinite(vectors).all():
+        raise MapError(f"{path}: embeddings must be vectors of one length, of finite numbers")
     return table.drop_columns(["embedding"]), StandardScaler().fit_transform(vectors)
 
 
 def numbers(table: pa.Table) -> dict[str, NDArray[np.float64]]:
     """The columns of numbers that are not all the same."""
     names = [n for n in table.column_names if pa.types.is_floating(table[n].type) or pa.types.is_integer(table[n].type)]
-    return varied({n: np.array(table[n].to_pylist(), np.float64) for n in names})
+    columns = {n: np.array(table[n].to_pylist(), np.float64) for n in names}
+    return varied({n: np.where(np.isfinite(column), column, np.nan) for n, column in columns.items()})
 
 
 def varied(columns: dict[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:

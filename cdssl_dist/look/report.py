@@ -20,9 +20,9 @@ import yaml
 
 from cdssl_dist.look.map import CrystalMap, read_map
 from cdssl_dist.look.report_page import Tuned, run_page, tuning_page
-from cdssl_dist.mlops.mlflow_server import one_line, say, tracking_uri
+from cdssl_dist.mlops.mlflow_server import one_line, redact, say, tracking_uri
 from cdssl_dist.mlops.record import attach
-from cdssl_dist.train.runlog import read_lines
+from cdssl_dist.train.runlog import lines_of, read_lines
 from sharding.commands import Parser, command
 
 PAGE: Final = "report.html"
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--out", help="the page; report.html in the folder of the run where left out")
     args = p.parse_args(argv)
 
+    if args.finetune and (Path(args.run) / "results.json").exists():
+        raise ReportError("--finetune adds to the page of a pretraining, and this folder holds a fine-tuning")
     run, drawn = Path(args.run), read_map(Path(args.map)) if args.map else None
     if args.upload and args.out:
         raise ReportError("--upload takes the page in the folder of the run: leave out --out")
@@ -66,9 +68,10 @@ def of_run(run: Path, finetune: Sequence[Path] = (), drawn: CrystalMap | None = 
     metrics = read_lines(run / "metrics.jsonl")
     if not metrics:
         raise ReportError(f"{run}: no metrics.jsonl with a line in it; is it the folder of a run?")
-    events = [e for e in read_lines(run / "events.jsonl") if e.get("event") != "checkpoint"]
+    lines = (run / "events.jsonl").read_text(errors="replace") if (run / "events.jsonl").exists() else ""
+    events = [e for e in lines_of(redact(lines)) if e.get("event") != "checkpoint"]  # a page is there to be passed on
     config = run / "config.yaml"
-    text = config.read_text() if config.exists() else ""
+    text = redact(config.read_text()) if config.exists() else ""
     status, card = _json(run / "status.json"), _json(run / "encoder.json")
     return run_page(run.resolve().name, status, card, text, metrics, events, [_tuned(f) for f in finetune], drawn)
 

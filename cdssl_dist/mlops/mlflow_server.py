@@ -26,8 +26,13 @@ def redact(text: str) -> str:
 
 
 def tracking_uri(config_uri: str | None, home: Path) -> str:
-    """Where MLflow is: the config's URI, else MLFLOW_TRACKING_URI, else ``mlflow.db`` in ``home``."""
-    return config_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve()}/mlflow.db"
+    """Where MLflow is: the config's URI, else MLFLOW_TRACKING_URI, else ``mlflow.db`` in ``home``.
+
+    The path of a SQLite file is made absolute: what is remembered of one project's registry is no other project's.
+    """
+    uri = config_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home}/mlflow.db"
+    file = sqlite_file(uri)
+    return f"sqlite:///{file.resolve()}{''.join(uri.partition('?')[1:])}" if file else uri
 
 
 def sqlite_file(uri: str) -> Path | None:

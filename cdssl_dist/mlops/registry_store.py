@@ -27,7 +27,7 @@ ANSWERS: Final = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "BAD_REQ
 DENIED: Final = ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")
 REF: Final = re.compile(r"models:/(?P<name>[^/:@'\"]+)(?:/(?P<version>\d+)|@(?P<alias>[\w.-]+))")
 LOCK: Final = ".lock"
-STALE: Final = 60.0  # s that one job may hold the lock: the few calls that it covers take a second
+STALE: Final = 600.0  # s that one job may hold the lock: its calls take a second, and minutes with retries
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def move_champion(client: Any, name: str, version: int) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(client: Any, name: str, patience: float = 180.0, stale: float = STALE) -> Iterator[None]:
+def exclusive(client: Any, name: str, patience: float = 900.0, stale: float = STALE) -> Iterator[None]:
     """Hold the lock of a name. One whose holder died is taken over when it has been the same for ``stale`` seconds.
 
     Raises:
@@ -182,7 +182,7 @@ def exclusive(client: Any, name: str, patience: float = 180.0, stale: float = ST
         now, found = time.monotonic(), _holder(client, lock)
         if found != holder:
             holder, since = found, now
-        elif found and now - since > stale:
+        elif found and now - since > stale and _holder(client, lock) == holder:  # nobody else was faster
             with contextlib.suppress(MlflowException):
                 client.delete_registered_model(lock)
         if now > deadline:

@@ -68,6 +68,9 @@ def launch(config: Config) -> bool:
         state, reason = "failed", str(why)
     except _TooLateError as why:
         state, reason = "stopped", str(why)
+    except BaseException as why:
+        update_status(folder, state="failed", reason=f"the driver ended: {one_line(why)}")
+        raise
     finally:
         import ray
 

@@ -14,9 +14,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from cdssl_dist.train.rank import STARTING
 from cdssl_dist.train.runlog import lines_of
+from sharding.commands import one_line
 from sharding.sources import SourceError
-from sharding.sources.streams import folder_system
+from sharding.sources.streams import folder_system, redacted
 
 POLL: Final = 1.0  # s
 TAIL: Final = 1 << 17  # bytes of a log that are looked at
@@ -79,21 +81,27 @@ def snapshot(run: str) -> Snapshot:
         RunFolderError: where there is none.
     """
     system, root = _place(run)
-    system.invalidate_cache()
-    status = json.loads(_tail(system, f"{root}/status.json") or "{}")
-    lines = lines_of(_tail(system, f"{root}/metrics.jsonl"))
-    if not status and not lines and not system.exists(f"{root}/config.yaml"):
+    try:
+        system.invalidate_cache()
+        status = _status(_tail(system, f"{root}/status.json"))
+        lines = lines_of(_tail(system, f"{root}/metrics.jsonl"))
+        there = status or lines or system.exists(f"{root}/config.yaml")
+        events = lines_of(_tail(system, f"{root}/events.jsonl"))
+    except Exception as why:  # each kind of remote storage has errors of its own
+        raise RunFolderError(f"{redacted(run)}: cannot be read ({one_line(why)})") from None
+    if not there:
         raise RunFolderError(
-            f"{run}: no run is here (neither config.yaml nor status.json); give the run= of a pretraining"
+            f"{redacted(run)}: no run is here (neither config.yaml nor status.json), or nobody answers; give the run= "
+            "of a pretraining"
         )
-    events = lines_of(_tail(system, f"{root}/events.jsonl"))
     metrics = {name: value for line in lines for name, value in line.items() if name not in ("step", "time")}
     training = [line for line in lines if "train/loss" in line][-10:]
     rate, usual = _rate(training)
     spoken = max((part["time"] for part in (status, *lines[-1:], *events[-1:]) if part), default=None)
     age = None if spoken is None else max(time.time() - spoken / 1000.0, 0.0)
     state = status.get("state", "starting")
-    if state == "training" and age is not None and age > max(SILENT, 3.0 * usual):
+    patience = max(SILENT, 3.0 * usual) if state == "training" else STARTING
+    if state in ("training", "starting") and age is not None and age > patience:
         state = "silent"
     return Snapshot(
         run=run,
@@ -115,6 +123,14 @@ def _place(run: str) -> tuple[Any, str]:
         return folder_system(run)
     except SourceError as why:
         raise RunFolderError(str(why)) from None
+
+
+def _status(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:  # half of it, from a storage that does not rename
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _tail(system: Any, path: str) -> str:

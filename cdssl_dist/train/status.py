@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from cdssl_dist.train import live
-from sharding.commands import DONE, FAILED, Parser, command
+from sharding.commands import DONE, FAILED, Parser, UseError, command
 
 
 @command
@@ -20,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--every", type=float, default=2.0, metavar="S", help="seconds between two looks")
     args = parser.parse_args(argv)
 
+    if not args.every > 0:
+        raise UseError(f"--every {args.every:g}: must be above 0")
     seen = live.snapshot(args.run)
     if args.follow and not args.json and sys.stdout.isatty():
         from rich.live import Live
@@ -27,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Live(live.table(seen), auto_refresh=False) as view:
             while not seen.over:
                 time.sleep(args.every)
-                seen = live.snapshot(args.run)
+                seen = _again(args.run, seen)
                 view.update(live.table(seen), refresh=True)
     elif args.follow:
         last = None
@@ -38,10 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             if seen.over:
                 break
             time.sleep(args.every)
-            seen = live.snapshot(args.run)
+            seen = _again(args.run, seen)
     else:
         print(seen.json() if args.json else live.page(seen))
     return FAILED if seen.state in ("failed", "refused") else DONE
+
+
+def _again(run: str, seen: live.Snapshot) -> live.Snapshot:
+    """Another look; what was seen, where a storage does not answer for once."""
+    try:
+        return live.snapshot(run)
+    except live.RunFolderError:
+        return seen
 
 
 if __name__ == "__main__":
