@@ -25,7 +25,6 @@ from torch import nn
 
 from cdssl_dist.bench.common import BenchError, Figures, add_repeat, data_folder, free_port, turns
 from cdssl_dist.bench.step import CENTERS, SIZES
-from cdssl_dist.config import GuardConfig, parse
 from cdssl_dist.data.batch import RawPack, widen
 from cdssl_dist.data.dataset import DataSet
 from cdssl_dist.data.plan import EpochPlan
@@ -34,7 +33,6 @@ from cdssl_dist.model.loss import Baseline, fit_baseline
 from cdssl_dist.model.megnet import PretextModel
 from cdssl_dist.model.precision import bf16_twin, round_into
 from cdssl_dist.model.pretext import Denoising
-from cdssl_dist.train.guard import Guard
 
 METRICS_EVERY: Final = 20  # steps, the defaults of the config
 CHECKPOINT_EVERY: Final = 500
@@ -126,8 +124,10 @@ def _engine(
     """One engine, with a gate that is always open, and with guard and metrics as in the training loop."""
     import torch.distributed as dist
 
+    from cdssl_dist.config import GuardConfig
     from cdssl_dist.train.deepspeed_json import EngineSettings
     from cdssl_dist.train.engine import Engine, init_distributed
+    from cdssl_dist.train.guard import Guard
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     init_distributed(device)
@@ -198,6 +198,8 @@ def _checkpoint(engine: Any, root: Path, repeat: int, step: float) -> Figures:
 
 def _restart(data: str, run: Path, args: argparse.Namespace) -> float:
     """Seconds from SIGKILL of one rank under a bare launcher to the first step of the next life."""
+    from cdssl_dist.config import parse
+
     content = {
         "run": str(run),
         "data": {"path": data, "packs_per_step": 1},
