@@ -89,11 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ablation = read(Ablation, Path(args.config) if args.config else packaged("ablation/mp.yaml"), args.override)
 
     data = functools.cache(lambda cutoff: labeled(ablation.probe, args.data, cutoff))
-    for name in ablation.variants:  # better said now than after hours of pretraining
-        with DataSet(wanted_of(ablation, name).data_path) as shards:
-            graphs = [found.graphs for found in data(shards.manifest.cutoff)]
-    for path in ablation.probe.vectors.values():
-        vectors_of(path, [key for of_target in graphs for key in of_target.keys])
+    check(ablation, data)
     for name in ablation.variants:
         if code := pretrained(ablation, name):
             return code
@@ -103,6 +99,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_atomically(Path(ablation.out) / "table.md", text.encode())
     print(text)
     return DONE
+
+
+def check(ablation: Ablation, data: Callable[[float], list[Labeled]]) -> None:
+    """What the probes will want, which is better said now than after hours of pretraining.
+
+    Raises:
+        DataSetError: where shards, labels or vectors are not there.
+    """
+    cutoffs = []
+    for name in ablation.variants:
+        with DataSet(wanted_of(ablation, name).data_path) as shards:
+            cutoffs.append(shards.manifest.cutoff)
+        data(cutoffs[-1])
+    for path in ablation.probe.vectors.values():  # in the table they stand once, beside the first variant
+        vectors_of(path, [key for found in data(cutoffs[0]) for key in found.graphs.keys])
 
 
 def pretrained(ablation: Ablation, name: str) -> int:

@@ -62,10 +62,6 @@ def open_source(spec: str, options: ReadOptions) -> Source:
     )
 
 
-def _is_id(kind: pa.DataType) -> bool:
-    return any(is_(kind) for is_ in (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer))
-
-
 def _is_list_of(inner: Callable[[pa.DataType], bool]) -> Callable[[pa.DataType], bool]:
     def right(kind: pa.DataType) -> bool:
         listed = any(is_(kind) for is_ in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
@@ -76,6 +72,10 @@ def _is_list_of(inner: Callable[[pa.DataType], bool]) -> Callable[[pa.DataType],
 
 def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_id(kind: pa.DataType) -> bool:
+    return _is_text(kind) or bool(pa.types.is_integer(kind))
 
 
 def _is_number(kind: pa.DataType) -> bool:
