@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cdssl_dist.config import packaged
 from cdssl_dist.train.runlog import read_lines
-from sharding.commands import Parser, UseError, command, run_child
+from sharding.commands import Parser, UseError, command, positive, run_child
 from sharding.manifest import read_manifest
 from sharding.sources import open_source
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps, then say what came out."""
     p = Parser("cdssl demo", f"The whole path in a few minutes on two CPU cores; everything is left in {HOME}/.")
     p.add_argument("--data", default="aflow:", help="your own database instead of the crystals that ship with pymatgen")
-    p.add_argument("--limit", type=int, help="read this many crystals of it; 3,000 of a database of your own")
+    p.add_argument("--limit", type=positive, help="read this many crystals of it; 3,000 of a database of your own")
     p.add_argument("--seed", type=int, default=0, help="of split, weights and noise")
     args = p.parse_args(argv)
     own = args.data != "aflow:"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sharding.block import Budget
-from sharding.commands import DONE, INTERRUPTED, Parser, UseError, command
+from sharding.commands import DONE, INTERRUPTED, Parser, UseError, command, positive
 from sharding.executor import Executor
 from sharding.manifest import Manifest
 from sharding.pipeline import shard
@@ -33,7 +33,7 @@ def parser() -> Parser:
     p.add_argument("--block-atoms", type=int, default=DEFAULT.budget.atoms, help="atoms of a block at most")
     p.add_argument("--block-graphs", type=int, default=DEFAULT.budget.graphs, help="graphs of a block at most")
     p.add_argument("--blocks-per-shard", type=int, default=DEFAULT.blocks_per_shard, help="blocks of a tar file")
-    p.add_argument("--limit", type=int, help="read this many records of each source: rows, or files")
+    p.add_argument("--limit", type=positive, help="read this many records of each source: rows, or files")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that convert")
     p.add_argument("--address", help="of a Ray cluster that converts, with --workers tasks at a time")
     p.add_argument("--exclude", action="append", default=[], metavar="SOURCE", help="keep out twins of its crystals")
@@ -62,8 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     labels = dict(pairs)
     if len(labels) < len(pairs):
         raise UseError("--label: a name is given to two columns")
-    if args.limit is not None and args.limit < 1:
-        raise UseError(f"--limit {args.limit}: one record at least is read")
     settings = ShardSettings(
         cutoff=args.cutoff,
         budget=Budget(args.block_edges, args.block_atoms, args.block_graphs),

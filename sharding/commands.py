@@ -28,6 +28,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **more)
 
 
+def positive(text: str) -> int:
+    """The type of an argument that counts something: 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, not {text!r}")
+    return int(text)
+
+
 def command(main: Callable[..., int]) -> Callable[..., int]:
     """Turn errors into a line and an exit code: 2 for what the user can mend (a ``ValueError``), 1 for the rest.
 

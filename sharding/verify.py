@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from sharding.commands import DONE, FAILED, Parser, UseError, command
+from sharding.commands import DONE, FAILED, Parser, UseError, command, positive
 from sharding.executor import Executor
 from sharding.findings import Report
 from sharding.invariants import Rules
@@ -121,7 +121,7 @@ def parser() -> Parser:
         "Exits with 1 where anything is wrong.",
     )
     p.add_argument("folder", metavar="DIR", help="the data set: a folder, or a URL")
-    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that read shards")
+    p.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes that read shards")
     p.add_argument("--address", help="of a Ray cluster that reads, with --workers shards at a time")
     p.add_argument("--sample", type=float, default=SAMPLE, help="share of the blocks whose edges are computed again")
     p.add_argument("--json", action="store_true", help="print one object with all findings")

@@ -22,8 +22,9 @@ from cdssl_dist.model.beyond import BeyondDenoising, BeyondModel, CompiledBeyond
 from cdssl_dist.model.compiled import compile_model
 from cdssl_dist.model.edges import gaussians
 from cdssl_dist.model.export import read_encoder
+from cdssl_dist.model.loss import fit_baseline, metrics_of
 from cdssl_dist.model.megnet import PretextModel
-from cdssl_dist.model.noise import masked, strain_of
+from cdssl_dist.model.noise import masked, sigma_of, strain_of
 from cdssl_dist.train.replay import replay
 from sharding.crystal import Crystal
 
@@ -186,9 +187,40 @@ def test_hidden_elements_are_a_share_and_no_input(crystals: list[Crystal]) -> No
         p = torch.softmax(logits.double(), dim=1)
         edges = np.bincount(batch.receiver[batch.scored].numpy(), minlength=batch.n_atoms)
         by_hand = -sum(edges[i] * math.log(p[i, int(batch.atomic_numbers[i])]) for i in torch.nonzero(hides)[:, 0])
-        predicted, loss = task.recovered(model, EXPANSION(task.distances(batch)[0]), task.distances(batch)[1], batch)
+        predicted, loss, _ = task.recovered(model, EXPANSION(task.distances(batch)[0]), task.distances(batch)[1], batch)
         edges_loss = task.squared_error(predicted, task.distances(batch)[1], batch)
     assert float(loss - edges_loss) == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_what_options_recover_is_told(crystals: list[Crystal]) -> None:
+    """By numpy, from positions and logits; over two packs."""
+    options = Options(displacement=0.5, masked=0.3)
+    model, task = model_of(options), task_of(options)
+    errors, sums = np.zeros(4), torch.zeros(len(task.sums), dtype=torch.float64)
+    for batch in (batch_of(crystals[:9]), batch_of(crystals[9:])):
+        with torch.no_grad():
+            baseline = fit_baseline(task.baseline_sums(batch), task.expansion.end)
+            _, found = task.loss(model, batch, baseline)
+            hides = masked(batch.noise_counter, 0.3, 5)
+            seen = replace(batch, atomic_numbers=batch.atomic_numbers.masked_fill(hides, 0))
+            given = model(EXPANSION(task.distances(batch)[0]), seen, None, torch.ones(batch.n_graphs))
+            pulled = task._pulled(given.pulls, batch).double().numpy()
+        assert found is not None
+        sums += found
+        of, scored = batch.graph_of_atom.numpy(), batch.scored
+        edges = np.bincount(batch.receiver[scored].numpy(), minlength=batch.n_atoms)
+        sigma = sigma_of(batch.graph_counter, *SIGMA, 5).double().numpy()
+        moved = (task.displaced_positions(batch).double() - batch.positions.double()).numpy() / sigma[of, None]
+        moved -= (np.stack([np.bincount(of, m) for m in moved.T]) / np.bincount(of)).T[of]
+        errors[:2] += [(edges * (v**2).sum(axis=1)).sum() for v in (pulled - moved, moved)]
+        right = given.elements.argmax(dim=1).numpy() == batch.atomic_numbers.numpy()
+        errors[2:] += [(edges * hides.numpy() * right).sum(), (edges * hides.numpy()).sum()]
+    metrics = task.metrics(sums)
+    assert metrics["skill_displacement"] == pytest.approx(1 - errors[0] / errors[1], rel=1e-4)
+    assert metrics["element_accuracy"] == pytest.approx(errors[2] / errors[3]) and errors[3] > 0
+    assert metrics["loss"] == pytest.approx(metrics_of(sums[:6], task.expansion.centers)["loss"])
+    alone = task_of(Options(masked=0.3)).metrics(torch.zeros(8)).keys()
+    assert alone - task_of(Options()).metrics(torch.zeros(6)).keys() == {"element_accuracy"}
 
 
 @pytest.mark.parametrize("options", [*({name: value} for name, value in ALL.items()), ALL])
@@ -236,7 +268,7 @@ def test_what_is_asked_for_is_learned(name: str, crystals: list[Crystal]) -> Non
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
 
     def besides() -> Tensor:
-        predicted, loss = task.recovered(model, noisy, clean, batch)
+        predicted, loss, _ = task.recovered(model, noisy, clean, batch)
         return loss - task.squared_error(predicted, clean, batch)
 
     edges = np.bincount(batch.receiver[batch.scored].numpy(), minlength=batch.n_atoms)

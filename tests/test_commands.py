@@ -36,6 +36,17 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out.startswith(f"usage: cdssl {name}")
 
 
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "all"])
+@pytest.mark.parametrize(
+    "begun", ["shard aflow:9 --out d --limit", "embed --data d --out e --threads", "map e --sample"]
+)
+def test_what_counts_is_one_at_least(begun: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*begun.split(), value])
+    assert end.value.code == 2
+    assert f"must be a whole number from 1 up, not '{value}'" in capsys.readouterr().err
+
+
 def test_the_list_of_commands() -> None:
     answer = cdssl("--help")
     assert answer.returncode == 0

@@ -286,6 +286,9 @@ def test_finetune_register_predict(
     assert cdssl(["predict", "--model", "models:/crystals@champion", "--data", str(table), "--out", "q.parquet"]) == 2
     assert "is an encoder" in capsys.readouterr().err and not Path("q.parquet").exists()
     assert cdssl(["finetune", "--encoder", "models:/volumes@champion", "--data", str(table), "--target", "volume"]) == 2
+    assert "a fine-tuned model, where an encoder is wanted" in capsys.readouterr().err
+    assert cdssl(["embed", "--encoder", "tuned/model", "--data", str(table), "--out", "q.parquet"]) == 2
+    assert "tuned/model: a fine-tuned model, where an encoder is wanted" in capsys.readouterr().err
     again = ["finetune", "--encoder", str(folder), "--data", str(table), "--target", "volume", "--register", "crystals"]
     assert cdssl(again) == 2  # before it trains
     assert "'crystals' holds cdssl-encoder" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import pytest
 from browser import act
 
 from cdssl_dist.cli import main as cdssl
-from cdssl_dist.look.map import neighbours_tell, reduced
+from cdssl_dist.look.map import neighbours_tell, read_map, reduced
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -57,6 +57,20 @@ def test_umap_is_used_where_it_is_installed(vectors: Path) -> None:
     np.testing.assert_array_equal(place, reduced(points, "umap", 0))  # one seed, one map
     t = np.array(pq.read_table(vectors)["density"].to_pylist()[:80])
     assert neighbours_tell("density", t, place, points).on_map > 0.8
+
+
+def test_columns_that_are_called_as_coordinates_often_are(vectors: Path, tmp_path: Path) -> None:
+    table, x = pq.read_table(vectors), np.arange(81.0)
+    for name in ("x", "y", "map_x"):  # the last one from a map before
+        table = table.append_column(name, pa.array(x))
+    pq.write_table(table, tmp_path / "named.parquet")
+    assert cdssl(["map", str(tmp_path / "named.parquet"), "--out", str(tmp_path), "--method", "pca"]) == 0
+    found = read_map(tmp_path)
+    assert found.columns.keys() == {"density", "n_atoms", "x", "y"}
+    np.testing.assert_array_equal(found.columns["x"], x[:80])
+    written = pq.read_table(tmp_path / "map.parquet")
+    np.testing.assert_array_equal(np.column_stack([written["map_x"], written["map_y"]]), found.place)
+    assert not np.array_equal(found.place[:, 0], x[:80])
 
 
 def test_without_umap_nothing_else_is_taken_silently(

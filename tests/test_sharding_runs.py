@@ -179,7 +179,6 @@ def test_strict_ends_at_a_key_of_two_crystals(aflow: list[Crystal], tmp_path: Pa
     [
         (["--blocks-per-shard", "0"], "each must be 1 at least"),
         (["--block-graphs", "0"], "each must be 1 at least"),
-        (["--limit", "-1"], "one record at least"),
         (["--no-fingerprints", "--duplicates", "near"], "duplicates are found by fingerprints"),
         (["--label", "a=x", "--label", "a=y"], "a name is given to two columns"),
         (["--exclude", "aflow:9", "--exclude-keys", "EMPTY"], "holds no key, so nothing would be kept out"),

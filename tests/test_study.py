@@ -241,6 +241,29 @@ def test_a_study_from_end_to_end(
     assert now == [row for row in rows if row["arm"] in stays]
 
 
+def test_the_best_rates_run_on_further_seeds(
+    toy: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, rates = tmp_path / "study", [1e-4, 1e-3, 1e-2, 1e12]
+    changes = SMALL | {"targets": {"volume": CONFIG["targets"]["volume"]}, "sizes": [20], "seeds": [0]}
+    changes["arms"] = {arm: about | {"rates": rates} for arm, about in SMALL["arms"].items()}
+    changes["sweep"] = {"seeds": [7, 8, 9], "sizes": [20], "evaluate": 25}
+    assert study.main(arguments(toy, encoder, out, "--dry-run", **changes)) == 0
+    assert f"{2 * (4 + 2 * 2)} cells of sweeps and 4 that are reported; 20 are" in capsys.readouterr().out
+    assert study.main(arguments(toy, encoder, out, **changes)) == 0
+    rows = table(out)
+    for arm in changes["arms"]:
+        errors = {
+            seed: {r["lr"]: r["mae"] for r in rows if (r["kind"], r["arm"], r["seed"]) == ("sweep", arm, seed)}
+            for seed in (7, 8, 9)
+        }
+        best = sorted(errors[7], key=lambda rate: errors[7][rate])[:2]
+        assert set(errors[7]) == set(rates) and set(errors[8]) == set(errors[9]) == set(best)
+        mean = {rate: np.mean([errors[seed][rate] for seed in errors]) for rate in best}
+        reported = [r["lr"] for r in rows if (r["kind"], r["arm"]) == ("study", arm)]
+        assert reported == [min(mean, key=lambda rate: mean[rate])]
+
+
 def studied(argv: list[str]) -> int:
     """In a process that can be killed."""
     return study.main(argv)
@@ -479,6 +502,11 @@ def test_the_figures() -> None:
     }
     assert choose_rates(errors) == {("t", 100, "a"): 1e-3}
     assert choose_rates({swept(1e-1, 7): math.inf}) == {}
+    errors[swept(1e-3, 8)] = math.inf  # of two finalists one diverged on another seed
+    assert choose_rates(errors) == {("t", 100, "a"): 1e-2}
+    errors[swept(1e-2, 8)] = math.inf  # both
+    assert choose_rates(errors) == {}
+    assert choose_rates(errors | {swept(1e-4, 7): 9.0}) == {("t", 100, "a"): 1e-4}
 
 
 def test_predictions_of_what_grows_with_the_cell_are_of_the_cell(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from cdssl_dist.data.dataset import DataSet, is_data_set, no_split
 from cdssl_dist.data.labeled import in_batches
 from cdssl_dist.data.subset import select
 from sharding.block import decode
+from sharding.commands import positive
 from sharding.convert import batches_of
 from sharding.crystal import Refusal
 from sharding.executor import Executor
@@ -40,8 +41,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--split", choices=("train", "val", "test"), help="use this split of a data set of shards only")
     p.add_argument("--where", metavar="CONDITION", help="of a data set of shards, as in 'n_atoms <= 20'")
     p.add_argument("--out", required=True, help="Parquet file: a row for each crystal")
-    p.add_argument("--workers", type=int, default=1, help="processes; each holds the model")
-    p.add_argument("--threads", type=int, default=1, help="of torch in each, on CPU")
+    p.add_argument("--workers", type=positive, default=1, help="processes; each holds the model")
+    p.add_argument("--threads", type=positive, default=1, help="of torch in each, on CPU")
 
 
 @dataclass(frozen=True)

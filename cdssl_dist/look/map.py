@@ -23,10 +23,11 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
 from cdssl_dist.look.map_page import page
-from sharding.commands import Parser, command
+from sharding.commands import Parser, command, positive
 
 NEIGHBOURS: Final = 10
 FEWEST: Final = NEIGHBOURS + 2  # crystals of a map
+PLACE: Final = ("map_x", "map_y")  # columns of the coordinates; a table may have an x of its own
 METHODS: Final = ("umap", "tsne", "pca")
 
 
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("embeddings", help="Parquet of cdssl embed, or one with key, embedding and numbers")
     p.add_argument("--color", help="a column of numbers; density, else the first one, where left out")
     p.add_argument("--method", choices=METHODS, default="tsne", help="umap wants the package umap-learn")
-    p.add_argument("--sample", type=int, default=10_000, help="at most so many crystals, chosen at random")
+    p.add_argument("--sample", type=positive, default=10_000, help="at most so many crystals, chosen at random")
     p.add_argument("--seed", type=int, default=0, help="of the sample and of the map")
     p.add_argument("--out", default="runs/map", help="folder for map.png, map.html and map.parquet")
     args = p.parse_args(argv)
@@ -105,10 +106,11 @@ def draw_map(
 
 
 def write_map(path: Path, found: CrystalMap, table: pa.Table) -> None:
-    """The table with coordinates, x and y; method and figures go into its metadata."""
-    x, y = (pa.array(column) for column in found.place.T)
+    """The table with the coordinates; method and figures go into its metadata."""
+    for name, column in zip(PLACE, found.place.T, strict=True):
+        table = table.append_column(name, pa.array(column))
     about = {"method": found.method, "kept": json.dumps([asdict(k) for k in found.kept.values()])}
-    pq.write_table(table.append_column("x", x).append_column("y", y).replace_schema_metadata(about), path)
+    pq.write_table(table.replace_schema_metadata(about), path)
 
 
 def read_map(folder: Path) -> CrystalMap:
@@ -123,7 +125,7 @@ def read_map(folder: Path) -> CrystalMap:
         about = table.schema.metadata or {}
         kept = {k["column"]: Kept(**k) for k in json.loads(about[b"kept"])}
         columns = numbers(table)
-        place = np.column_stack([columns.pop("x"), columns.pop("y")])
+        place = np.column_stack([columns.pop(name) for name in PLACE])
         names = table["key"].to_pylist()
         formulas = table["formula"].to_pylist() if "formula" in table.column_names else [""] * len(names)
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as why:
@@ -152,7 +154,8 @@ def read_vectors(path: str, sample: int, seed: int) -> tuple[pa.Table, NDArray[n
         vectors = np.empty(0)
     if vectors.ndim != 2 or not np.isfinite(vectors).all():
         raise MapError(f"{path}: embeddings must be vectors of one length, of finite numbers")
-    return table.drop_columns(["embedding"]), StandardScaler().fit_transform(vectors)
+    others = [name for name in table.column_names if name not in ("embedding", *PLACE)]
+    return table.select(others), StandardScaler().fit_transform(vectors)
 
 
 def numbers(table: pa.Table) -> dict[str, NDArray[np.float64]]:

@@ -27,7 +27,7 @@ from cdssl_dist.finetune.splits import Split, k_folds
 from cdssl_dist.finetune.targets import Array
 from cdssl_dist.mlops.models import CHAMPION
 from cdssl_dist.model.embedding import embed_graphs
-from sharding.commands import Parser, command
+from sharding.commands import Parser, command, positive
 from sharding.graph import Multigraphs
 from sharding.manifest import DataSetError
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--folds", type=int, default=5, help="of the cross-validation, by whole groups")
     p.add_argument("--seed", type=int, default=0, help="of the folds and of the random encoders")
     p.add_argument("--out", metavar="FILE", help="write the results as JSON")
-    p.add_argument("--threads", type=int, default=1, help="of torch, on CPU")
+    p.add_argument("--threads", type=positive, default=1, help="of torch, on CPU")
     args = p.parse_args(argv)
     torch.set_num_threads(args.threads)
 

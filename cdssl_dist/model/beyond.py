@@ -6,6 +6,7 @@ pretext head.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -89,6 +90,26 @@ class BeyondDenoising(Denoising):
 
     options: Options
 
+    @property
+    def sums(self) -> tuple[str, ...]:
+        """See ``Denoising``."""
+        options = self.options
+        return (
+            super().sums
+            + ("pulled", "displaced") * bool(options.displacement)
+            + ("found", "hidden") * bool(options.masked)
+        )
+
+    def metrics(self, sums: Tensor) -> dict[str, float]:
+        """And ``skill_displacement``, against saying none; ``element_accuracy``, the share of hidden ones found."""
+        named = dict(zip(self.sums, sums.tolist(), strict=True))
+        metrics = super().metrics(sums)
+        if self.options.displacement:
+            metrics["skill_displacement"] = 1 - named["pulled"] / named["displaced"] if named["displaced"] else math.nan
+        if self.options.masked:
+            metrics["element_accuracy"] = named["found"] / named["hidden"] if named["hidden"] else math.nan
+        return metrics
+
     def distances(self, batch: GraphBatch) -> tuple[Tensor, Tensor]:
         """See ``Denoising``."""
         return norms(self._strained(batch)), norms(vectors(batch, batch.positions))
@@ -101,7 +122,9 @@ class BeyondDenoising(Denoising):
         strain = strain_of(batch.graph_counter, self.options.strain, self.seed).index_select(0, batch.graph_of_half)
         return vector + torch.einsum("hi,hij->hj", vector, strain)
 
-    def recovered(self, model: nn.Module, features: Tensor, clean: Tensor, batch: GraphBatch) -> tuple[Tensor, Tensor]:
+    def recovered(
+        self, model: nn.Module, features: Tensor, clean: Tensor, batch: GraphBatch
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """See ``Denoising``; the loss is the sum of all."""
         hides = masked(batch.noise_counter, self.options.masked, self.seed) if self.options.masked else None
         seen = batch if hides is None else replace(batch, atomic_numbers=batch.atomic_numbers.masked_fill(hides, 0))
@@ -110,13 +133,19 @@ class BeyondDenoising(Denoising):
         found: Recovered = model(features, seen, true, sigma)
         loss = self.squared_error(found.edges, clean, batch)
         scored_edges = segment_sum(batch.scored[:, None], batch.receiver, batch.n_atoms)[:, 0]
+        further: list[Tensor] = []
         if found.pulls is not None:
-            error = self._pulled(found.pulls, batch) - self._displacements(batch)
-            loss = loss + self.options.displacement * (scored_edges * error.square().sum(dim=1)).sum()
+            displaced = self._displacements(batch)
+            error = self._pulled(found.pulls, batch) - displaced
+            pulled, still = ((scored_edges * v.square().sum(dim=1)).sum() for v in (error, displaced))
+            loss = loss + self.options.displacement * pulled
+            further += [pulled, still]
         if found.elements is not None and hides is not None:
             entropy = F.cross_entropy(found.elements, batch.atomic_numbers, reduction="none")
-            loss = loss + (scored_edges * hides * entropy).sum()
-        return found.edges, loss
+            weight = scored_edges * hides
+            loss = loss + (weight * entropy).sum()
+            further += [(weight * (found.elements.argmax(dim=1) == batch.atomic_numbers)).sum(), weight.sum()]
+        return found.edges, loss, further
 
     def _pulled(self, pulls: Tensor, batch: GraphBatch) -> Tensor:
         """Mean of the pulls along the edges of each atom, which turns as the crystal does: (E,) → (N, 3)."""

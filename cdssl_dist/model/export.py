@@ -77,6 +77,8 @@ def read_card(folder: str | Path) -> EncoderCard:
         ExportError: where it is missing, no card, or of a newer version.
     """
     path = Path(folder) / f"{STEM}.json"
+    if not path.exists() and path.with_name("property.json").exists():
+        raise ExportError(f"{folder}: a fine-tuned model, where an encoder is wanted; its property.json names its own")
     content = read_content(path, FORMAT, VERSION, UPGRADES)
     try:
         return EncoderCard(**{**content, "sigma": tuple(content["sigma"])})

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from cdssl_dist.data.batch import GraphBatch
 from cdssl_dist.model.edges import GaussianExpansion, distances
-from cdssl_dist.model.loss import Baseline, SquaredError, baseline_sums, figures
+from cdssl_dist.model.loss import SUMS, Baseline, SquaredError, baseline_sums, figures, metrics_of
 from cdssl_dist.model.noise import gaussian, sigma_of
 
 
@@ -19,6 +20,15 @@ class Denoising:
     expansion: GaussianExpansion
     sigma: tuple[float, float]  # Å; log-uniform per graph between the two
     seed: int
+
+    @property
+    def sums(self) -> tuple[str, ...]:
+        """Names of the sums behind the metrics, in their order."""
+        return SUMS
+
+    def metrics(self, sums: Tensor) -> dict[str, float]:
+        """Of sums over packs and ranks, see ``loss.metrics_of``."""
+        return metrics_of(sums[: len(SUMS)], self.expansion.centers)
 
     def displaced_positions(self, batch: GraphBatch) -> Tensor:
         """x̃ = x + σε: (N, 3), Å."""
@@ -39,21 +49,24 @@ class Denoising:
         """Sum of squared errors over the scored edges of a pack, and with a baseline the sums behind all metrics.
 
         Returns:
-            Both in the order of ``loss.SUMS`` where there are metrics: (), f32, and (6,) f64 or None.
+            (), f32, and as many sums as ``sums`` names, f64, or None.
         """
         noisy, clean = self.distances(batch)
         features = self.expand(noisy)
-        predicted, squared = self.recovered(model, features, clean, batch)
+        predicted, loss, further = self.recovered(model, features, clean, batch)
         if baseline is None:
-            return squared, None
+            return loss, None
         target = self.expand(clean).index_select(0, batch.half)
         features, noisy = features.index_select(0, batch.half), noisy.index_select(0, batch.half)
-        return squared, figures(predicted.detach(), target, features, noisy, batch.scored, baseline)
+        found = figures(predicted.detach(), target, features, noisy, batch.scored, baseline)
+        return loss, torch.cat([found, *(value.detach().double()[None] for value in further)])
 
-    def recovered(self, model: nn.Module, features: Tensor, clean: Tensor, batch: GraphBatch) -> tuple[Tensor, Tensor]:
-        """ê, (E, M), from e(d̃), (H, M), and the loss that d, (H,), gives it."""
+    def recovered(
+        self, model: nn.Module, features: Tensor, clean: Tensor, batch: GraphBatch
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """ê, (E, M), from e(d̃), (H, M); the loss that d, (H,), gives it; sums behind further metrics."""
         predicted = model(features, batch)
-        return predicted, self.squared_error(predicted, clean, batch)
+        return predicted, self.squared_error(predicted, clean, batch), []
 
     def squared_error(self, predicted: Tensor, clean: Tensor, batch: GraphBatch) -> Tensor:
         """Σ over scored edges and features of (ê − e(d))², of (E, M) and d of half edges, (H,) Å."""

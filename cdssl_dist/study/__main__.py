@@ -126,9 +126,10 @@ def plan_of(config: StudyConfig, named: Sequence[str], registry_uri: str, seen: 
 def work(plan: Plan, executor: Executor, failures: dict[str, str], sweeps_only: bool = False) -> None:
     """Compute the cells that are missing: the sweeps, then with the rates that they chose what is reported."""
     _finish(plan, "sweep", [plan.job(cell) for cell in plan.sweeps()], executor, failures)
+    _finish(plan, "sweep", [plan.job(cell) for cell in plan.sweeps(_errors(plan, _swept(plan)))], executor, failures)
     if sweeps_only:
         return
-    jobs = [plan.job(cell) for cell in plan.with_rates(_rates(plan, _swept(plan)))]
+    jobs = [plan.job(cell) for cell in plan.with_rates(choose_rates(_errors(plan, _swept(plan))))]
     for cell in {c.name(): c for c in plan.cells()}.keys() - {job.cell.name() for job in jobs}:
         failures[cell] = "no learning rate: no training of its sweep came to an end"
     _finish(plan, "study", jobs, executor, failures)
@@ -137,7 +138,7 @@ def work(plan: Plan, executor: Executor, failures: dict[str, str], sweeps_only: 
 def gather(plan: Plan, about: dict[str, str], failures: dict[str, str], seen: Collection[str] | None) -> Findings:
     """What there is on disk."""
     sweeps = _swept(plan)
-    rates = _rates(plan, sweeps)
+    rates = choose_rates(_errors(plan, sweeps))
     results = read_results(plan.job(cell) for cell in plan.with_rates(rates))
     keys = None
     if seen is not None:
@@ -182,9 +183,10 @@ def summary(findings: Findings) -> dict[str, float]:
 
 def estimate(plan: Plan, workers: int) -> str:
     """How many cells there are, how many are missing, and what these cost; by the finished ones where there are any."""
-    sweeps = [plan.job(cell) for cell in plan.sweeps()]
     done = _swept(plan)
-    rates = _rates(plan, done)
+    alike = dict.fromkeys(plan.sweeps(), 0.0)  # which of those that are not finished will go on costs the same
+    sweeps = [plan.job(cell) for cell in plan.sweeps(alike | _errors(plan, done))]
+    rates = choose_rates(_errors(plan, done))
     first = {name: arm.rates[0] for name, arm in plan.config.arms.items()}
     known = {cell.name(): cell for cell in plan.with_rates(rates)}
     jobs = [plan.job(known.get(c.name()) or replace(c, lr=first.get(c.arm, 0.0))) for c in plan.cells()]
@@ -231,13 +233,15 @@ def said(findings: Findings, written: Sequence[Path]) -> str:
 
 
 def _swept(plan: Plan) -> dict[Cell, Result]:
-    return read_results(plan.job(cell) for cell in plan.sweeps())
+    """What there is of the sweeps: of the first seed, and of those that go on by it."""
+    first = read_results(plan.job(cell) for cell in plan.sweeps())
+    return read_results(plan.job(cell) for cell in plan.sweeps(_errors(plan, first)))
 
 
-def _rates(plan: Plan, sweeps: dict[Cell, Result]) -> dict[tuple[str, int, str], float]:
-    """By the error as it is learned: of a logarithm's mean error few crystals do not decide."""
+def _errors(plan: Plan, sweeps: dict[Cell, Result]) -> dict[Cell, float]:
+    """As it is learned: of a logarithm's mean error few crystals do not decide."""
     targets = {name: about.learned(name) for name, about in plan.config.targets.items()}
-    return choose_rates({cell: result.error_as_learned(targets[cell.target]) for cell, result in sweeps.items()})
+    return {cell: result.error_as_learned(targets[cell.target]) for cell, result in sweeps.items()}
 
 
 def _finish(plan: Plan, what: str, jobs: Sequence[Job], executor: Executor, failures: dict[str, str]) -> None:

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -223,19 +223,31 @@ class Plan:
         for name, samples in self.samples.items():
             samples.check(name in config.predict.targets if config.predict else False)
 
-    def sweeps(self) -> list[Cell]:
-        """The trainings that rates are chosen by."""
+    def sweeps(self, errors: Mapping[Cell, float] | None = None) -> list[Cell]:
+        """The trainings that rates are chosen by: of a case all rates on one seed, and the best of them on the others.
+
+        One seed chooses roughly, and rates that are far off need no second (successive halving, arXiv:1502.07943).
+
+        Args:
+            errors: of those on the first seed, as far as they are known; others go no further.
+        """
+        errors = errors or {}
+        first, *others = self.config.sweep.seeds
         wanted = dict.fromkeys(
             (cell.target, self.samples[cell.target].sweep_size(cell.size), cell.arm)
             for cell in self.cells()
             if cell.arm in self.config.arms and len(set(self.config.arms[cell.arm].rates)) > 1
         )
-        return [
-            Cell("sweep", target, size, seed, arm, rate)
+        cases = [
+            [Cell("sweep", target, size, first, arm, rate) for rate in sorted(set(self.config.arms[arm].rates))]
             for target, size, arm in wanted
-            for seed in self.config.sweep.seeds
-            for rate in sorted(set(self.config.arms[arm].rates))
         ]
+        found = [cell for case in cases for cell in case]
+        for case in cases:
+            ended = sorted((c for c in case if math.isfinite(errors.get(c, math.inf))), key=lambda c: errors[c])
+            best = ended[: self.config.sweep.finalists]
+            found += [replace(cell, seed=seed) for seed in others for cell in best]
+        return found
 
     def cells(self) -> list[Cell]:
         """The trainings that are reported, without their rates: one seed after the other, the largest first."""
@@ -330,16 +342,18 @@ class Plan:
 
 
 def choose_rates(errors: dict[Cell, float]) -> dict[tuple[str, int, str], float]:
-    """The rate with the lowest error, mean over the sweep's seeds: (target, sweep size, arm) → rate."""
+    """Of the rates that ran on most seeds that with the lowest mean error: (target, sweep size, arm) → rate.
+
+    One that diverged on any seed comes after all that never did.
+    """
     found: dict[tuple[str, int, str], dict[float, list[float]]] = {}
     for cell, error in errors.items():
         found.setdefault((cell.target, cell.size, cell.arm), {}).setdefault(cell.lr, []).append(error)
     chosen = {}
     for case, by_rate in found.items():
-        mean = {rate: float(np.mean(values)) for rate, values in sorted(by_rate.items())}
-        best = min(mean, key=lambda rate: mean[rate])
-        if math.isfinite(mean[best]):
-            chosen[case] = best
+        ended = {rate: values for rate, values in sorted(by_rate.items()) if np.isfinite(values).all()}
+        if ended:
+            chosen[case] = min(ended, key=lambda rate: (-len(ended[rate]), float(np.mean(ended[rate]))))
     return chosen
 
 

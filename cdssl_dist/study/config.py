@@ -118,7 +118,8 @@ class Training(Section):
 class Sweep(Section):
     """How each arm chooses its learning rate, once for each target and each of some sizes."""
 
-    seeds: tuple[int, ...] = (1000,)  # none of those reported
+    seeds: tuple[int, ...] = Field((1000,), min_length=1)  # none of those reported; all rates run on the first
+    finalists: PositiveInt = 2  # rates that run on the other seeds as well, the best on the first
     sizes: tuple[PositiveInt, ...] = (100, 500, 2000)  # a case takes the rate of the nearest size, by its logarithm
     evaluate: PositiveInt = 500  # crystals, of those that may train and are not in the sample
 

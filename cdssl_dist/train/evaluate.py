@@ -17,7 +17,7 @@ from cdssl_dist.data.batch import GraphBatch, widen
 from cdssl_dist.data.dataset import DataSet
 from cdssl_dist.data.loader import BadBlocks, Loader
 from cdssl_dist.data.plan import EpochPlan
-from cdssl_dist.model.loss import BINS, SUMS, Baseline, fit_baseline, metrics_of
+from cdssl_dist.model.loss import BINS, Baseline, fit_baseline
 from cdssl_dist.model.pretext import Denoising
 from sharding.manifest import DataSetError
 
@@ -118,11 +118,11 @@ class Validation:
             assert sums is not None
             return sums
 
-        zero = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)
+        zero = torch.zeros(len(self.task.sums), dtype=torch.float64, device=self.device)
         model.eval()
         sums, self.skipped = sum_over_split(self.data, self.plan, "val", self.packs, figures, zero, self.bad_blocks)
         model.train()
-        return metrics_of(sums, self.task.expansion.centers)
+        return self.task.metrics(sums)
 
     def digest(self) -> str:
         """Figures of two encoders may be compared where this is equal: same blocks, σ, noise, cutoff and expansion."""

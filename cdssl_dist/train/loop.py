@@ -20,7 +20,6 @@ from cdssl_dist.data.loader import Loader, Step
 from cdssl_dist.data.subset import elements
 from cdssl_dist.model.cost import flops_per_edge
 from cdssl_dist.model.export import EncoderCard, write_encoder
-from cdssl_dist.model.loss import SUMS, metrics_of
 from cdssl_dist.train import checkpoint
 from cdssl_dist.train.checkpoint import Checkpoint, Progress, Retention
 from cdssl_dist.train.deepspeed_json import EngineSettings
@@ -218,7 +217,7 @@ class Trainer:
     def _step(self, step: Step) -> torch.Tensor | None:
         """Forward and backward over this rank's packs; returns the sums behind the metrics when they are due."""
         due = (step.number + 1) % self.config.tracking.every == 0
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device) if due else None
+        sums = torch.zeros(len(self.task.sums), dtype=torch.float64, device=self.device) if due else None
         # Compiled code would be compiled anew for each hook, and kernels call none.
         plain = not self.config.engine.compile and self.config.engine.kernels == "torch"
         if watched := self._look_is_due(step.number):
@@ -293,7 +292,7 @@ class Trainer:
     def _report(self, sums: torch.Tensor) -> None:
         """A line of training metrics: of this step, over all ranks."""
         dist.all_reduce(sums)
-        figures = {f"train/{name}": v for name, v in metrics_of(sums, self.task.expansion.centers).items()}
+        figures = {f"train/{name}": v for name, v in self.task.metrics(sums).items()}
         rates = self.meter.rates(len(self.plan.lanes(self.rank, self.world_size)) / self.plan.packs_per_step)
         guard = {"guard/norm": self.guard.norm, "guard/z": self.guard.last.z, "guard/verdict": self.guard.last.code}
         self.log.metrics(self.cursor, {**figures, **guard, **rates, "lr": self.lr})

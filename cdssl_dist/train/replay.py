@@ -120,7 +120,7 @@ def _squared_by_graph(task: Denoising, model: nn.Module, batch: GraphBatch) -> T
     """Squared errors of the scored edges of each graph: (G,). What options add to the loss is left out."""
     noisy, clean = task.distances(batch)
     target = task.expand(clean).index_select(0, batch.half)
-    predicted, _ = task.recovered(model, task.expand(noisy), clean, batch)
+    predicted, *_ = task.recovered(model, task.expand(noisy), clean, batch)
     error = (predicted - target) * batch.scored[:, None]
     return segment_sum(error.square().sum(dim=1, keepdim=True), batch.graph_of_edge, batch.n_graphs)[:, 0]
 
