@@ -81,7 +81,7 @@ class Judged:
 def main(argv: Sequence[str] | None = None) -> int:
     """Pretrain what is missing, probe all, write a table."""
     p = Parser("cdssl ablate", "Pretrain variants of one run, and compare what their encoders know.")
-    p.add_argument("--config", help="YAML file; the packaged ablation/mp.yaml where left out")
+    p.add_argument("--config", help="YAML file; if omitted, the packaged ablation/mp.yaml")
     p.add_argument("--data", required=True, help="labeled crystals to probe with: anything that cdssl shard reads")
     p.add_argument("override", nargs="*", metavar="key=value", help="changes to this file, as in variants={base: []}")
     args = p.parse_args(argv)

@@ -13,28 +13,28 @@ from cdssl_dist import __version__
 COMMANDS: Final = {
     "shard": ("sharding.__main__", "turn crystal databases into a data set of shards"),
     "verify": ("sharding.verify", "read a data set again and check it against its checksums and its format"),
-    "inspect": ("sharding.summary", "tell what is in a data set; as text, JSON or a page"),
+    "inspect": ("sharding.summary", "show what is in a data set, as text, JSON or a page"),
     "pretrain": ("cdssl_dist.pretrain", "pretrain an encoder on a data set (also: python -m cdssl_dist.pretrain)"),
-    "status": ("cdssl_dist.train.status", "tell what a run is doing, from its folder: once, as JSON, or until it ends"),
+    "status": ("cdssl_dist.train.status", "show what a run is doing, from its folder: once, as JSON, or until it ends"),
     "finetune": ("cdssl_dist.finetune.__main__", "fine-tune a registered encoder on labeled crystals"),
     "study": (
         "cdssl_dist.study.__main__",
-        "what an encoder is worth: sizes, seeds and controls; tables and the chart",
+        "measure what an encoder is worth, over sizes, seeds and controls",
     ),
-    "ablate": ("cdssl_dist.ablate", "what matters in pretraining: variants of a run, and probes of their encoders"),
+    "ablate": ("cdssl_dist.ablate", "compare variants of a pretraining run by probing their encoders"),
     "predict": ("cdssl_dist.finetune.predict", "predict properties of crystals with a fine-tuned model"),
     "embed": ("cdssl_dist.look.embed", "embed crystals: a Parquet file of vectors"),
-    "probe": ("cdssl_dist.look.probe", "linear probes of an encoder, beside what was not learned"),
+    "probe": ("cdssl_dist.look.probe", "linear probes of an encoder, beside untrained baselines"),
     "map": ("cdssl_dist.look.map", "draw embedded crystals in two dimensions: a picture, and a page to explore"),
     "report": ("cdssl_dist.look.report", "write one page about a run"),
     "registry": (
         "cdssl_dist.mlops.registry_cli",
         "list, show, diff, pull, promote, roll back, delete registered models",
     ),
-    "demo": ("cdssl_dist.demo", "the whole path on crystals that ship with pymatgen"),
+    "demo": ("cdssl_dist.demo", "run the whole pipeline on crystals that ship with pymatgen"),
     "bench": (
         "cdssl_dist.bench.__main__",
-        "measure this machine: sharding, loading, training and encoders, beside what others use",
+        "benchmark this machine: sharding, loading, training and encoders, beside other libraries",
     ),
     "doctor": ("cdssl_dist.doctor", "check this machine and this installation"),
 }
@@ -42,7 +42,7 @@ COMMANDS: Final = {
 
 def usage() -> str:
     """The list of commands."""
-    lines = [f"cdssl {__version__}: pretrain crystal encoders, and use them", "", "usage: cdssl COMMAND [--help] …", ""]
+    lines = [f"cdssl {__version__}: pretrain and use crystal encoders", "", "usage: cdssl COMMAND [--help] …", ""]
     return "\n".join(lines + [f"  {name:10} {what}" for name, (_, what) in COMMANDS.items()])
 
 

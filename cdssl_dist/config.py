@@ -256,12 +256,12 @@ class Config(Section):
         if self.cluster.max_workers > self.data.packs_per_step:
             raise ValueError(
                 f"cluster.workers={self.cluster.max_workers} exceeds data.packs_per_step={self.data.packs_per_step}: "
-                "some workers would never get a pack; lower the one or raise the other"
+                "some workers would never get a pack; lower the first or raise the second"
             )
         if self.engine.device == "cpu" and self.cluster.gpus_per_worker:
             raise ValueError(
                 f"cluster.gpus_per_worker={self.cluster.gpus_per_worker:g} with engine.device=cpu would hold GPUs that "
-                "nothing uses; set the one to 0, or the other to cuda"
+                "nothing uses; set the first to 0, or the second to cuda"
             )
         if self.guard.on_spike == "clip" and not self.optim.clip:
             raise ValueError(
@@ -271,8 +271,8 @@ class Config(Section):
         if self.pretext.options and self.engine.kernels != "torch":
             name = next(iter(self.pretext.options))
             raise ValueError(
-                f"engine.kernels=triton knows the paper's task alone, and pretext.{name} is set; use "
-                "engine.kernels=torch, with engine.compile=true perhaps"
+                f"engine.kernels=triton supports only the paper's task, but pretext.{name} is set; use "
+                "engine.kernels=torch, possibly with engine.compile=true"
             )
         return self
 

@@ -1,6 +1,6 @@
-"""``make demo``: the whole path, by the commands that a user would type.
+"""``make demo``: the whole pipeline, by the commands that a user would type.
 
-shard real crystals → pretrain on two workers → register the encoder → pull it → fine-tune → report
+shard crystals → pretrain on two workers → register the encoder → pull it → fine-tune → report
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def steps(source: str, limit: int | None, seed: int) -> list[tuple[str, list[str
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps, then say what came out."""
-    p = Parser("cdssl demo", f"The whole path in a few minutes on two CPU cores; everything is left in {HOME}/.")
+    p = Parser("cdssl demo", f"The whole pipeline in a few minutes on two CPU cores; results are left in {HOME}/.")
     p.add_argument("--data", default="aflow:", help="your own database instead of the crystals that ship with pymatgen")
-    p.add_argument("--limit", type=positive, help="read this many crystals of it; 3,000 of a database of your own")
-    p.add_argument("--seed", type=int, default=0, help="of split, weights and noise")
+    p.add_argument("--limit", type=positive, help="crystals to read; if omitted, 3,000 of your own database")
+    p.add_argument("--seed", type=int, default=0, help="seed of split, weights and noise")
     args = p.parse_args(argv)
     own = args.data != "aflow:"
     started = time.monotonic()
@@ -78,12 +78,12 @@ def summary(source: str, seconds: float) -> str:
     return f"""
 ══ done in {seconds:.0f} s
 
-data        {train["graphs"] + val["graphs"]:,} crystals of {source}; {val["graphs"]:,} of them, in groups of their own
-            (prototypes or formulas), were kept from pretraining
-skill       validation skill {last["val/skill"]:.3f} against handing the noisy edges back, and
-            skill_edge {last["val/skill_edge"]:.3f} against the best function of each distance alone
-            (above 0: the network uses what the neighbours say)
-fine-tuned  density (computed from the cell: a stand-in for your labels) of crystals not seen in pretraining,
+data        {train["graphs"] + val["graphs"]:,} crystals from {source}; {val["graphs"]:,} of them, in whole groups
+            (prototypes or formulas), were held out of pretraining
+skill       validation skill {last["val/skill"]:.3f}, where 0 is returning the noisy edges unchanged;
+            skill_edge {last["val/skill_edge"]:.3f}, where 0 is the best function of each distance alone
+            (above 0: the network uses information from the neighbours)
+fine-tuned  density (computed from the cell: a stand-in for your labels) of crystals held out of pretraining,
             {sizes["train"]} to train on; mean absolute error on {sizes["test"]} test crystals, {unit}:
               pretrained {error["pretrained"]:.3f}, from scratch {error["from scratch"]:.3f} ({-gain:+.0%})
               linear on frozen vectors {error["linear on frozen vectors"]:.3f}

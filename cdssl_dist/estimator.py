@@ -39,10 +39,10 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         encoder: ``models:/NAME@ALIAS``, a folder, or a ``CrystalEncoder``.
         registry_uri: of the MLflow server or SQLite file; see ``CrystalEncoder.from_registry``.
         epochs, batch_size, lr, patience, warmup, freeze, layer_decay, readout: see ``tuning.FineTuning``.
-        members: networks that answer together.
+        members: number of networks in the ensemble.
         validation: share of the crystals, by whole formulas, for early stopping; where there are fewer than three
             formulas, or it is 0, the last weights are taken.
-        random_state: seed, or None or a ``RandomState`` to draw one.
+        random_state: seed, or None or a ``RandomState`` to draw a seed from.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
             found = CrystalEncoder.from_registry(str(found), self.registry_uri)
         items = as_list(structures)
         if len(items) != len(targets):
-            raise ValueError(f"{len(items)} structures and {len(targets)} targets: one target a structure is needed")
+            raise ValueError(f"{len(items)} structures and {len(targets)} targets: each structure needs one target")
         graphs = _graphs(items, found.cutoff)
         formulas = formulas_of(graphs)
         check_members(self.members, self.readout)
@@ -154,8 +154,8 @@ class CrystalRegressor(RegressorMixin, _Estimator):  # type: ignore[misc]
         Args:
             X: structures, as ``CrystalEncoder.embed`` takes them.
             y: (n,) or (n, T) targets, NaN where missing.
-            per_atom: whether a target grows with the cell, and is learned per atom; one for all or one each.
-            log: whether the logarithm of a target is learned, as of positive ones with a long tail; the same.
+            per_atom: whether a target grows with the cell and is learned per atom; one flag for all, or one per target.
+            log: whether to learn the logarithm of a target (positive, long-tailed); one flag for all, or one each.
 
         Raises:
             RefusedStructuresError: naming the rows that are no ordered crystals.
@@ -176,7 +176,7 @@ class CrystalRegressor(RegressorMixin, _Estimator):  # type: ignore[misc]
 
         Args:
             X: structures.
-            return_std: give the deviation between the members, too.
+            return_std: also return the standard deviation between the members.
 
         Returns:
             As ``y`` was, (n,) or (n, T); with ``return_std`` a pair of such.
@@ -204,7 +204,7 @@ class CrystalClassifier(ClassifierMixin, _Estimator):  # type: ignore[misc]
         index = np.full(len(given), np.nan)
         index[known] = found
         if len(self.classes_) < 2:
-            raise ValueError(f"y holds {len(self.classes_)} class: nothing to tell apart")
+            raise ValueError(f"y holds {len(self.classes_)} class: at least 2 are needed")
         names = tuple(map(str, self.classes_.tolist()))
         return self._fit(X, index[:, None], Task((Target("y"),), names))
 

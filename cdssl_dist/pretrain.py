@@ -1,4 +1,4 @@
-"""Pretrain an encoder: the story of a run.
+"""Pretrain an encoder, from configuration to registration.
 
 python -m cdssl_dist.pretrain --config configs/pretrain/small.yaml data.path=FOLDER
 """
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         "cdssl pretrain", "Pretrain a crystal encoder on a data set of shards, on the workers of a Ray cluster."
     )
-    parser.add_argument("--config", help="YAML file; the packaged configs/pretrain/small.yaml where left out")
+    parser.add_argument("--config", help="YAML file; if omitted, the packaged configs/pretrain/small.yaml")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file's"
     )
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--replay-step",
         metavar="RUN:STEP",
-        help="train nothing: compute a step of a run again, and tell which packs and crystals did what",
+        help="train nothing: recompute a step of a run, and report its packs and crystals",
     )
     args = parser.parse_args(argv)
     if args.replay_step:

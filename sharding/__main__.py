@@ -23,34 +23,34 @@ def parser() -> Parser:
     p = Parser("cdssl shard", "Turn crystal databases into shards of precomputed periodic multigraphs.")
     p.add_argument("sources", nargs="+", metavar="SOURCE", help="a file, or a scheme such as aflow:")
     p.add_argument("--out", required=True, help="folder or URL (s3://…) of the data set; must not hold one yet")
-    p.add_argument("--work", help="folder in which a data set behind a URL is made first; default: below CDSSL_CACHE")
-    p.add_argument("--cutoff", type=float, default=DEFAULT.cutoff, help="of edges, Å")
-    p.add_argument("--label", action="append", default=[], metavar="NAME=COLUMN", help="carry a column along")
+    p.add_argument("--work", help="folder in which a data set for a URL is built first; if omitted, below CDSSL_CACHE")
+    p.add_argument("--cutoff", type=float, default=DEFAULT.cutoff, help="longest edge, Å")
+    p.add_argument("--label", action="append", default=[], metavar="NAME=COLUMN", help="keep this column as a label")
     p.add_argument("--val", type=float, default=DEFAULT.val, help="share of the groups for validation")
     p.add_argument("--test", type=float, default=DEFAULT.test, help="share of the groups for testing")
-    p.add_argument("--seed", type=int, default=DEFAULT.seed, help="of splits and order")
-    p.add_argument("--block-edges", type=int, default=DEFAULT.budget.edges, help="directed edges of a block at most")
-    p.add_argument("--block-atoms", type=int, default=DEFAULT.budget.atoms, help="atoms of a block at most")
-    p.add_argument("--block-graphs", type=int, default=DEFAULT.budget.graphs, help="graphs of a block at most")
-    p.add_argument("--blocks-per-shard", type=int, default=DEFAULT.blocks_per_shard, help="blocks of a tar file")
+    p.add_argument("--seed", type=int, default=DEFAULT.seed, help="seed of splits and order")
+    p.add_argument("--block-edges", type=int, default=DEFAULT.budget.edges, help="most directed edges in a block")
+    p.add_argument("--block-atoms", type=int, default=DEFAULT.budget.atoms, help="most atoms in a block")
+    p.add_argument("--block-graphs", type=int, default=DEFAULT.budget.graphs, help="most graphs in a block")
+    p.add_argument("--blocks-per-shard", type=int, default=DEFAULT.blocks_per_shard, help="blocks in a tar file")
     p.add_argument("--limit", type=positive, help="read this many records of each source: rows, or files")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that convert")
-    p.add_argument("--address", help="of a Ray cluster that converts, with --workers tasks at a time")
-    p.add_argument("--exclude", action="append", default=[], metavar="SOURCE", help="keep out twins of its crystals")
-    p.add_argument("--exclude-keys", metavar="FILE", help="of the excluded, only these: a text with a key in each line")
+    p.add_argument("--address", help="Ray cluster to convert on, with --workers tasks at a time")
+    p.add_argument("--exclude", action="append", default=[], metavar="SOURCE", help="leave out twins of its crystals")
+    p.add_argument("--exclude-keys", metavar="FILE", help="exclude only these: a text file with one key per line")
     p.add_argument(
         "--duplicates",
         choices=("keep", "exact", "near"),
-        help=f"which repetitions to drop; {DEFAULT.duplicates} where left out, keep without fingerprints",
+        help=f"which duplicates to drop; if omitted, {DEFAULT.duplicates}, or keep without fingerprints",
     )
     p.add_argument("--no-fingerprints", action="store_true", help="do not look for twins; split by formula")
     p.add_argument(
         "--occupancy",
         choices=("refuse", "majority"),
         default="refuse",
-        help="of a site with several species: refuse the crystal, or keep the commonest",
+        help="where a site has several species: refuse the crystal, or keep the commonest",
     )
-    p.add_argument("--strict", action="store_true", help="end at the first crystal that is refused")
+    p.add_argument("--strict", action="store_true", help="stop at the first refused crystal")
     return p
 
 

@@ -21,11 +21,20 @@ class UseError(ValueError):
     """Options that say too little, or contradict one another."""
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something: not None, False or an empty list."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser named as the user calls it; what is shown by default is in the help."""
+    """A parser named as the user calls it; its help shows the defaults."""
 
     def __init__(self, prog: str, description: str = "", **more: Any) -> None:
-        super().__init__(prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **more)
+        super().__init__(prog, description=description, formatter_class=_Help, **more)
 
 
 def positive(text: str) -> int:
@@ -36,7 +45,7 @@ def positive(text: str) -> int:
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:
-    """Turn errors into a line and an exit code: 2 for what the user can mend (a ``ValueError``), 1 for the rest.
+    """Turn errors into a line and an exit code: 2 for what the user can fix (a ``ValueError``), 1 for the rest.
 
     A traceback is for our own bugs; CDSSL_TRACEBACK=1 shows it for every error. SIGTERM ends a command as Ctrl-C does:
     what it has begun is closed, and what is half done removed.

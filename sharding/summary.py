@@ -144,7 +144,7 @@ def _name(folder: str) -> str:
 
 def parser() -> Parser:
     """The command line."""
-    p = Parser("cdssl inspect", "Tell what is in a data set.")
+    p = Parser("cdssl inspect", "Show what is in a data set.")
     p.add_argument("folder", metavar="DIR", help="the data set: a folder, or a URL")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.add_argument("--html", metavar="FILE", help="write a page with histograms and an element heat map")
@@ -154,7 +154,7 @@ def parser() -> Parser:
         action="append",
         default=[],
         metavar="N",
-        help="tell how many graphs a block of N directed edges would refuse (may be given several times)",
+        help="show how many graphs would not fit a block of N directed edges (repeatable)",
     )
     return p
 

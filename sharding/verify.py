@@ -122,8 +122,8 @@ def parser() -> Parser:
     )
     p.add_argument("folder", metavar="DIR", help="the data set: a folder, or a URL")
     p.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes that read shards")
-    p.add_argument("--address", help="of a Ray cluster that reads, with --workers shards at a time")
-    p.add_argument("--sample", type=float, default=SAMPLE, help="share of the blocks whose edges are computed again")
+    p.add_argument("--address", help="Ray cluster to read on, with --workers shards at a time")
+    p.add_argument("--sample", type=float, default=SAMPLE, help="share of the blocks whose edges are recomputed")
     p.add_argument("--json", action="store_true", help="print one object with all findings")
     return p
 

@@ -309,7 +309,7 @@ def test_a_run_with_all_options_resumes_replays_and_leaves_a_plain_encoder(
 
 
 def test_what_options_do_not_go_with() -> None:
-    with pytest.raises(ConfigError, match=r"the paper's task alone, and pretext\.strain is set"):
+    with pytest.raises(ConfigError, match=r"supports only the paper's task, but pretext\.strain is set"):
         parse({"pretext": {"strain": 0.1}, "engine": {"kernels": "triton"}})
     for wrong in ({"strain": 0.5}, {"masked": 1.0}, {"displacement": -1}):
         with pytest.raises(ConfigError, match=rf"pretext\.{next(iter(wrong))}"):

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and print a table or one JSON object."""
     what, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
     if what not in BENCHMARKS:
-        parser = Parser("cdssl bench", "Measure this machine, which should have nothing else to do.")
+        parser = Parser("cdssl bench", "Benchmark this machine, which should be otherwise idle.")
         choices = parser.add_subparsers(metavar="WHAT", required=True)
         for name, (_, title) in BENCHMARKS.items():
             choices.add_parser(name, help=title)
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     benchmark.add_arguments(parser)
     args = parser.parse_args(rest)
     if getattr(args, "repeat", 1) < 1:
-        parser.error("--repeat must be 1 at least")
+        parser.error("--repeat must be at least 1")
     before = machine()
     figures = benchmark.measure(args)
     if args.json:

@@ -36,13 +36,13 @@ Chunk = tuple[Multigraphs, list[Refusal]]
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """What all commands take that stream crystals through a model into a file."""
-    p.add_argument("--registry", help="MLflow URI; MLFLOW_TRACKING_URI, else runs/mlflow.db, where left out")
+    p.add_argument("--registry", help="MLflow URI; if omitted, MLFLOW_TRACKING_URI, else runs/mlflow.db")
     p.add_argument("--data", required=True, help="a data set of shards, or a file or source that cdssl shard reads")
     p.add_argument("--split", choices=("train", "val", "test"), help="use this split of a data set of shards only")
-    p.add_argument("--where", metavar="CONDITION", help="of a data set of shards, as in 'n_atoms <= 20'")
+    p.add_argument("--where", metavar="CONDITION", help="filter a data set of shards, as in 'n_atoms <= 20'")
     p.add_argument("--out", required=True, help="Parquet file: a row for each crystal")
     p.add_argument("--workers", type=positive, default=1, help="processes; each holds the model")
-    p.add_argument("--threads", type=positive, default=1, help="of torch in each, on CPU")
+    p.add_argument("--threads", type=positive, default=1, help="threads of torch in each process, on CPU")
 
 
 @dataclass(frozen=True)

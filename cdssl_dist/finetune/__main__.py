@@ -128,62 +128,62 @@ def parser() -> Parser:
         "cdssl finetune", "Fine-tune a pretrained encoder on labeled crystals, beside the same network from scratch."
     )
     p.add_argument("--encoder", default=CHAMPION, help="models:/NAME@ALIAS, or a folder")
-    p.add_argument("--registry", help="MLflow URI; MLFLOW_TRACKING_URI, else runs/mlflow.db, where left out")
+    p.add_argument("--registry", help="MLflow URI; if omitted, MLFLOW_TRACKING_URI, else runs/mlflow.db")
     p.add_argument("--register", metavar="NAME", help="register the fine-tuned model under this name")
-    p.add_argument("--experiment", default="cdssl-finetune", help="of MLflow, which keeps a record of the work")
+    p.add_argument("--experiment", default="cdssl-finetune", help="MLflow experiment that records the fine-tuning")
     p.add_argument("--out", default="runs/finetune", help="folder for results")
 
     g = p.add_argument_group("data")
     g.add_argument("--data", required=True, help="a data set of shards, or a file or source that cdssl shard reads")
-    g.add_argument("--labels", metavar="FILE", help="CSV or Parquet with ids; targets and columns are read of it")
+    g.add_argument("--labels", metavar="FILE", help="CSV or Parquet with ids, to read targets and columns from")
     computed = ", ".join(COMPUTED)
-    g.add_argument("--target", required=True, nargs="+", help=f"labels or columns, or of {computed}; may have gaps")
-    g.add_argument("--unit", nargs="+", help="of each target, where the data do not say")
-    g.add_argument("--per-atom", nargs="+", default=[], metavar="TARGET", help="those that grow with the cell")
-    g.add_argument("--log", nargs="+", default=[], metavar="TARGET", help="positive ones with a long tail")
-    g.add_argument("--classify", action="store_true", help="the target names classes: numbers or text")
+    g.add_argument("--target", required=True, nargs="+", help=f"labels or columns, or any of {computed}; may have gaps")
+    g.add_argument("--unit", nargs="+", help="unit of each target, if the data do not state it")
+    g.add_argument("--per-atom", nargs="+", default=[], metavar="TARGET", help="targets that grow with the cell")
+    g.add_argument("--log", nargs="+", default=[], metavar="TARGET", help="positive targets with a long tail")
+    g.add_argument("--classify", action="store_true", help="treat the target as classes: numbers or text")
     g.add_argument("--split", choices=("train", "val", "test"), help="use this split of a data set of shards only")
-    g.add_argument("--where", metavar="CONDITION", help="of a data set of shards, as in 'n_atoms <= 20'")
-    g.add_argument("--keys", metavar="FILE", help="use the crystals with these ids only, one a line")
+    g.add_argument("--where", metavar="CONDITION", help="filter a data set of shards, as in 'n_atoms <= 20'")
+    g.add_argument("--keys", metavar="FILE", help="use only the crystals with these ids, one per line")
 
-    g = p.add_argument_group("who tests")
+    g = p.add_argument_group("split")
     g.add_argument("--train", type=float, default=0.8, help="share of the crystals to train on, by whole groups")
-    g.add_argument("--val", type=float, default=0.1, help="share for early stopping; with folds, of the training ones")
+    g.add_argument("--val", type=float, default=0.1, help="share for early stopping; with folds, of the training part")
     g.add_argument("--folds", type=int, metavar="K", help="each crystal tests once, in one of K folds")
     g.add_argument("--fold-column", metavar="COLUMN", help="a fold for each value of a column")
-    g.add_argument("--split-column", metavar="COLUMN", help="a column that says train, val and test")
-    g.add_argument("--test-value", default="test", help="the value of --split-column that tests")
+    g.add_argument("--split-column", metavar="COLUMN", help="a column with the values train, val and test")
+    g.add_argument("--test-value", default="test", help="the value of --split-column that marks test crystals")
 
     g = p.add_argument_group("training")
-    g.add_argument("--members", type=int, default=1, help="networks with seeds of their own, which answer together")
-    g.add_argument("--epochs", type=int, default=default.epochs, help="at most")
-    g.add_argument("--patience", type=int, default=default.patience, help="epochs without a better validation error")
-    g.add_argument("--batch-size", type=int, default=default.batch_size, help="crystals")
-    g.add_argument("--lr", type=float, default=default.lr, help="of the pretrained network")
+    g.add_argument("--members", type=int, default=1, help="networks in an ensemble, each with its own seed")
+    g.add_argument("--epochs", type=int, default=default.epochs, help="most epochs")
+    g.add_argument("--patience", type=int, default=default.patience, help="epochs without improvement before stopping")
+    g.add_argument("--batch-size", type=int, default=default.batch_size, help="crystals per batch")
+    g.add_argument("--lr", type=float, default=default.lr, help="learning rate of the pretrained network")
     g.add_argument(
-        "--scratch-lr", type=float, default=3e-3, help="of the network from scratch, which wants a higher one"
+        "--scratch-lr", type=float, default=3e-3, help="learning rate from scratch, which needs a higher one"
     )
     g.add_argument("--no-scratch", action="store_true", help="leave out the network from scratch")
     g.add_argument("--warmup", type=int, default=default.warmup, help="epochs in which the readout alone learns")
     g.add_argument("--freeze", type=int, default=default.freeze, help="stages kept: 1 input layers, 2 first block, …")
-    g.add_argument("--layer-decay", type=float, default=default.layer_decay, help="rate of a stage by that of the next")
+    g.add_argument("--layer-decay", type=float, default=default.layer_decay, help="rate relative to the next stage")
     g.add_argument(
         "--readout",
         choices=READOUTS,
         default=default.readout,
-        help="of the whole, a sum over atoms, or solved on vectors",
+        help="Set2Set over the crystal, a sum over atoms, or a ridge on vectors",
     )
-    g.add_argument("--weight-decay", type=float, default=default.weight_decay, help="of AdamW")
-    g.add_argument("--seed", type=int, default=default.seed, help="of the split, the readout and the order")
-    g.add_argument("--threads", type=int, default=default.threads, help="of torch, on CPU")
-    g.add_argument("--compile", action="store_true", help="by torch: faster steps, after a minute or so")
+    g.add_argument("--weight-decay", type=float, default=default.weight_decay, help="weight decay of AdamW")
+    g.add_argument("--seed", type=int, default=default.seed, help="seed of the split, the readout and the order")
+    g.add_argument("--threads", type=int, default=default.threads, help="threads of torch, on CPU")
+    g.add_argument("--compile", action="store_true", help="use torch.compile: faster steps, after a minute or so")
 
     g = p.add_argument_group(
         "on Ray", "Each training of a fold, a member and an arm is a task; the results are the same."
     )
     g.add_argument("--ray", action="store_true", help="train on a Ray cluster; on all cores of this machine if none")
-    g.add_argument("--address", help="of the cluster, as in ray://HEAD:10001 or auto; RAY_ADDRESS where left out")
-    g.add_argument("--gpus", type=float, default=0.0, help="of each task; may be a fraction")
+    g.add_argument("--address", help="Ray cluster, e.g. ray://HEAD:10001 or auto; if omitted, RAY_ADDRESS")
+    g.add_argument("--gpus", type=float, default=0.0, help="GPUs per task; may be a fraction")
     return p
 
 

@@ -62,10 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read vectors, map them, draw."""
     p = Parser("cdssl map", "Map the vectors of cdssl embed: a picture, a page that can be explored, and coordinates.")
     p.add_argument("embeddings", help="Parquet of cdssl embed, or one with key, embedding and numbers")
-    p.add_argument("--color", help="a column of numbers; density, else the first one, where left out")
-    p.add_argument("--method", choices=METHODS, default="tsne", help="umap wants the package umap-learn")
-    p.add_argument("--sample", type=positive, default=10_000, help="at most so many crystals, chosen at random")
-    p.add_argument("--seed", type=int, default=0, help="of the sample and of the map")
+    p.add_argument("--color", help="a column of numbers; if omitted, density, else the first one")
+    p.add_argument("--method", choices=METHODS, default="tsne", help="umap needs the package umap-learn")
+    p.add_argument("--sample", type=positive, default=10_000, help="most crystals to draw, chosen at random")
+    p.add_argument("--seed", type=int, default=0, help="seed of the sample and of the map")
     p.add_argument("--out", default="runs/map", help="folder for map.png, map.html and map.parquet")
     args = p.parse_args(argv)
 

@@ -47,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Embed labeled crystals, probe, print a table."""
     p = Parser("cdssl probe", "Linear probes with cross-validation, beside a random encoder and simple descriptors.")
     p.add_argument("--encoder", default=CHAMPION, help="models:/NAME@ALIAS, or a folder")
-    p.add_argument("--registry", help="MLflow URI; MLFLOW_TRACKING_URI, else runs/mlflow.db, where left out")
+    p.add_argument("--registry", help="MLflow URI; if omitted, MLFLOW_TRACKING_URI, else runs/mlflow.db")
     p.add_argument("--data", required=True, help="a data set of shards, or a file or source that cdssl shard reads")
-    p.add_argument("--labels", metavar="FILE", help="CSV or Parquet with ids; targets are read of it")
-    p.add_argument("--target", required=True, nargs="+", help=f"labels or columns, or of {', '.join(COMPUTED)}")
+    p.add_argument("--labels", metavar="FILE", help="CSV or Parquet with ids, to read targets from")
+    p.add_argument("--target", required=True, nargs="+", help=f"labels or columns, or any of {', '.join(COMPUTED)}")
     p.add_argument(
         "--vectors",
         nargs="+",
@@ -59,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="Parquet with key and embedding, as cdssl embed writes it: vectors of something else, probed as well",
     )
     p.add_argument("--split", choices=("train", "val", "test"), help="use this split of a data set of shards only")
-    p.add_argument("--where", metavar="CONDITION", help="of a data set of shards, as in 'n_atoms <= 20'")
-    p.add_argument("--folds", type=int, default=5, help="of the cross-validation, by whole groups")
-    p.add_argument("--seed", type=int, default=0, help="of the folds and of the random encoders")
+    p.add_argument("--where", metavar="CONDITION", help="filter a data set of shards, as in 'n_atoms <= 20'")
+    p.add_argument("--folds", type=int, default=5, help="folds of the cross-validation, by whole groups")
+    p.add_argument("--seed", type=int, default=0, help="seed of the folds and of the random encoders")
     p.add_argument("--out", metavar="FILE", help="write the results as JSON")
-    p.add_argument("--threads", type=positive, default=1, help="of torch, on CPU")
+    p.add_argument("--threads", type=positive, default=1, help="threads of torch, on CPU")
     args = p.parse_args(argv)
     torch.set_num_threads(args.threads)
 

@@ -35,12 +35,12 @@ class ReportError(ValueError):
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Read what a run left, write the page."""
-    p = Parser("cdssl report", "Write one page about a run, which needs no network.")
+    p = Parser("cdssl report", "Write a self-contained HTML page about a run.")
     p.add_argument("run", help="folder of a pretraining run, or of a fine-tuning")
-    p.add_argument("--finetune", action="append", default=[], metavar="FOLDER", help="results of cdssl finetune, too")
-    p.add_argument("--map", metavar="FOLDER", help="the map that cdssl map left there, too")
+    p.add_argument("--finetune", action="append", default=[], metavar="FOLDER", help="also show this fine-tuning")
+    p.add_argument("--map", metavar="FOLDER", help="also show the map that cdssl map wrote there")
     p.add_argument("--upload", action="store_true", help="replace the page that the pretraining run has in MLflow")
-    p.add_argument("--out", help="the page; report.html in the folder of the run where left out")
+    p.add_argument("--out", help="the page; if omitted, report.html in the folder of the run")
     args = p.parse_args(argv)
 
     if args.finetune and (Path(args.run) / "results.json").exists():

@@ -44,23 +44,21 @@ EDGES_PER_SECOND: Final = 60_000.0  # directed, of one core in training: what an
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what is missing, then write the tables."""
     p = Parser("cdssl study", "Data sets × train sizes × seeds × arms: what an encoder is worth.")
-    p.add_argument("--config", help="YAML file; the packaged study/paper.yaml where left out")
-    p.add_argument(
-        "--data", action="append", default=[], metavar="NAME=PATH", help="where a data set of the config lies"
-    )
+    p.add_argument("--config", help="YAML file; if omitted, the packaged study/paper.yaml")
+    p.add_argument("--data", action="append", default=[], metavar="NAME=PATH", help="path of a data set of the config")
     p.add_argument("--encoder", metavar="REF", help="models:/NAME@ALIAS or a folder, in place of the config's")
-    p.add_argument("--out", help="folder of the study, in place of the config's; to be shared by all workers")
-    p.add_argument("--pretraining-shards", metavar="DIR", help="tell formulas seen in pretraining from others")
-    p.add_argument("--registry", help="MLflow URI; MLFLOW_TRACKING_URI, else runs/mlflow.db, where left out")
+    p.add_argument("--out", help="folder of the study, in place of the config's; all workers must share it")
+    p.add_argument("--pretraining-shards", metavar="DIR", help="report formulas seen in pretraining apart from others")
+    p.add_argument("--registry", help="MLflow URI; if omitted, MLFLOW_TRACKING_URI, else runs/mlflow.db")
     p.add_argument(
         "--workers",
         type=int,
-        help="cells at a time, as many as there are CPUs where left out; 0: in this process, no Ray",
+        help="cells at a time; if omitted, one per CPU; 0: in this process, without Ray",
     )
-    p.add_argument("--address", help="of a Ray cluster; RAY_ADDRESS, else one of this machine's, where left out")
-    p.add_argument("--dry-run", action="store_true", help="tell how many cells there are, and what they cost")
+    p.add_argument("--address", help="Ray cluster; if omitted, RAY_ADDRESS, else one started on this machine")
+    p.add_argument("--dry-run", action="store_true", help="only say how many cells there are, and what they cost")
     p.add_argument("--ids", metavar="FILE", help="write the ids of all crystals that take part, to make vectors of")
-    p.add_argument("--sweeps-only", action="store_true", help="to choose a budget by, on crystals of no report")
+    p.add_argument("--sweeps-only", action="store_true", help="to choose a budget on crystals that are not reported")
     p.add_argument("override", nargs="*", metavar="section.key=value", help="changes to the config")
     args = p.parse_args(argv)
 

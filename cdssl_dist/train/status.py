@@ -13,11 +13,11 @@ from sharding.commands import DONE, FAILED, Parser, UseError, command
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a page, a JSON object, or follow the run until it ends; 1 where it has failed."""
-    parser = Parser("cdssl status", "Tell what a pretraining run is doing; reads its folder only.")
+    parser = Parser("cdssl status", "Show what a pretraining run is doing; only reads its folder.")
     parser.add_argument("run", metavar="RUN", help="the run folder, or a URL of one (s3://…, gs://…, https://…)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a look")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per update")
     parser.add_argument("--follow", action="store_true", help="go on until the run ends")
-    parser.add_argument("--every", type=float, default=2.0, metavar="S", help="seconds between two looks")
+    parser.add_argument("--every", type=float, default=2.0, metavar="S", help="seconds between updates")
     args = parser.parse_args(argv)
 
     if not args.every > 0:
