@@ -312,6 +312,16 @@ def packaged(name: str) -> Path:
     return checkout if checkout.exists() else installed
 
 
+def _packaged_like(path: Path) -> Path:
+    """The packaged configuration that a path ends with, as in ``configs/study/own.yaml``."""
+    folder = packaged("")
+    found = packaged("/".join(path.parts[-2:]))
+    if path.is_absolute() or not found.is_file():
+        names = ", ".join(sorted(str(p.relative_to(folder)) for p in folder.glob("*/*.yaml")))
+        raise ConfigError(f"{path}: there is no such file; these are packaged: {names}")
+    return found
+
+
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read the configuration of a run; the packaged ``pretrain/small.yaml`` where no path is given. See ``read``."""
     return read(Config, Path(path) if path else packaged("pretrain/small.yaml"), overrides)
@@ -322,12 +332,14 @@ def read(model: type[M], path: Path, overrides: Sequence[str] = ()) -> M:
 
     Args:
         model: what the file describes.
-        path: a YAML file.
+        path: a YAML file; where there is none, the packaged one of that name, such as ``study/own.yaml``.
         overrides: ``section.key=value``, the value in YAML.
 
     Raises:
         ConfigError: where the file cannot be read, or a key or a value is wrong.
     """
+    if not path.exists():
+        path = _packaged_like(path)
     try:
         content = yaml.safe_load(path.read_text()) or {}
     except OSError as why:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cdssl_dist.config import packaged
 from cdssl_dist.train.runlog import read_lines
-from sharding.commands import Parser, UseError, command, positive, run_child
+from sharding.commands import Parser, UseError, command, natural, positive, run_child
 from sharding.manifest import read_manifest
 from sharding.sources import open_source
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = Parser("cdssl demo", f"The whole pipeline in a few minutes on two CPU cores; results are left in {HOME}/.")
     p.add_argument("--data", default="aflow:", help="your own database instead of the crystals that ship with pymatgen")
     p.add_argument("--limit", type=positive, help="crystals to read; if omitted, 3,000 of your own database")
-    p.add_argument("--seed", type=int, default=0, help="seed of split, weights and noise")
+    p.add_argument("--seed", type=natural, default=0, help="seed of split, weights and noise")
     args = p.parse_args(argv)
     own = args.data != "aflow:"
     started = time.monotonic()

@@ -99,6 +99,8 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         first = self.random_state
         if not isinstance(first, numbers.Integral):  # None, or a generator
             first = check_random_state(first).randint(2**31 - self.members)
+        if first < 0:
+            raise ValueError(f"random_state={first}: a seed is 0 or more")
         members: list[Member] = []
         for seed in range(int(first), int(first) + self.members):
             train, val = hold_out(np.arange(len(items)), formulas, self.validation, seed)
@@ -162,6 +164,8 @@ class CrystalRegressor(RegressorMixin, _Estimator):  # type: ignore[misc]
             TuningError: where a target has no label.
         """
         targets = np.asarray(y, np.float64)
+        if not len(targets):
+            raise ValueError("there are no structures")
         self.one_ = targets.ndim == 1
         targets = targets.reshape(len(targets), -1)
         flags = zip(

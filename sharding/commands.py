@@ -39,8 +39,17 @@ class Parser(argparse.ArgumentParser):
 
 def positive(text: str) -> int:
     """The type of an argument that counts something: 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, not {text!r}")
+    return _whole(text, 1)
+
+
+def natural(text: str) -> int:
+    """The type of a seed: 0 or more."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number from {least} up, not {text!r}")
     return int(text)
 
 

@@ -148,7 +148,7 @@ def test_errors_name_what_is_wrong(
     wrong(refused("pretrain", "optim.lrr=1"), "optim.lrr", "did you mean 'lr'")
     wrong(refused("pretrain", "optim.lr=fast"), "optim.lr")
     wrong(refused("pretrain", f"data.path={tmp_path}"), "manifest.json is missing")
-    wrong(refused("pretrain", "--config", str(tmp_path / "none.yaml")), "none.yaml", "cannot be read")
+    wrong(refused("pretrain", "--config", str(tmp_path / "none.yaml")), "none.yaml", "there is no such file")
     wrong(refused("pretrain", "cluster.workers=9", f"data.path={data_folder}"), "packs_per_step")
     wrong(refused("shard", str(tmp_path / "none.parquet"), "--out", str(tmp_path / "out")), "none.parquet")
     damaged = tmp_path / "damaged.parquet"

@@ -237,7 +237,7 @@ def test_finetune_register_predict(
     said = capsys.readouterr()
     assert (
         "models:/volumes/1" in said.out
-        and "1 inputs cannot be used" in said.err
+        and "1 inputs cannot be used: 'Xx' is not a chemical element (1)\n" in said.err
         and "1 crystals have the id" in said.err
     )
     results = json.loads((home / "tuned" / "results.json").read_text())
@@ -299,7 +299,7 @@ def test_finetune_to_classes_with_labels_that_lie_elsewhere(home: Path, folder: 
     with open("labels.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "kind", "fold"])
-        writer.writerows([r["id"], r["kind"] if i % 6 else "", r["fold"]] for i, r in enumerate(rows))
+        writer.writerows([r["id"], r["kind"] if i % 6 else "", r["fold"]] for i, r in enumerate(rows) if i != 5)
     tune = ["finetune", "--encoder", str(folder), "--data", str(table), "--labels", "labels.csv", "--target", "kind"]
     assert cdssl([*tune, "--classify", "--fold-column", "fold", "--epochs", "1", "--no-scratch", "--out", "tuned"]) == 0
     results = json.loads(Path("tuned/results.json").read_text())
@@ -307,7 +307,7 @@ def test_finetune_to_classes_with_labels_that_lie_elsewhere(home: Path, folder: 
     tested = pq.read_table("tuned/predictions.parquet").to_pylist()
     assert {r["fold"] for r in tested} == {0, 1, 2}
     assert not {r["id"] for i, r in enumerate(rows) if i % 6 == 0} & {r["key"] for r in tested}
-    assert cdssl(["predict", "--model", "tuned/model", "--data", str(table), "--out", "p.parquet"]) == 0
+    assert cdssl(["predict", "--model", "tuned", "--data", str(table), "--out", "p.parquet"]) == 0
     first = pq.read_table("p.parquet").to_pylist()[0]
     assert first["class"] in ("dense", "open <b>") and first["dense"] + first["open <b>"] == pytest.approx(1)
 
@@ -316,8 +316,8 @@ def test_finetune_to_classes_with_labels_that_lie_elsewhere(home: Path, folder: 
     ("arguments", "said"),
     [
         ("--target volme", "no column volme"),
-        ("--target kind", "no crystal has a finite value of 'kind': is the column there"),
-        ("--target volume kind", "no crystal has a finite value of 'kind'"),
+        ("--target kind", "label 'kind' is 'dense', which is not a number"),
+        ("--target volume kind", "label 'kind' is 'dense', which is not a number"),
         ("--target kind volume --classify", "one target"),
         ("--target volume --classify", "nothing to classify"),
         ("--target volume --per-atom total", "--per-atom total: no target"),
@@ -338,15 +338,23 @@ def test_finetune_to_classes_with_labels_that_lie_elsewhere(home: Path, folder: 
         ("--target volume --keys absent.txt", "absent.txt"),
         ("--target volume --freeze 9", "3 stages"),
         ("--target volume --unit A eV", "2 units of 1 targets"),
-        ("--target kind", "no crystal has a finite value of 'kind'"),
+        ("--target kind", "label 'kind' is 'dense', which is not a number"),
         ("--target volume --where n_atoms<3", "not a data set of shards"),
         ("--target volume --encoder models:/nobody@champion", "does not exist"),
         ("--target volume --encoder nowhere", "nowhere: holds no encoder.safetensors"),
+        ("--target volume --out taken", "--out taken: cannot be written (File exists)"),
+        ("--target volume --labels units.csv", "1 values of 'volume' are text, such as '>35', and 2 are numbers"),
+        ("--target volume --labels twice.csv", "two rows have the id 'c-1' and differ: volume is '1' and '2'"),
+        ("--target volume --labels semicolons.csv", "its columns are separated by ';'"),
     ],
 )
 def test_wrong_use_is_said_in_a_line(
     arguments: str, said: str, home: Path, folder: Path, table: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("taken").touch()
+    Path("units.csv").write_text("id,volume\nc-1,12.5\nc-2,>35\nc-3,-\nc-6,11\n")
+    Path("twice.csv").write_text("id,volume\nc-1,1\nc-2,1\nc-2,1\nc-1,2\n")
+    Path("semicolons.csv").write_text("id;volume\nc-1;1\n")
     encoder = [] if "--encoder" in arguments else ["--encoder", str(folder)]
     assert cdssl(["finetune", *encoder, "--data", str(table), "--epochs", "1", *arguments.split()]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -395,6 +403,35 @@ def test_rows_without_ids_are_nobodys(tmp_path: Path) -> None:
     for name in ("folds.csv", "folds.parquet"):
         with pytest.raises(DataSetError, match="no column of ids"):
             read_columns(str(tmp_path / name), ["fold"], ["folds#1"])
+
+
+def test_a_number_is_the_id_of_one_crystal(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("id,y\n1,5\nb#2,7\n")
+    path = str(tmp_path / "labels.csv")
+    assert read_columns(path, ["y"], ["a#1", "b#2", "a#2", "c"]) == {"y": ["5", "7", None, None]}
+    with pytest.raises(DataSetError, match=r"the id '1' is that of 'a#1' and of 'b#1'; write the whole ids"):
+        read_columns(path, ["y"], ["a#1", "b#1"])
+
+
+def test_what_would_be_lost_is_not_written(
+    home: Path, folder: Path, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embed = ["embed", "--encoder", str(folder), "--data", "own.parquet", "--out"]
+    pq.write_table(pq.read_table(table), "own.parquet")
+    before = Path("own.parquet").read_bytes()
+    Path("folder.parquet").mkdir()
+    for out, said in (
+        ("own.parquet", "the data would be replaced"),
+        ("../" + home.name + "/own.parquet", "the data would be replaced"),
+        ("folder.parquet", "must be a Parquet file"),
+        ("vectors.csv", "must be a Parquet file"),
+    ):
+        assert cdssl([*embed, out]) == 2
+        assert said in capsys.readouterr().err
+    assert Path("own.parquet").read_bytes() == before
+    Path("empty.csv").write_text("id,cif\n")
+    assert cdssl(["embed", "--encoder", str(folder), "--data", "empty.csv", "--out", "v.parquet"]) == 2
+    assert "there is no crystal in the data" in capsys.readouterr().err and not Path("v.parquet").exists()
 
 
 def test_a_folder_of_cifs_is_labeled_too(tmp_path: Path, small: list[Crystal]) -> None:

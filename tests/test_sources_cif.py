@@ -235,9 +235,11 @@ def test_hydrogens_without_positions() -> None:
 
 
 def test_labels_are_tags() -> None:
-    cif_text = text("Fe 0 0 0", symmetry="_my_energy -1.25(3)\n_my_name abc")
-    crystal = read(cif_text, labels={"e": "_my_energy", "n": "_my_name", "m": "_missing"})[0]
+    cif_text = text("Fe 0 0 0", symmetry="_my_energy -1.25(3)\n_my_name abc\n_my_gap ?")
+    crystal = read(cif_text, labels={"e": "_my_energy", "g": "_my_gap", "m": "_missing"})[0]
     assert crystal.labels == {"e": -1.25}
+    with pytest.raises(RefusedError, match="label 'n' is 'abc', which is not a number"):
+        read(cif_text, labels={"n": "_my_name"})
 
 
 def test_labels_are_read_where_pymatgen_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from sklearn.model_selection import KFold
 from test_commands import alone
 from test_format import optimade
 
-from cdssl_dist.config import packaged, read
+from cdssl_dist.config import ConfigError, packaged, read
 from cdssl_dist.finetune.experiment import permuted
 from cdssl_dist.finetune.targets import Target
 from cdssl_dist.finetune.tuning import TuningError
@@ -628,6 +628,18 @@ def test_cells_of_several_versions_are_told(toy: Path, encoder: Path, tmp_path: 
     assert "computed by abc (1 cells), def (1 cells)" in text("abc", "def") and "several versions" in text("abc", "def")
 
 
+def test_packaged_configurations_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("study/own.yaml", "configs/study/own.yaml"):
+        assert read(StudyConfig, Path(name), ["seeds=[5]"]).seeds == (5,)
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "own.yaml").write_text("seeds: [-1]\n")
+    with pytest.raises(ConfigError, match=r"study/own\.yaml: seeds"):  # one's own goes first
+        read(StudyConfig, Path("study/own.yaml"))
+    with pytest.raises(ConfigError, match=r"there is no such file; these are packaged: .*, study/own\.yaml, "):
+        read(StudyConfig, Path("study/mine.yaml"))
+
+
 def test_what_cannot_be_is_said(toy: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     probes = read(StudyConfig, packaged("study/probes.yaml"))
     assert probes.reference in probes.probes and not probes.arms
@@ -660,7 +672,7 @@ def test_what_cannot_be_is_said(toy: Path, encoder: Path, tmp_path: Path, capsys
         *signed,
         "targets.signed.log=true",
     )
-    wrong("no crystal has a finite value of '_split_mass'", "targets.mass.column=_split_mass")
+    wrong("label '_split_mass' is 'train', which is not a number", "targets.mass.column=_split_mass")
     wrong("must be NAME=PATH", "--data", "other=x")
     wrong("unseen_only wants --pretraining-shards", "unseen_only=true")
     wrong("no column _z_mass, _z_volume", "data.toy.column=_z_{target}")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -22,11 +23,10 @@ from sharding.graph import Multigraphs, build, concatenate, offsets
 from sharding.manifest import DataSetError
 from sharding.progress import Progress
 from sharding.sources import ReadOptions, open_source, parse_records
-from sharding.sources.pieces import number
+from sharding.sources.pieces import MISSING, is_missing, number
 
 DALTON_PER_CUBIC_ANGSTROM: Final = 1.66053906660  # in g/cm³ (CODATA 2018)
 CRYSTALS_AT_ONCE: Final = 512
-MISSING: Final = ("", "nan", "na", "n/a", "<na>", "null", "none")  # words for a class that is not known
 _ATOMIC_WEIGHT: Final = np.array([0.0] + [gemmi.Element(z).weight for z in range(1, len(SYMBOLS))])  # Da
 
 
@@ -125,7 +125,7 @@ def load_labeled(
     else:
         graphs, groups, units, sources = _from_source(path, stored, cutoff, keys)
     wanted = list(dict.fromkeys([*looked_up, *columns]))
-    found = read_columns(table or path, wanted, graphs.keys) if wanted else {}
+    found = read_columns(table or path, wanted, graphs.keys, "refuse" if table else "first") if wanted else {}
     values = np.full((len(graphs), len(names)), np.nan)
     for t, name in enumerate(names):
         if name in COMPUTED:
@@ -135,7 +135,7 @@ def load_labeled(
             order = {c: i for i, c in enumerate(class_names(found[name]))}
             values[:, t] = [np.nan if (c := _class(v)) is None else order[c] for v in found[name]]
         elif name in looked_up:
-            values[:, t] = [np.nan if (v := number(x)) is None else v for x in found[name]]
+            values[:, t] = _numbers(table or path, name, found[name])
         else:
             values[:, t] = graphs.labels[name]
     values[~np.isfinite(values)] = np.nan
@@ -155,6 +155,18 @@ def load_labeled(
         {name: [found[name][i] for i in known] for name in wanted},
         sources,
     )
+
+
+def _numbers(path: str, name: str, column: Sequence[Any]) -> list[float]:
+    """The numbers of a column, NaN where there is none."""
+    values = [math.nan if (v := number(x)) is None else v for x in column]
+    known = sum(map(math.isfinite, values))
+    if known and (texts := [x for x in column if isinstance(x, str) and number(x) is None and not is_missing(x)]):
+        raise DataSetError(
+            f"{path}: {len(texts)} values of {name!r} are text, such as {texts[0]!r}, and {known} are numbers; to drop "
+            "them could bias what is learned: make them numbers, or leave them empty"
+        )
+    return values
 
 
 def class_names(column: Sequence[Any]) -> tuple[str, ...]:
@@ -201,7 +213,8 @@ def _from_source(path: str, targets: list[str], cutoff: float, keys: Sequence[st
     source = open_source(path, ReadOptions(labels={t: t for t in targets}))
     parts: list[Multigraphs] = []
     groups: list[str] = []
-    refused = repeated = 0
+    refused: Counter[str] = Counter()  # reasons
+    repeated = 0
     seen: set[str] = set()
     with Progress("read", "crystals") as progress:
         for crystals, unreadable in in_batches(parse_records(source, source.records()), CRYSTALS_AT_ONCE):
@@ -211,19 +224,23 @@ def _from_source(path: str, targets: list[str], cutoff: float, keys: Sequence[st
                     seen.add(crystal.key)
                     new.append(crystal)
             graphs, bad = build(new, cutoff, tuple(targets))
-            refused += len(unreadable) + len(bad)
+            refused.update(refusal.text for refusal in unreadable)
+            refused.update(why.text for why in bad.values())
             repeated += len(crystals) - len(new)
             parts.append(graphs)
             groups += [c.group or reduced_formula(c.atomic_numbers) for i, c in enumerate(new) if i not in bad]
             progress.add(len(graphs))
+    reasons = "; ".join(f"{text} ({n:,})" for text, n in refused.most_common(3))
     if refused:
-        print(f"{path}: {refused} inputs cannot be used; `cdssl shard` lists them with their reasons", file=sys.stderr)
+        more = "" if len(refused) <= 3 else "; …; `cdssl shard` lists all with their reasons"
+        print(f"{path}: {refused.total():,} inputs cannot be used: {reasons}{more}", file=sys.stderr)
     if repeated:
         print(
             f"{path}: {repeated} crystals have the id of an earlier one; the first of each id is taken", file=sys.stderr
         )
     if not parts or sum(len(p) for p in parts) == 0:
-        raise DataSetError(f"{path}: no crystal can be used ({refused} were refused)")
+        hint = "; a column of text is for classes" if "label" in reasons else ""
+        raise DataSetError(f"{path}: no crystal can be used; {refused.total()} were refused: {reasons}{hint}")
     graphs = concatenate(parts)
     if keys is not None:
         place = {key: i for i, key in enumerate(graphs.keys)}

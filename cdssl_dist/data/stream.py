@@ -19,7 +19,7 @@ from cdssl_dist.data.dataset import DataSet, is_data_set, no_split
 from cdssl_dist.data.labeled import in_batches
 from cdssl_dist.data.subset import select
 from sharding.block import decode
-from sharding.commands import positive
+from sharding.commands import UseError, positive
 from sharding.convert import batches_of
 from sharding.crystal import Refusal
 from sharding.executor import Executor
@@ -131,6 +131,19 @@ def _of_shards(path: str, cutoff: float, split: str | None, where: str | None) -
                 yield FromBlock(path, digest, block)
 
 
+def check_out(out: str, data: str) -> None:
+    """Whether a file of ``Rows`` can be written there.
+
+    Raises:
+        UseError: where it is no Parquet file, by its name, a folder, or the data themselves.
+    """
+    path = Path(out)
+    if path.suffix != ".parquet" or path.is_dir():
+        raise UseError(f"--out {out}: must be a Parquet file, such as vectors.parquet")
+    if path.exists() and Path(data).exists() and path.samefile(data):
+        raise UseError(f"--out {out}: the data would be replaced; name another file")
+
+
 class Rows:
     """A Parquet file that appears when it is complete: a row for each crystal, refused ones included.
 
@@ -211,6 +224,8 @@ def write_rows(rows: Rows, parts: Iterator[Part], use: Use, what: str, workers: 
                 refusals += len(refused)
                 reasons = [f"{r.code}: {r.text}" for r in refused]
                 rows.add({"key": [r.key or f"{r.source}, {r.position}" for r in refused], "refused": reasons})
+        if not rows.rows:
+            raise DataSetError("there is no crystal in the data")
     return refusals
 
 

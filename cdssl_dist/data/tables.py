@@ -7,7 +7,7 @@ import difflib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +18,9 @@ from sharding.sources.pieces import IDS
 KEYS: Final = ("key", *IDS, "immutable_id")  # columns that hold the id
 
 
-def read_columns(path: str, names: Sequence[str], keys: Sequence[str]) -> dict[str, list[Any]]:
+def read_columns(
+    path: str, names: Sequence[str], keys: Sequence[str], repeated: Literal["refuse", "first"] = "refuse"
+) -> dict[str, list[Any]]:
     """Some columns of a table, in the order of crystals.
 
     Args:
@@ -26,16 +28,27 @@ def read_columns(path: str, names: Sequence[str], keys: Sequence[str]) -> dict[s
         names: of the columns.
         keys: of the crystals. A row belongs to the crystal with its id; where ids are mere numbers, to the crystal
             whose key ends in # and the id.
+        repeated: what to do where rows of one id differ: refuse the table, or take the first, as of crystals.
 
     Returns:
-        Name → a value for each crystal, None where the table has none. Of rows with the same id the first counts.
+        Name → a value for each crystal, None where the table has none.
 
     Raises:
-        DataSetError: where it is no table, a column is missing, ids included, or no row is a crystal's.
+        DataSetError: where it is no table, a column is missing, ids included, no row is a crystal's, two rows of one
+            id differ, or a number is the id of two crystals.
     """
     values: dict[str, tuple[Any, ...]] = {}
     for key, row in rows_of(path, names):
-        values.setdefault(key, row)
+        differ = _difference(names, values.setdefault(key, row), row)
+        if differ and repeated == "refuse":
+            raise DataSetError(f"{path}: two rows have the id {key!r} and differ: {differ}; keep the right one")
+    owner: dict[str, str] = {}  # of an id that is a mere number
+    for key in keys:
+        number = key.rpartition("#")[2]
+        if key not in values and number in values and owner.setdefault(number, key) != key:
+            raise DataSetError(
+                f"{path}: the id {number!r} is that of {owner[number]!r} and of {key!r}; write the whole ids"
+            )
     nothing = (None,) * len(names)
     found = [values.get(key) or values.get(key.rpartition("#")[2]) or nothing for key in keys]
     if keys and all(row is nothing for row in found):
@@ -69,12 +82,20 @@ def rows_of(path: str, names: Sequence[str]) -> Iterator[tuple[str, tuple[Any, .
         raise DataSetError(f"{path}: no table that can be read ({why})") from None
 
 
+def _difference(names: Sequence[str], first: tuple[Any, ...], second: tuple[Any, ...]) -> str:
+    """Where two rows differ; two NaN do not."""
+    pairs = zip(names, first, second, strict=True)
+    return ", ".join(f"{name} is {a!r} and {b!r}" for name, a, b in pairs if a != b and (a == a or b == b))
+
+
 def _check(path: str, there: Sequence[str], names: Sequence[str]) -> str:
     """The column of ids; complains about columns that are missing."""
     for name in names:
         if name not in there:
             near = difflib.get_close_matches(name, there, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(there[:40])}"
+            if len(there) == 1 and (mark := next((m for m in ";\t" if m in there[0]), None)):
+                hint = f"its columns are separated by {mark!r}: separate them by commas"
             raise DataSetError(f"{path}: no column {name!r}; {hint}")
     key = next((name for name in KEYS if name in there), None)
     if key is None:

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -36,7 +37,7 @@ from cdssl_dist.mlops.models import CHAMPION, PROPERTY
 from cdssl_dist.mlops.record import record
 from cdssl_dist.model.export import EncoderCard, read_encoder
 from cdssl_dist.model.heads import READOUTS
-from sharding.commands import DONE, FAILED, RUNS, Parser, command
+from sharding.commands import DONE, FAILED, RUNS, Parser, UseError, command, natural
 from sharding.executor import Executor
 from sharding.progress import Progress
 
@@ -57,6 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_labels(task, data, splits)
     how = FineTuning(**{name: getattr(args, name) for name in asdict(FineTuning())})
     scratch = None if args.no_scratch else replace(how, lr=args.scratch_lr, freeze=0, warmup=0, layer_decay=1.0)
+    out = Path(args.out)
+    try:  # better now than after the training
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as why:
+        raise UseError(f"--out {out}: cannot be written ({why.strerror})") from None
     trainings = args.members * len(splits) * (1 if scratch is None else 2)
     with Progress("fine-tune", "epochs", how.epochs * trainings) as progress, on_ray(args, trainings) as elsewhere:
         outcome = compare(
@@ -73,7 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             elsewhere=elsewhere,
         )
 
-    out = Path(args.out)
     members, settings = outcome.members[PRETRAINED], asdict(how) | about(args)
     own = property_card(
         card,
@@ -174,7 +180,7 @@ def parser() -> Parser:
         help="Set2Set over the crystal, a sum over atoms, or a ridge on vectors",
     )
     g.add_argument("--weight-decay", type=float, default=default.weight_decay, help="weight decay of AdamW")
-    g.add_argument("--seed", type=int, default=default.seed, help="seed of the split, the readout and the order")
+    g.add_argument("--seed", type=natural, default=default.seed, help="seed of the split, the readout and the order")
     g.add_argument("--threads", type=int, default=default.threads, help="threads of torch, on CPU")
     g.add_argument("--compile", action="store_true", help="use torch.compile: faster steps, after a minute or so")
 

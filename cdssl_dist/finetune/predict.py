@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from cdssl_dist.data.stream import Rows, add_arguments, parts_of, write_rows
+from cdssl_dist.data.stream import Rows, add_arguments, check_out, parts_of, write_rows
 from cdssl_dist.finetune.predictor import Predictor, read_property, read_property_card
 from cdssl_dist.mlops import registry
 from cdssl_dist.mlops.mlflow_server import tracking_uri
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(p)
     args = p.parse_args(argv)
 
+    check_out(args.out, args.data)
     pulled = registry.pull_version(args.model, tracking_uri(args.registry, RUNS))
     if kind_of(pulled.folder) is not PROPERTY:
         raise registry.RegistryError(f"{args.model} is an encoder; cdssl finetune makes a model that predicts")

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from cdssl_dist.data.labeled import density, formulas_of, volume_per_atom
-from cdssl_dist.data.stream import Rows, add_arguments, parts_of, write_rows
+from cdssl_dist.data.stream import Rows, add_arguments, check_out, parts_of, write_rows
 from cdssl_dist.encoder import CrystalEncoder
 from cdssl_dist.finetune.experiment import new_encoder
 from cdssl_dist.finetune.predictor import unseen_elements
@@ -23,7 +23,7 @@ from cdssl_dist.mlops import registry
 from cdssl_dist.mlops.mlflow_server import tracking_uri
 from cdssl_dist.mlops.models import CHAMPION
 from cdssl_dist.model.export import read_card
-from sharding.commands import RUNS, Parser, command
+from sharding.commands import RUNS, Parser, command, natural
 from sharding.crystal import SYMBOLS
 from sharding.graph import Multigraphs
 
@@ -42,10 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Pull an encoder, embed, write a Parquet file."""
     p = Parser("cdssl embed", "Embed crystals with a pretrained encoder, in bounded memory.")
     p.add_argument("--encoder", default=CHAMPION, help="models:/NAME@ALIAS, or a folder")
-    p.add_argument("--random", type=int, metavar="SEED", help="as a control: the same network with new weights")
+    p.add_argument("--random", type=natural, metavar="SEED", help="as a control: the same network with new weights")
     add_arguments(p)
     args = p.parse_args(argv)
 
+    check_out(args.out, args.data)
     folder = registry.pull(args.encoder, tracking_uri(args.registry, RUNS))
     weights = read_card(folder).weights_sha256 if args.random is None else f"random {args.random}"
     encoder = _encoder(folder, weights, args.random)

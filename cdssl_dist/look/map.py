@@ -23,7 +23,7 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
 from cdssl_dist.look.map_page import page
-from sharding.commands import Parser, command, positive
+from sharding.commands import Parser, command, natural, positive
 
 NEIGHBOURS: Final = 10
 FEWEST: Final = NEIGHBOURS + 2  # crystals of a map
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--color", help="a column of numbers; if omitted, density, else the first one")
     p.add_argument("--method", choices=METHODS, default="tsne", help="umap needs the package umap-learn")
     p.add_argument("--sample", type=positive, default=10_000, help="most crystals to draw, chosen at random")
-    p.add_argument("--seed", type=int, default=0, help="seed of the sample and of the map")
+    p.add_argument("--seed", type=natural, default=0, help="seed of the sample and of the map")
     p.add_argument("--out", default="runs/map", help="folder for map.png, map.html and map.parquet")
     args = p.parse_args(argv)
 

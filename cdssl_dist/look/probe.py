@@ -27,7 +27,7 @@ from cdssl_dist.finetune.splits import Split, k_folds
 from cdssl_dist.finetune.targets import Array
 from cdssl_dist.mlops.models import CHAMPION
 from cdssl_dist.model.embedding import embed_graphs
-from sharding.commands import Parser, command, positive
+from sharding.commands import Parser, command, natural, positive
 from sharding.graph import Multigraphs
 from sharding.manifest import DataSetError
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--split", choices=("train", "val", "test"), help="use this split of a data set of shards only")
     p.add_argument("--where", metavar="CONDITION", help="filter a data set of shards, as in 'n_atoms <= 20'")
     p.add_argument("--folds", type=int, default=5, help="folds of the cross-validation, by whole groups")
-    p.add_argument("--seed", type=int, default=0, help="seed of the folds and of the random encoders")
+    p.add_argument("--seed", type=natural, default=0, help="seed of the folds and of the random encoders")
     p.add_argument("--out", metavar="FILE", help="write the results as JSON")
     p.add_argument("--threads", type=positive, default=1, help="threads of torch, on CPU")
     args = p.parse_args(argv)

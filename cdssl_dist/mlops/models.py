@@ -90,6 +90,12 @@ PROPERTY: Final = Kind(
 KINDS: Final = (ENCODER, PROPERTY)
 
 
+def model_folder(folder: Path) -> Path:
+    """The folder of a model: what is given, or the ``model`` in what ``cdssl finetune`` left there."""
+    tuned = folder / "model"
+    return tuned if (tuned / PROPERTY.files[1]).exists() and not (folder / ENCODER.files[1]).exists() else folder
+
+
 def kind_of(folder: Path) -> Kind:
     """By the files that are there; an encoder where there are none, so that the error names what is missing."""
     return next((k for k in KINDS if (folder / k.files[1]).exists()), ENCODER)

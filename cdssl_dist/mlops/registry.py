@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from cdssl_dist.mlops.mlflow_server import one_line, redact, say
-from cdssl_dist.mlops.models import Kind, RegistryError, checked, kind_of, kind_of_tags, sha256, tags_of
+from cdssl_dist.mlops.models import Kind, RegistryError, checked, kind_of, kind_of_tags, model_folder, sha256, tags_of
 from cdssl_dist.mlops.registry_store import (
     LOCK,
     REF,
@@ -75,7 +75,8 @@ def register(folder: Path, name: str, uri: str, run_id: str | None = None, tries
     a dying server left half done is tried again without harm, and several jobs may register under one name at a time.
 
     Args:
-        folder: holds ``encoder.safetensors`` and ``encoder.json``, or the two files of a fine-tuned model.
+        folder: holds ``encoder.safetensors`` and ``encoder.json``, or the two files of a fine-tuned model; or what
+            ``cdssl finetune`` left.
         name: of the registered model.
         uri: of the MLflow server or SQLite file.
         run_id: the MLflow run that trained it.
@@ -85,6 +86,7 @@ def register(folder: Path, name: str, uri: str, run_id: str | None = None, tries
         RegistryError: where the folder holds no sound model, or the registry does not do its part.
     """
     _check_name(name)
+    folder = model_folder(folder)
     kind = kind_of(folder)
     checked(folder, kind)
     for left in reversed(range(tries)):
@@ -234,8 +236,9 @@ def pull_version(ref: str, uri: str, cache: Path | None = None) -> Pulled:
         RegistryError: where there is no such model, it is damaged, or of a newer format.
     """
     if not ref.startswith("models:"):
-        checked(Path(ref), kind_of(Path(ref)))
-        return Pulled(Path(ref), ref)
+        folder = model_folder(Path(ref))
+        checked(folder, kind_of(folder))
+        return Pulled(folder, ref)
     root = cache or Path(os.environ.get("CDSSL_CACHE") or Path.home() / ".cache" / "cdssl")
     note = root / "refs" / f"{hashlib.sha256(f'{redact(uri)} {ref}'.encode()).hexdigest()[:32]}.json"
     try:

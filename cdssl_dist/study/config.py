@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from cdssl_dist.config import Section
 from cdssl_dist.finetune.targets import Target
@@ -118,7 +118,9 @@ class Training(Section):
 class Sweep(Section):
     """How each arm chooses its learning rate, once for each target and each of some sizes."""
 
-    seeds: tuple[int, ...] = Field((1000,), min_length=1)  # none of those reported; all rates run on the first
+    seeds: tuple[NonNegativeInt, ...] = Field(
+        (1000,), min_length=1
+    )  # none of those reported; all rates run on the first
     finalists: PositiveInt = 2  # rates that run on the other seeds as well, the best on the first
     sizes: tuple[PositiveInt, ...] = (100, 500, 2000)  # a case takes the rate of the nearest size, by its logarithm
     evaluate: PositiveInt = 500  # crystals, of those that may train and are not in the sample
@@ -129,7 +131,7 @@ class Predict(Section):
 
     targets: tuple[str, ...]
     arms: tuple[str, ...] = ("pretrained",)
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[NonNegativeInt, ...] = (0,)
     training: Training = Training(passes=600_000, batch_size=32, hold=0.02)
     without_graph: Literal["omit", "median"] = "omit"  # a crystal without one has no line, or the median of the labels
 
@@ -149,7 +151,7 @@ class StudyConfig(Section):
     data: dict[str, StudyData]
     targets: dict[str, StudyTarget]
     sizes: tuple[PositiveInt, ...] = (50, 100, 200, 350, 500, 1000, 2000)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[NonNegativeInt, ...] = (0, 1, 2)
     arms: dict[str, Arm] = Field(default_factory=dict)
     probes: dict[str, Probe] = Field(default_factory=dict)
     reference: str = "scratch"  # what the others are compared with: an arm, a probe, or a baseline

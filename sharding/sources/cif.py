@@ -161,7 +161,11 @@ def _block(
 
 def _labels_of(value: Callable[[str], str | None], options: ReadOptions) -> Mapping[str, float]:
     """The labels that tags of a CIF hold."""
-    tags = {tag: _number(value(tag)) for tag in options.labels.values() if tag.startswith("_")}
+    tags: dict[str, float | str] = {}
+    for tag in options.labels.values():
+        if tag.startswith("_") and (text := value(tag)) is not None:
+            as_number = _number(text)
+            tags[tag] = gemmi.cif.as_string(text) if math.isnan(as_number) else as_number
     return labels_of(tags, options.labels)
 
 

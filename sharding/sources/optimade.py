@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from sharding.crystal import Crystal, Refusal, RefusedError, atomic_numbers
 from sharding.sources import ReadOptions, Record, Source, SourceError, dialects
-from sharding.sources.pieces import IDS, key_of, number, refusal
+from sharding.sources.pieces import IDS, key_of, label_value, refusal
 from sharding.sources.streams import base_name, opened, redacted
 
 SITES: Final = ("lattice_vectors", "cartesian_site_positions", "species_at_sites")
@@ -149,7 +149,7 @@ def _parse(source: str, key: str, options: ReadOptions, record: Record) -> Itera
         try:
             if name is None or lattices[i] is None or positions[i] is None or names[i] is None:
                 raise RefusedError("unparsable", "a required column is null")
-            values = {label: number(column[i]) for label, column in labels.items()}
+            values = {label: label_value(label, column[i]) for label, column in labels.items()}
             found = {label: value for label, value in values.items() if value is not None}
             if species is None:
                 crystal = Crystal(name, lattices[i], positions[i], atomic_numbers(names[i]), found)

@@ -18,6 +18,7 @@ from sharding.sources.streams import CHUNK, DamagedError, Stream
 
 PIECES_PER_RECORD: Final = 512
 BYTES_PER_RECORD: Final = 2**20  # a record travels to another process
+MISSING: Final = ("", "nan", "na", "n/a", "<na>", "null", "none")  # words for a value that is not known
 IDS: Final = ("id", "material_id", "mat_id", "jid", "entry_id", "structure_id", "mp_id", "index")
 
 
@@ -144,13 +145,30 @@ def cut(stream: Stream, find: Callable[[bytes, int], int], limit: int) -> Iterat
 
 
 def labels_of(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, float]:
-    """The labels that a record has as numbers: label name → value. A column is a name, or a dotted path."""
-    labels = {}
-    for label, column in columns.items():
-        value = number(_look_up(record, column))
-        if value is not None:
-            labels[label] = value
-    return labels
+    """The labels of a record: label name → value, without those that are missing. A column is a name or a dotted path.
+
+    Raises:
+        RefusedError: ``label``, see ``label_value``.
+    """
+    found = {label: label_value(label, _look_up(record, column)) for label, column in columns.items()}
+    return {label: value for label, value in found.items() if value is not None}
+
+
+def label_value(label: str, value: Any) -> float | None:
+    """The value of a label, or None where it is missing.
+
+    Raises:
+        RefusedError: ``label`` for other text, such as ">35": to drop it silently could bias what is learned.
+    """
+    found = number(value)
+    if found is None and isinstance(value, str) and not is_missing(value):
+        raise RefusedError("label", f"label {label!r} is {value[:40]!r}, which is not a number")
+    return found
+
+
+def is_missing(text: str) -> bool:
+    """Whether text stands for a missing number."""
+    return text.strip().lower() in MISSING or not text.strip(" -?.")
 
 
 def number(value: Any) -> float | None:

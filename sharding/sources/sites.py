@@ -57,7 +57,9 @@ def check_occupancy(occupancy: Floats, options: ReadOptions) -> bool:
     partial = int(((occupancy > 0) & (occupancy < 1 - FULL)).sum())  # an empty site is no site
     if partial and options.occupancy == "refuse":
         text = f"{partial} of {len(occupancy)} sites are partly occupied"
-        raise RefusedError("partial_occupancy", f"{text}; occupancy='majority' keeps the commonest species")
+        raise RefusedError(
+            "partial_occupancy", f"{text}; `cdssl shard --occupancy majority` keeps the commonest species"
+        )
     return partial > 0
 
 
