@@ -17,6 +17,7 @@ from cdssl_dist.train.runlog import read_lines
 from sharding.commands import Parser, UseError, command, natural, positive, run_child
 from sharding.manifest import read_manifest
 from sharding.sources import open_source
+from sharding.sources.streams import local_path
 
 HOME = Path("runs/demo")
 REGISTRY = f"sqlite:///{HOME}/mlflow.db"
@@ -53,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     own = args.data != "aflow:"
     started = time.monotonic()
     open_source(args.data)
-    if own and HOME.resolve() in Path(args.data).resolve().parents:
+    data = local_path(args.data).resolve()
+    if own and HOME.resolve() in (data, *data.parents):
         raise UseError(f"{args.data} lies in {HOME}, which a demo begins by removing: move it elsewhere")
     if HOME.exists():
         shutil.rmtree(HOME)  # a demo of its own: nothing else is kept there

@@ -23,7 +23,7 @@ from cdssl_dist.mlops.registry_store import UnreachableError
 from cdssl_dist.train import checkpoint, cluster, live
 from cdssl_dist.train.replay import parse_place, replay, table
 from cdssl_dist.train.runlog import alone, read_status
-from sharding.commands import FAILED, Parser, command
+from sharding.commands import FAILED, Parser, UseError, command
 from sharding.manifest import Manifest
 from sharding.sources.streams import is_remote, local_path
 
@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     if args.replay_step:
+        if args.config or args.overrides or args.allow_changed:
+            raise UseError("--replay-step takes all settings from the run: leave out --config and the others")
         print(table(replay(*parse_place(args.replay_step))))
         return 0
     config = load(args.config, args.overrides)

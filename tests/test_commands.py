@@ -47,6 +47,17 @@ def test_what_counts_is_one_at_least(begun: str, value: str, capsys: pytest.Capt
     assert f"must be a whole number from 1 up, not '{value}'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("place", ["runs/demo", "file://{}/runs/demo/a.cif", "runs/demo/../demo/a.cif"])
+def test_the_demo_does_not_remove_its_data(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/demo").mkdir(parents=True)
+    Path("runs/demo/a.cif").write_text("data_a\n")
+    assert main(["demo", "--data", place.format(tmp_path)]) == 2
+    assert "which a demo begins by removing" in capsys.readouterr().err and Path("runs/demo/a.cif").exists()
+
+
 def test_the_list_of_commands() -> None:
     answer = cdssl("--help")
     assert answer.returncode == 0

@@ -132,9 +132,11 @@ def test_conditions_that_make_no_sense(data: DataSet, where: str, message: str) 
         select(data, where=where)
 
 
-def test_nothing_that_meets_the_conditions_is_said(data: DataSet) -> None:
+def test_nothing_that_meets_the_conditions_is_said(data: DataSet, rows: list[dict[str, object]]) -> None:
     with pytest.raises(DataSetError, match="no crystal meets the conditions"):
         read(data, select(data, where="n_atoms > 10000"))
+    with pytest.raises(DataSetError, match="no crystal meets the conditions"):
+        read(data, select(data, where="n_atoms > 10000", keys=[str(row["key"]) for row in rows[:3]]))
     with pytest.raises(DataSetError, match="no split 'trian'"):
         select(data, split="trian")
 

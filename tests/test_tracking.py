@@ -47,6 +47,22 @@ def home(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return tmp_path
 
 
+def test_a_database_that_was_interrupted_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow could not use it ever after."""
+    uri = f"sqlite:///{tmp_path}/new/mlflow.db"
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sqlalchemy.orm.Session.commit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            connect(uri).search_experiments()
+    assert list((tmp_path / "new").iterdir()) == []
+    assert [e.name for e in connect(uri).search_experiments()] == ["Default"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["mlflow.db"]
+
+
 def write(folder: Path, steps: range, cursor: int = 10**9, value: float = 0.0) -> None:
     """Lines of metrics as a run writes them, after a cut at ``cursor``."""
     log = RunLog(folder, cursor, echo=False)

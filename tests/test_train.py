@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -297,7 +297,7 @@ def test_another_configuration_is_refused_or_allowed_by_name(
         launch(2, run_training, config(run, data_folder, **longer, checkpoint={"allow_changed": ["optim.lr"]}))
     allowed = {"allow_changed": ["optim.lr", "schedule.steps"]}
     assert launch(2, run_training, config(run, data_folder, **longer, checkpoint=allowed)) == [True, True]
-    with pytest.raises(AssertionError, match=r"model\.blocks: 2 → 1; other weights, which these are not"):
+    with pytest.raises(AssertionError, match=r"model\.blocks: 2 → 1; another network"):
         launch(
             2,
             run_training,
@@ -312,9 +312,17 @@ def test_another_data_set_is_refused_or_allowed_by_name(undisturbed: Path, data_
     settings = ShardSettings(budget=Budget(edges=2_048, atoms=256, graphs=16), blocks_per_shard=3, val=0.2)
     shard([open_source("aflow:90")], other, settings)
     shutil.copytree(undisturbed, run)
+    with pytest.raises(AssertionError, match=r"data: digest .*; the run has ended"):
+        launch(1, run_training, config(run, other, checkpoint={"allow_changed": ["data"]}))
+    longer: dict[str, Any] = {"schedule": {"steps": STEPS + 1}, "checkpoint": {"allow_changed": ["schedule.steps"]}}
     with pytest.raises(AssertionError, match=r"data: digest \w+ → \w+.*train\.\w+: \d+ → \d+.*--allow-changed data"):
-        launch(2, run_training, config(run, other))
-    assert launch(2, run_training, config(run, other, checkpoint={"allow_changed": ["data"]})) == [True, True]
+        launch(2, run_training, config(run, other, **longer))
+    longer["checkpoint"]["allow_changed"].append("data")
+    assert launch(2, run_training, config(run, other, **longer)) == [True, True]
+    shard([open_source("aflow:90")], tmp_path / "short", replace(settings, cutoff=4.0))
+    longer["schedule"]["steps"] += 1
+    with pytest.raises(AssertionError, match=r"data\.cutoff: 5\.0 Å → 4\.0 Å; another network"):
+        launch(1, run_training, config(run, tmp_path / "short", **longer))
 
 
 def test_a_checkpoint_of_version_1_goes_on(undisturbed: Path, data_folder: Path, tmp_path: Path) -> None:
@@ -430,6 +438,22 @@ def test_a_run_that_lost_what_was_good_does_not_begin_anew(data_folder: Path, tm
     Ledger([Rollback(2, 8, "")]).write(tmp_path / "run")
     with pytest.raises(AssertionError, match="the guard rolled back over step-000000005"):
         launch(1, run_training, config(tmp_path / "run", data_folder))
+
+
+def test_a_run_that_begins_anew_has_no_roll_backs(undisturbed: Path, data_folder: Path, tmp_path: Path) -> None:
+    """What is left of one whose checkpoints were removed."""
+    run = tmp_path / "run"
+    run.mkdir()
+    Ledger([Rollback(2, 6, "")]).write(run)
+    assert launch(2, run_training, config(run, data_folder)) == [True, True]
+    assert metrics(run, "lr") == metrics(undisturbed, "lr")
+    assert [checkpoint.cursor_of(f.name) for f in checkpoint.committed(run / "checkpoints")] == [4, 8]
+    assert Ledger.read(run) == Ledger()
+
+
+def test_a_stop_at_the_last_step_stops_nothing(data_folder: Path, tmp_path: Path) -> None:
+    assert launch(2, run_training, config(tmp_path, data_folder), STEPS) == [True, True]
+    assert (tmp_path / "encoder.safetensors").exists()
 
 
 def test_one_process_trains_into_a_folder(
@@ -730,6 +754,13 @@ def test_workers_without_gpus_see_none(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert seen == [{"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}, {}]
 
 
+@pytest.mark.parametrize("key", ["optimizer", "scheduler", "fp16", "amp", "train_batch_size"])
+def test_a_raw_deepspeed_section_does_not_stand_for_ours(key: str) -> None:
+    settings = EngineSettings(stage=1, precision="fp32", micro_steps=1, clip=1.0, extra={key: {}})
+    with pytest.raises(ValueError, match=rf"deepspeed\.{key} would do nothing here, or harm: .* decides this"):
+        deepspeed_config(settings)
+
+
 def test_a_raw_deepspeed_section_passes_through() -> None:
     raw = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}, "comms_logger": {"enabled": True}}
     found = deepspeed_config(EngineSettings(stage=1, precision="fp32", micro_steps=1, clip=1.0, extra=raw))
@@ -746,3 +777,5 @@ def test_the_ledger_sends_checkpoints_past_what_was_rolled_back() -> None:
     assert ledger.resume_point(180) == 250
     assert ledger.resume_point(200) is None
     assert ledger.resume_point(250) == 250
+    assert ledger.known_at(250) == ledger.known_at(180) == ledger
+    assert [r.to for r in ledger.known_at(170).rollbacks] == [100] and not ledger.known_at(99).rollbacks

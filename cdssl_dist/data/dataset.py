@@ -81,8 +81,8 @@ class DataSet:
 
     @property
     def counts(self) -> dict[str, Any]:
-        """Its name, and how much is in each split: what a person tells one data set from another by."""
-        return {"name": self.name, **self.manifest.splits}
+        """Its name, its cutoff and how much is in each split: what a person tells one data set from another by."""
+        return {"name": self.name, "cutoff": self.manifest.cutoff, **self.manifest.splits}
 
     def table(self, split: str) -> BlockTable:
         """The block table of a split.

@@ -35,6 +35,7 @@ class Step:
     edges: int  # scored edges of the whole step, all ranks, those of skipped blocks too
     packs: list[RawPack]  # one for each micro-step; empty packs are all padding
     skipped: tuple[int, ...] = ()  # blocks of this rank that were bad
+    error: str = ""  # why the run must end for them, where ranks are to raise it together
 
 
 class Loader:
@@ -54,6 +55,8 @@ class Loader:
             plan says. All ranks know the same normaliser without a word between them; the loss of the step is that of
             a model without error on the block, and its gradient is smaller by the block's share, about 1/(P·k).
             A lost shard or a dead endpoint is an error always, and so are more than 1% bad blocks.
+        together: what bad blocks end is ``Step.error``, for all ranks to raise, and is not raised here: of a rank that
+            ended alone the others would wait. The block is left out meanwhile.
 
     Raises:
         DataSetError, BadBlockError: from ``next``; steps before the bad one are delivered.
@@ -73,8 +76,9 @@ class Loader:
         prefetch: int = 4,
         pin: bool = False,
         bad_blocks: BadBlocks = "error",
+        together: bool = False,
     ) -> None:
-        self.data, self.plan, self.shape, self.bad_blocks = data, plan, shape, bad_blocks
+        self.data, self.plan, self.shape, self.bad_blocks, self.together = data, plan, shape, bad_blocks, together
         self.lanes, self.micro = plan.lanes(rank, world_size), plan.micro_steps(world_size)
         self.first, self.end, self.pin = first, end, pin
         self._read, self._bad = 0, 0  # blocks
@@ -147,25 +151,31 @@ class Loader:
 
     def _step(self, number: int) -> Step:
         skipped: list[int] = []
+        errors: list[str] = []
 
         def read(block: int) -> bytes | None:
             self._read += 1
             try:
                 return self.data.read(block, self._stop)
             except BadBlockError as why:
-                if self.bad_blocks == "error":
-                    raise
                 self._bad += 1
-                if self._bad > max(FEW, SHARE * self._read):
-                    raise DataSetError(f"{why}; {self._bad} of {self._read} blocks were bad, too many to skip") from why
-                warn(f"step {number}: {why}; it is skipped")
+                error = ""
+                if self.bad_blocks == "error":
+                    error = f"{why}; `cdssl verify` finds all such blocks, data.bad_blocks=skip leaves them out"
+                elif self._bad > max(FEW, SHARE * self._read):
+                    error = f"{why}; {self._bad} of {self._read} blocks were bad, too many to skip"
+                if error and not self.together:
+                    raise BadBlockError(error) from why
+                errors.append(error)
+                if not error:
+                    warn(f"step {number}: {why}; it is skipped")
                 skipped.append(block)
                 return None
 
         packs = [self.data.pack(self.plan.pack(number, lane), self.plan.table, self.shape, read) for lane in self.lanes]
         packs += [self.data.pack([], self.plan.table, self.shape) for _ in range(self.micro - len(packs))]
         packs = [pack.pin() for pack in packs] if self.pin else packs
-        return Step(number, self.plan.edges_of(number), packs, tuple(skipped))
+        return Step(number, self.plan.edges_of(number), packs, tuple(skipped), next(filter(None, errors), ""))
 
     def _put(self, item: Step | BaseException | None) -> None:
         """Wait for room, but not once nobody takes any more."""

@@ -203,4 +203,4 @@ def _in_order(data: DataSet, rows: pa.Table, keys: Sequence[str], conditions: bo
     elif absent:
         listed = ", ".join(map(repr, absent[:3])) + (", …" if len(absent) > 3 else "")
         raise DataSetError(f"{data.name}: {len(absent)} of {len(keys)} keys are not in it: {listed}")
-    return rows.take([place[key] for key in keys if key in place])
+    return rows.take(pa.array([place[key] for key in keys if key in place], pa.int64()))

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,9 +45,24 @@ def connect(uri: str) -> MlflowClient:
     """A client of a server or a SQLite file, which may be new."""
     from mlflow import MlflowClient
 
-    if file := sqlite_file(uri):
-        file.parent.mkdir(parents=True, exist_ok=True)
+    if (file := sqlite_file(uri)) and not file.exists():
+        _create(file)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _create(file: Path) -> None:
+    """Make MLflow's tables in a new SQLite file, which appears whole.
+
+    MLflow takes seconds to make them, and cannot use a file in which it was interrupted.
+    """
+    from mlflow import MlflowClient
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".mlflow-") as scratch:
+        new = Path(scratch) / file.name
+        MlflowClient(tracking_uri=f"sqlite:///{new.resolve()}").search_experiments(max_results=1)
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.link(new, file)
 
 
 def experiment(client: MlflowClient, uri: str, name: str) -> str:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 VERSION: Final = 2
 MARKER: Final = "COMMITTED"
-SHAPE: Final = ("model.width", "model.hidden", "model.blocks", "graph.centers", "pretext.")  # keys of other networks
+SHAPE: Final = ("model.width", "model.hidden", "model.blocks", "graph.", "pretext.", "data.cutoff")  # of other networks
 
 
 class CheckpointError(ValueError):
@@ -201,12 +201,17 @@ def check_fits(checkpoint: Checkpoint, config: Config, digest: str, counts: dict
     changes = dict(_differences(before, config.decisive()))
     if old.data_digest != digest:
         counted = "".join(f", {key}: {change}" for key, change in _differences(old.data, counts))
+        if "cutoff" in old.data and old.data["cutoff"] != counts["cutoff"]:
+            changes["data.cutoff"] = f"{old.data['cutoff']} Å → {counts['cutoff']} Å"
         changes["data"] = f"digest {old.data_digest[:12]} → {digest[:12]}{counted}"
     refused = {key: change for key, change in changes.items() if key not in config.checkpoint.allow_changed}
     shape = {key: change for key, change in changes.items() if key.startswith(SHAPE)}
-    if found := shape or refused:
-        way = "other weights, which these are not: use another run folder"
-        if not shape:
+    ended = {"data": changes["data"]} if "data" in changes and old.cursor >= config.schedule.steps else {}
+    if found := shape or ended or refused:
+        way = "another network, which these weights do not fit: use another run folder"
+        if ended and not shape:
+            way = "the run has ended, and its encoder has learned nothing from other data: use another run folder"
+        elif not shape:
             way = f"use another run folder, or go on nevertheless with --allow-changed {','.join(refused)}"
         raise CheckpointError(
             f"{checkpoint.folder}: this run began with something else: "

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from cdssl_dist.train.setup import SetupError
+
+ELSEWHERE: Final = {  # keys of DeepSpeed's that the typed configuration stands for
+    "optimizer": "the section optim",
+    "scheduler": "the section schedule",
+    "fp16": "engine.precision",
+    "amp": "engine.precision",
+    "train_batch_size": "data.packs_per_step",
+    "torch_autocast": "engine.precision",
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,8 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
         # Sums over micro-steps and ranks in f32; ZeRO-2 and 3 still round the sum over ranks of one micro-step.
         config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     for key, value in settings.extra.items():
+        if key in ELSEWHERE:
+            raise SetupError(f"engine.deepspeed.{key} would do nothing here, or harm: {ELSEWHERE[key]} decides this")
         if isinstance(value, dict) and isinstance(config.get(key), dict):
             clash = [k for k in value if k in config[key] and config[key][k] != value[k]]
             config[key] = value | config[key]

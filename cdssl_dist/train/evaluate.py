@@ -19,6 +19,7 @@ from cdssl_dist.data.loader import BadBlocks, Loader
 from cdssl_dist.data.plan import EpochPlan
 from cdssl_dist.model.loss import BINS, Baseline, fit_baseline
 from cdssl_dist.model.pretext import Denoising
+from cdssl_dist.train.together import raise_together
 from sharding.manifest import DataSetError
 
 VALIDATION_SEED: Final = 0  # one noise for all validations of all runs, so that their figures compare
@@ -39,6 +40,7 @@ def sum_over_split(
         The sum, and the numbers of the bad blocks that it goes without.
 
     Raises:
+        BadBlockError: on all ranks, where one met a bad block that ends the run, or too many.
         DataSetError: where no block is left; and what ``Loader`` raises.
     """
     steps = plan.steps_before(1)
@@ -47,13 +49,26 @@ def sum_over_split(
     shape = data.shape(split, plan.blocks_per_pack)
     total = zero.clone()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    loader = Loader(data, plan, shape, rank=rank, world_size=world_size, first=0, end=steps, bad_blocks=bad_blocks)
+    loader = Loader(
+        data,
+        plan,
+        shape,
+        rank=rank,
+        world_size=world_size,
+        first=0,
+        end=steps,
+        bad_blocks=bad_blocks,
+        together=True,
+    )
     skipped: list[int] = []
+    error = ""
     with torch.no_grad(), loader as found:
         for step in found:
             skipped += step.skipped
+            error = error or step.error
             for raw in step.packs:
                 total += function(widen(raw.to(zero.device)))
+    raise_together(error)
     dist.all_reduce(total)
     skipped = gathered(skipped)
     if skipped and len(skipped) == sum(len(pack) for step in range(steps) for pack in plan.step(step)):

@@ -46,6 +46,13 @@ class Ledger:
         """One more."""
         return Ledger([*self.rollbacks, rollback])
 
+    def known_at(self, cursor: int) -> Ledger:
+        """The roll-backs that a run which goes on from a checkpoint at ``cursor`` has behind it.
+
+        Later ones are of a life that was given up, by removing the checkpoints that it left.
+        """
+        return Ledger([rollback for rollback in self.rollbacks if rollback.to <= cursor])
+
     def write(self, folder: Path) -> None:
         """Synced before anything is reloaded, so that a kill cannot forget it."""
         write_atomically(folder / "guard-ledger.json", json.dumps(asdict(self), indent=1).encode())

@@ -33,7 +33,7 @@ from cdssl_dist.train.runlog import RunLog, Silence
 from cdssl_dist.train.schedule import learning_rate
 from cdssl_dist.train.setup import device_of, model_and_task, plan_of
 from cdssl_dist.train.system import memory_errors
-from cdssl_dist.train.together import on_all_ranks, on_rank_0
+from cdssl_dist.train.together import on_all_ranks, on_rank_0, raise_together
 from cdssl_dist.train.watch import watched_edges
 from sharding.block import decode
 
@@ -63,6 +63,7 @@ def train(
         CheckpointError: where the run folder holds another run.
         DataSetError: where the copy of the checkpoints that the run would go on from cannot be used.
         SetupError: where there is no such device, or no such kernel.
+        BadBlockError: where a block is not what its checksum says, unless such blocks are to be skipped.
         OutOfMemory: names the packs that it was met in.
     """
     device = device_of(config)
@@ -141,6 +142,7 @@ class Trainer:
         self.loss = torch.zeros((), device=device)
         self.pack_losses: list[torch.Tensor] = []
         self.skipped: tuple[int, ...] = ()
+        self.error = ""
 
     # -- the story of a run -------------------------------------------------------------------------------------------
 
@@ -148,12 +150,15 @@ class Trainer:
         """Continue from the newest checkpoint, if there is one."""
         changes: list[str] = []
         if found := on_rank_0(lambda: checkpoint.newest(self.checkpoints, self.ledger)):
+            self._forget_later_rollbacks(found.progress.cursor)
             changes = self._load(found)
         elif there := checkpoint.committed(self.checkpoints):
             raise checkpoint.CheckpointError(
                 f"{self.checkpoints}: the guard rolled back over {', '.join(f.name for f in there)}, and nothing "
                 "before is left to go on from; begin anew in another run folder, with a lower optim.lr perhaps"
             )
+        else:
+            self._forget_later_rollbacks(-1)
         ended = self.cursor >= self.config.schedule.steps
         if self.rank == 0:
             self.log = RunLog(self.folder, self.cursor, self.echo, self.report, ended)
@@ -192,7 +197,7 @@ class Trainer:
 
     def finish(self) -> bool:
         """Export the encoder, or say that the run was stopped; returns whether it is complete."""
-        complete = not self.stopping
+        complete = self.cursor >= self.config.schedule.steps  # although a stop may have been asked for at the last step
         if complete and self.validated != self.cursor:  # a finished run, started again; or a roll-back at its end
             self._validate()
         weights = self.engine.weights() if complete else {}
@@ -226,6 +231,7 @@ class Trainer:
         # DeepSpeed divides by micro-steps and averages over ranks; the loss is per scored edge of the whole step.
         scale = self.world_size * len(step.packs) / max(step.edges, 1)
         self.loss, self.pack_losses, self.skipped = torch.zeros((), device=self.device), [], step.skipped
+        self.error = step.error
         for raw in step.packs:
             batch = widen(raw.to(self.device))
             baseline = self.baseline if due else None
@@ -258,11 +264,13 @@ class Trainer:
         """The engine's question, once a step on all ranks: the learning rate to apply it with, or None."""
         # The norm was reduced already, so all ranks judge alike; what they do not share yet is the loss of their packs,
         # who was asked to stop, and who met bad blocks.
-        mine = torch.tensor([float(self.stop_requested()), float(len(self.skipped))], device=self.device)
-        shared = torch.cat([self.loss[None], mine])
+        found = [float(self.stop_requested()), float(len(self.skipped)), float(bool(self.error))]
+        shared = torch.cat([self.loss[None], torch.tensor(found, device=self.device)])
         dist.all_reduce(shared)
-        loss, asked, skipped = shared.tolist()
+        loss, asked, skipped, errors = shared.tolist()
         self.stopping = asked > 0
+        if errors:
+            raise_together(self.error)
         if skipped:
             self._tell_skipped(self.cursor, "train", gathered(self.skipped))
         applied = self.guard.state.applied
@@ -364,6 +372,15 @@ class Trainer:
         self.cursor = self.ledger.resume_point(found.progress.cursor) or found.progress.cursor
         return changes
 
+    def _forget_later_rollbacks(self, cursor: int) -> None:
+        """Of a life of the run whose checkpoints were removed; a collective."""
+        ledger = self.ledger.known_at(cursor)
+        if ledger != self.ledger:
+            self.ledger = ledger
+            if self.rank == 0:
+                ledger.write(self.folder)
+            dist.barrier()
+
     def _progress(self) -> Progress:
         config = self.config
         return Progress(
@@ -390,6 +407,7 @@ class Trainer:
             prefetch=self.config.data.prefetch,
             pin=self.device.type == "cuda",
             bad_blocks=self.config.data.bad_blocks,
+            together=True,
         )
 
     def _status(self, state: str, figures: dict[str, float]) -> None:

@@ -35,6 +35,7 @@ def run(content: dict[str, Any]) -> Outcome:
     import torch
     import torch.distributed as dist
 
+    from cdssl_dist.data.dataset import BadBlockError
     from cdssl_dist.train.checkpoint import CheckpointError
     from cdssl_dist.train.guard import GuardStop
     from cdssl_dist.train.loop import train
@@ -54,8 +55,10 @@ def run(content: dict[str, Any]) -> Outcome:
 
         try:
             complete = train(config, stop_requested=stop_requested, report=Gauges(folder.name), echo=False)
-        except (GuardStop, CheckpointError, SetupError) as why:
-            return ("failed" if isinstance(why, GuardStop) else "refused"), str(why)
+        except (GuardStop, BadBlockError) as why:
+            return "failed", str(why)
+        except (CheckpointError, SetupError) as why:
+            return "refused", str(why)
     if complete:
         return "done", ""
     # The rank that saw first that its node is to go may not be this one, and rank 0 answers for all.

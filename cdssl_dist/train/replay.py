@@ -76,6 +76,8 @@ def replay(run: Path, step: int) -> Replay:
     if not (run / "config.yaml").exists():
         raise CheckpointError(f"{run}: not the folder of a run (no config.yaml)")
     config = load(run / "config.yaml")
+    if step >= config.schedule.steps:
+        raise CheckpointError(f"{run}: step {step} is none of its {config.schedule.steps} steps")
     found = newest(run / "checkpoints", Ledger.read(run), before=step)
     if found is None:
         raise CheckpointError(f"{run}: no committed checkpoint at or before step {step} is left")

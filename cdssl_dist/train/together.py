@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from cdssl_dist.data.dataset import BadBlockError
+
 T = TypeVar("T")
 
 
@@ -33,6 +35,20 @@ def on_all_ranks(act: Callable[[], T]) -> T:
     errors: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, [None, own[1]])
     return _answer(errors, own[0])
+
+
+def raise_together(error: str) -> None:
+    """Raise what some rank has met while it read, on all ranks; a collective.
+
+    Raises:
+        BadBlockError: where it is not empty on every rank.
+    """
+
+    def act() -> None:
+        if error:
+            raise BadBlockError(error)
+
+    on_all_ranks(act)
 
 
 def _tried(act: Callable[[], T]) -> list[Any]:
