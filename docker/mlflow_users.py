@@ -1,4 +1,4 @@
-"""Make a user of the MLflow server beside us, or give it another password: ``mlflow_users.py NAME < password``."""
+"""Create a user of the local MLflow server, or change its password: ``mlflow_users.py NAME < password``."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from mlflow.server.auth.client import AuthServiceClient
 
 
 def main() -> None:
-    """As the administrator, whose password is in this environment."""
+    """Act as the administrator, whose password is in the environment."""
     os.environ["MLFLOW_TRACKING_USERNAME"] = os.environ["MLFLOW_AUTH_ADMIN_USERNAME"]
     os.environ["MLFLOW_TRACKING_PASSWORD"] = os.environ["MLFLOW_AUTH_ADMIN_PASSWORD"]
     name, password = sys.argv[1], sys.stdin.read().strip()

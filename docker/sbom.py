@@ -1,7 +1,7 @@
 """The Python packages of this environment as a CycloneDX 1.6 bill of materials, on standard output.
 
-Of the environment itself and not of the lock, so that it says what was installed. Debian's packages are in
-/var/lib/dpkg/status, which scanners read. The standard library is enough: nothing is installed to make the list.
+It describes the environment itself, not the lock file, and so what was actually installed. Debian's packages are in
+/var/lib/dpkg/status, which scanners read. It uses only the standard library, so nothing is installed to make the list.
 """
 
 import importlib.metadata
@@ -10,7 +10,7 @@ import re
 
 
 def main() -> None:
-    """Sorted and without times, so that equal environments have equal lists."""
+    """Print the list, sorted and without times, so that equal environments have equal lists."""
     found = {re.sub(r"[-_.]+", "-", d.name).lower(): d for d in importlib.metadata.distributions()}
     components = [
         {
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def licence(package: importlib.metadata.Distribution) -> str | None:
-    """As the package says it, where it says it in a line."""
+    """The licence as the package states it, if that is a single short line."""
     said = package.metadata.get("License-Expression") or package.metadata.get("License") or ""
     return said if said and "\n" not in said and len(said) < 100 else None
 

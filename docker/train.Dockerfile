@@ -1,6 +1,7 @@
 # syntax=docker/dockerfile:1
-# Pretraining and fine-tuning. CUDA's libraries come with torch's wheel, so that the base is plain Debian; the driver is the
-# node's. How to build: docs/kubernetes.md. The base by its digest, as a registry says it: docker buildx imagetools inspect debian:bookworm-slim
+# Pretraining and fine-tuning. CUDA's libraries come with torch's wheel, so the base is plain Debian; the driver is the
+# node's. To build: docs/kubernetes.md.
+# Pin the base by the digest that the registry reports: docker buildx imagetools inspect debian:bookworm-slim
 ARG BASE=debian:bookworm-slim@sha256:UNSET
 
 FROM ${BASE} AS build
@@ -9,7 +10,7 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
 COPY docker/build.lock docker/train.lock /src/docker/
-# bibtexparser and DeepSpeed have no wheels; the latter is plain Python without its compiled operators, which are not used
+# bibtexparser and DeepSpeed have no wheels; without its compiled operators, which are not used, DeepSpeed is Python
 RUN python3 -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir --require-hashes --only-binary :all: -r /src/docker/build.lock \
     && DS_BUILD_OPS=0 /opt/venv/bin/pip install --no-cache-dir --require-hashes --no-build-isolation --no-deps \
@@ -22,7 +23,7 @@ RUN /opt/venv/bin/pip install --no-cache-dir --no-build-isolation --no-deps /src
 COPY docker/sbom.py /opt/cdssl/
 RUN /opt/venv/bin/python /opt/cdssl/sbom.py > /opt/cdssl/sbom.cdx.json
 
-# What the image holds, for scanners: docker buildx build --target sbom --output sbom …
+# The contents of the image, for scanners: docker buildx build --target sbom --output sbom …
 FROM scratch AS sbom
 COPY --from=build /opt/cdssl/sbom.cdx.json /
 
@@ -31,7 +32,7 @@ LABEL org.opencontainers.image.title="cdssl-train" \
     org.opencontainers.image.description="Pretraining and fine-tuning of crystal encoders" \
     org.opencontainers.image.licenses="Apache-2.0"
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
-# wget: the operator's probes of Ray call it
+# wget is used by the probes that the operator adds to Ray's pods
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates python3 tini wget \
     && rm -rf /var/lib/apt/lists/* \

@@ -1,9 +1,9 @@
-"""Vectors of CHGNet, a network that learned energies, forces and magnetic moments, for probes.
+"""Vectors for probes from CHGNet, a network trained on energies, forces and magnetic moments.
 
     python -m pip install chgnet==0.4.2 -c constraints.txt     # in an environment of its own
     python docs/chgnet_vectors.py jarvis_dft3d_2021.parquet IDS.txt chgnet.parquet
 
-IDS.txt holds one id a line, as `cdssl study --ids` writes it. The structures are those of an OPTIMADE table.
+IDS.txt holds one id per line, as `cdssl study --ids` writes it. The structures are those of an OPTIMADE table.
 """
 
 import sys
@@ -14,7 +14,7 @@ import torch
 from chgnet.model.model import CHGNet
 from pymatgen.core import Structure
 
-BATCH = 256  # structures that are read and graphed at a time
+BATCH = 256  # structures converted to graphs at a time
 COLUMNS = ["id", "lattice_vectors", "species_at_sites", "cartesian_site_positions"]
 
 
@@ -22,12 +22,12 @@ def main(source: str, ids: str, out: str) -> None:
     """Write a row, `key` and `embedding`, for each structure that CHGNet can take."""
     torch.set_num_threads(1)
     model = CHGNet.load(use_device="cpu", verbose=False)
-    model.graph_converter.set_isolated_atom_response("ignore")  # of crystals with a lone atom, too
+    model.graph_converter.set_isolated_atom_response("ignore")  # accept crystals with an isolated atom too
     with open(ids, encoding="utf-8") as file:
         wanted = set(file.read().split())
     table = pq.read_table(source, columns=COLUMNS)
     rows = [row for row in table.to_pylist() if row["id"] in wanted]
-    rows.sort(key=lambda row: len(row["species_at_sites"]))  # batches of like size
+    rows.sort(key=lambda row: len(row["species_at_sites"]))  # batches of similar size
     keys: list[str] = []
     vectors: list[list[float]] = []
     for begin in range(0, len(rows), BATCH):

@@ -1,4 +1,4 @@
-"""The curves of a run, as in figure 3 of the paper: python docs/curves_plot.py RUN OUT.png."""
+"""Plot the curves of a run, as in figure 3 of the paper: python docs/curves_plot.py RUN OUT.png."""
 
 from __future__ import annotations
 

@@ -23,21 +23,21 @@ def parser() -> Parser:
     p = Parser("cdssl shard", "Turn crystal databases into shards of precomputed periodic multigraphs.")
     p.add_argument("sources", nargs="+", metavar="SOURCE", help="a file, or a scheme such as aflow:")
     p.add_argument("--out", required=True, help="folder or URL (s3://…) of the data set; must not hold one yet")
-    p.add_argument("--work", help="folder in which a data set for a URL is built first; if omitted, below CDSSL_CACHE")
+    p.add_argument("--work", help="folder in which to build a data set bound for a URL; if omitted, under CDSSL_CACHE")
     p.add_argument("--cutoff", type=float, default=DEFAULT.cutoff, help="longest edge, Å")
     p.add_argument("--label", action="append", default=[], metavar="NAME=COLUMN", help="keep this column as a label")
     p.add_argument("--val", type=float, default=DEFAULT.val, help="share of the groups for validation")
     p.add_argument("--test", type=float, default=DEFAULT.test, help="share of the groups for testing")
     p.add_argument("--seed", type=int, default=DEFAULT.seed, help="seed of splits and order")
-    p.add_argument("--block-edges", type=int, default=DEFAULT.budget.edges, help="most directed edges in a block")
-    p.add_argument("--block-atoms", type=int, default=DEFAULT.budget.atoms, help="most atoms in a block")
-    p.add_argument("--block-graphs", type=int, default=DEFAULT.budget.graphs, help="most graphs in a block")
-    p.add_argument("--blocks-per-shard", type=int, default=DEFAULT.blocks_per_shard, help="blocks in a tar file")
-    p.add_argument("--limit", type=positive, help="read this many records of each source: rows, or files")
-    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that convert")
-    p.add_argument("--address", help="Ray cluster to convert on, with --workers tasks at a time")
-    p.add_argument("--exclude", action="append", default=[], metavar="SOURCE", help="leave out twins of its crystals")
-    p.add_argument("--exclude-keys", metavar="FILE", help="exclude only these: a text file with one key per line")
+    p.add_argument("--block-edges", type=int, default=DEFAULT.budget.edges, help="maximum directed edges per block")
+    p.add_argument("--block-atoms", type=int, default=DEFAULT.budget.atoms, help="maximum atoms per block")
+    p.add_argument("--block-graphs", type=int, default=DEFAULT.budget.graphs, help="maximum graphs per block")
+    p.add_argument("--blocks-per-shard", type=int, default=DEFAULT.blocks_per_shard, help="blocks per tar file")
+    p.add_argument("--limit", type=positive, help="read at most this many records (rows or files) per source")
+    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="worker processes")
+    p.add_argument("--address", help="address of a Ray cluster to run on, with --workers tasks at a time")
+    p.add_argument("--exclude", action="append", default=[], metavar="SOURCE", help="leave out twins of these crystals")
+    p.add_argument("--exclude-keys", metavar="FILE", help="restrict --exclude to the keys in this file, one per line")
     p.add_argument(
         "--duplicates",
         choices=("keep", "exact", "near"),
@@ -48,7 +48,7 @@ def parser() -> Parser:
         "--occupancy",
         choices=("refuse", "majority"),
         default="refuse",
-        help="where a site has several species: refuse the crystal, or keep the commonest",
+        help="if a site has several species: refuse the crystal, or keep the most abundant one",
     )
     p.add_argument("--strict", action="store_true", help="stop at the first refused crystal")
     return p
@@ -56,12 +56,12 @@ def parser() -> Parser:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Shard, and say what came out."""
+    """Shard the sources and print a summary."""
     args = parser().parse_args(argv)
     pairs = [_pair(text) for text in args.label]
     labels = dict(pairs)
     if len(labels) < len(pairs):
-        raise UseError("--label: a name is given to two columns")
+        raise UseError("--label: the same name is given to two columns")
     settings = ShardSettings(
         cutoff=args.cutoff,
         budget=Budget(args.block_edges, args.block_atoms, args.block_graphs),
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = ReadOptions(labels=labels, limit=args.limit, occupancy=args.occupancy)
     excluded = ReadOptions(occupancy=args.occupancy, keys=_keys(args.exclude_keys))
     if args.exclude_keys and not args.exclude:
-        raise UseError("--exclude-keys chooses among the crystals of --exclude: give that too")
+        raise UseError("--exclude-keys selects among the crystals of --exclude: give --exclude too")
     try:
         manifest = shard(
             open_sources(args.sources, options),
@@ -88,14 +88,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             work=args.work,
         )
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print("interrupted; run the same command again to continue", file=sys.stderr)
         return INTERRUPTED
     print(summary(manifest, args.out))
     return DONE
 
 
 def summary(manifest: Manifest, folder: str) -> str:
-    """What is in a data set, in a few lines."""
+    """Summarize a data set in a few lines."""
     lines = [f"{folder}: {sum(c['graphs'] for c in manifest.splits.values()):,} crystals, cutoff {manifest.cutoff} Å"]
     for split, c in manifest.splits.items():
         if c["graphs"]:
@@ -119,9 +119,9 @@ def _keys(path: str | None) -> frozenset[str] | None:
     try:
         keys = frozenset(line.strip() for line in Path(path).read_text().splitlines() if line.strip())
     except UnicodeDecodeError:
-        raise UseError(f"--exclude-keys {path}: not a text with a key in each line") from None
+        raise UseError(f"--exclude-keys {path}: not a text file with one key per line") from None
     if not keys:
-        raise UseError(f"--exclude-keys {path}: holds no key, so nothing would be kept out")
+        raise UseError(f"--exclude-keys {path}: contains no keys, so nothing would be excluded")
     return keys
 
 

@@ -1,7 +1,7 @@
-"""The unit of storage: multigraphs up to a budget, as one safetensors member of a tar shard.
+"""Blocks, the unit of storage: multigraphs up to a budget, as one safetensors member of a tar shard.
 
-Format version 1; the table of arrays is in ``docs/format.md``. Arrays are little-endian, graphs stand one after the
-other, edges are the half list of ``graph.Multigraphs``.
+Format version 1; the table of arrays is in ``docs/format.md``. Arrays are little-endian, graphs are
+concatenated, and edges are the half list of ``graph.Multigraphs``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LABEL_PREFIX: Final = "y."
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What one block may hold at most. A pack of k blocks never exceeds k budgets, so its padded shape is known."""
+    """The maximum contents of one block. A pack of k blocks never exceeds k budgets, so its padded shape is known."""
 
     edges: int = 65_536  # directed edges
     atoms: int = 4_096
@@ -29,15 +29,15 @@ class Budget:
 
 
 class BlockError(ValueError):
-    """A block that cannot be decoded; the message says what is wrong with it."""
+    """A block cannot be decoded; the message says why."""
 
 
 def encode(graphs: Multigraphs, index_dtype: Any) -> bytes:
     """Serialise a block.
 
     Args:
-        graphs: what it holds.
-        index_dtype: of the edge indices, u8 or u16; one width for a whole data set.
+        graphs: the graphs to store.
+        index_dtype: dtype of the edge indices, u8 or u16; the same for the whole data set.
     """
     keys = [key.encode() for key in graphs.keys]
     arrays = {
@@ -83,10 +83,10 @@ _LABEL: Final[tuple[tuple[str, ...], list[int]]] = (("F32",), [])
 def decode_arrays(data: bytes | memoryview) -> dict[str, NDArray[Any]]:
     """The arrays of a block, as views of ``data``: nothing is copied.
 
-    The header is parsed here and not by safetensors, which copies every array: this runs for each block of each step.
+    The header is parsed here rather than by safetensors, which copies every array: this runs for every block of a step.
 
     Raises:
-        BlockError: where ``data`` is no safetensors file, or an array is missing or not of the format's type and shape.
+        BlockError: if ``data`` is not a safetensors file, or an array is missing or has the wrong type or shape.
     """
     view = memoryview(data)
     try:
@@ -122,10 +122,10 @@ def _array(body: memoryview, entry: dict[str, Any]) -> NDArray[Any]:
 
 
 def decode(data: bytes | memoryview) -> Multigraphs:
-    """Parse a block, whole, with its keys and labels.
+    """Parse a complete block, with its keys and labels.
 
     Raises:
-        BlockError: where it is not a block of the format, or its arrays contradict one another.
+        BlockError: if it is not a valid block, or its arrays contradict one another.
     """
     arrays = decode_arrays(data)
     try:

@@ -1,4 +1,4 @@
-"""What all commands share: a parser, and errors of the user said in one line."""
+"""Shared by all commands: the argument parser, exit codes, and one-line reports of user errors."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
-RUNS = Path("runs")  # where results go, and the registry where no other is named
+RUNS = Path("runs")  # default folder for results, and for the registry if no other is configured
 
 
 class UseError(ValueError):
-    """Options that say too little, or contradict one another."""
+    """Command-line options are missing, invalid or contradictory."""
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something: not None, False or an empty list."""
+    """Show defaults in the help text, except None, False and empty lists."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.default == []:
@@ -31,14 +31,14 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser named as the user calls it; its help shows the defaults."""
+    """An argument parser with the program name that the user types; its help shows the defaults."""
 
     def __init__(self, prog: str, description: str = "", **more: Any) -> None:
         super().__init__(prog, description=description, formatter_class=_Help, **more)
 
 
 def positive(text: str) -> int:
-    """The type of an argument that counts something: 1 or more."""
+    """Parse a positive integer; for use as an ``argparse`` type."""
     return _whole(text, 1)
 
 
@@ -54,10 +54,10 @@ def _whole(text: str, least: int) -> int:
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:
-    """Turn errors into a line and an exit code: 2 for what the user can fix (a ``ValueError``), 1 for the rest.
+    """Report errors in one line and return an exit code: 2 for what the user can fix (a ``ValueError``), 1 otherwise.
 
-    A traceback is for our own bugs; CDSSL_TRACEBACK=1 shows it for every error. SIGTERM ends a command as Ctrl-C does:
-    what it has begun is closed, and what is half done removed.
+    Only our own bugs show a traceback; CDSSL_TRACEBACK=1 shows it for every error. SIGTERM ends a command as Ctrl-C
+    does: open resources are closed and partial output is removed.
     """
 
     @functools.wraps(main)
@@ -80,15 +80,15 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
 
 
 def one_line(why: object, limit: int = 300) -> str:
-    """What a library says of an error, in one line that is not too long; its kind where it says nothing."""
+    """Collapse an error message to one line of at most ``limit`` characters; the exception type if it is empty."""
     return " ".join(str(why).split())[:limit] or type(why).__name__
 
 
 def run_child(command: Sequence[str]) -> int:
-    """Run another command, which may take its time to stop; returns its exit code.
+    """Run a child process that may need time to stop, and return its exit code.
 
-    Ctrl-C reaches it by itself, a SIGTERM to this process is passed on, and then its end is waited for, as it may save
-    what it has done. A second one ends it at once.
+    Ctrl-C reaches the child directly; a SIGTERM to this process is forwarded. Either way we then wait for the child,
+    which may be saving its work. A second interrupt kills it at once.
     """
     with subprocess.Popen(command) as child:
         try:
@@ -104,7 +104,7 @@ def run_child(command: Sequence[str]) -> int:
 
 
 class _TerminatedError(KeyboardInterrupt):
-    """SIGTERM, which no terminal sends to the whole group."""
+    """Raised on SIGTERM, which, unlike Ctrl-C, no terminal sends to the whole process group."""
 
 
 def _interrupt(*_: Any) -> None:

@@ -32,9 +32,9 @@ ROWS: Final = pa.schema(
         ("group", pa.string()),  # "" where the source gives none
         ("source", pa.string()),
         ("position", pa.string()),
-        ("order", pa.uint64()),  # of the sources: of two crystals with one key, the lower is kept
-        ("volume", pa.float64()),  # Å³ of the cell
-        ("fingerprint", pa.list_(pa.float32())),  # empty without
+        ("order", pa.uint64()),  # position in the sources; of two crystals with the same key, the lower is kept
+        ("volume", pa.float64()),  # of the cell, Å³
+        ("fingerprint", pa.list_(pa.float32())),  # empty if fingerprints are off
         ("split", pa.uint8()),  # index into SPLITS; decided in stage 2
     ]
 )
@@ -44,7 +44,7 @@ ROWS: Final = pa.schema(
 class Conversion:
     """One task: some records of a source."""
 
-    source: Source  # that parses; it does not read
+    source: Source  # used for parsing only; it yields no records
     records: list[Record]
     number: int  # of the task, in the order of the sources
     folder: Path
@@ -53,7 +53,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Converted:
-    """What became of it."""
+    """The result of one conversion task."""
 
     path: Path
     size: int  # bytes
@@ -69,9 +69,9 @@ def tasks(sources: Sequence[Source], folder: Path, settings: ShardSettings) -> I
 
 
 def convert(task: Conversion) -> Converted:
-    """Parse, build and write; what an earlier run has done is not done again, unless the records have changed.
+    """Parse records, build their graphs and write them, unless an earlier run did so for the same records.
 
-    The file is named after the records: a source may be mended between a run that failed and the next.
+    The file name contains a hash of the records, because a source may be repaired between a failed run and the next.
     """
     content = xxhash.xxh3_64()
     for record in task.records:
@@ -84,7 +84,7 @@ def convert(task: Conversion) -> Converted:
 
 
 def converted(records: Iterable[Record], source: Source, number: int, settings: ShardSettings) -> spill.Spill:
-    """The graphs of some records, and what was refused of them."""
+    """Convert records to graphs and collect the refusals."""
     crystals: list[Crystal] = []
     refusals: list[Refusal] = []
     for item in parse_records(source, records):
@@ -122,7 +122,7 @@ def converted(records: Iterable[Record], source: Source, number: int, settings: 
 
 
 def hashes_of(texts: Sequence[str], seed: int = 0) -> NDArray[np.uint64]:
-    """A 64-bit hash of each."""
+    """Hash each text to 64 bits."""
     return np.array([xxhash.xxh3_64_intdigest(text.encode(), seed) for text in texts], np.uint64)
 
 
@@ -136,8 +136,8 @@ def _fingerprints(graphs: Multigraphs, settings: ShardSettings) -> Any:
 
 
 def _digest(content: xxhash.xxh3_64, value: Any) -> None:
-    """Hash a payload: text, numbers, arrays, tables, and what is made of them."""
-    if isinstance(value, Piece) and isinstance(value.text, bytes):  # most of them: quickly
+    """Add a payload to a hash: text, numbers, arrays, tables, and sequences of these."""
+    if isinstance(value, Piece) and isinstance(value.text, bytes):  # fast path for the most common case
         content.update(repr((*value._replace(text=b""), len(value.text))).encode())
         content.update(value.text)
     elif isinstance(value, (bytes, str)):
@@ -159,7 +159,7 @@ def _digest(content: xxhash.xxh3_64, value: Any) -> None:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """No garbage collection: parsing makes many small objects and no cycles, and looking at them again takes 4%."""
+    """Disable garbage collection: parsing makes many small objects but no cycles, and scanning them costs 4%."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -174,7 +174,7 @@ def _no_records() -> Iterator[Record]:
 
 
 def batches_of(source: Source) -> Iterator[tuple[Source, list[Record]]]:
-    """Records for one task each, and a source that parses them. One that is no single crystal is a task by itself."""
+    """Group records into tasks, with a source that parses them. A record of many crystals is its own task."""
     parsing = replace(source, records=_no_records)  # an open file cannot be sent to a worker, which does not need it
     records = source.records()
     for first in records:

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 MIN_DISTANCE: Final = 0.5  # Å between atoms
-MIN_HEIGHT: Final = 0.01  # Å between the layers of a cell; below, its vectors are as good as dependent
+MIN_HEIGHT: Final = 0.01  # Å between opposite faces of a cell; below this, its vectors count as linearly dependent
 MIN_VOLUME_PER_ATOM: Final = 1.5  # Å³
 MAX_VOLUME_PER_ATOM: Final = 500.0  # Å³
-MAX_LABEL: Final = 3.4e38  # what 32-bit floats hold
+MAX_LABEL: Final = 3.4e38  # just below the largest 32-bit float
 
 # fmt: off
 SYMBOLS: Final = (  # the index is the atomic number; index 0 is no element
@@ -32,7 +32,7 @@ ATOMIC_NUMBER: Final = {symbol: z for z, symbol in enumerate(SYMBOLS) if z} | {"
 class Crystal:
     """One ordered periodic structure, as read: not wrapped, not checked.
 
-    The name leaves ``Structure`` to pymatgen, whose class users hold in the same scripts.
+    Not called ``Structure``, because user scripts often import pymatgen's class of that name too.
     """
 
     key: str  # unique inside a data set, e.g. "mp-149"
@@ -44,7 +44,7 @@ class Crystal:
     position: str = ""  # where in its source, for the quarantine
 
     def at(self, position: str) -> Crystal:
-        """The same, as found there. ``dataclasses.replace`` would take a tenth of the time of reading."""
+        """Return a copy with this position (``dataclasses.replace`` would cost a tenth of the reading time)."""
         c = self
         return Crystal(c.key, c.lattice, c.positions, c.atomic_numbers, c.labels, c.group, position)
 
@@ -53,7 +53,7 @@ class Crystal:
 class Refusal:
     """One input that did not become a graph: a line of ``quarantine.jsonl``."""
 
-    key: str  # of the crystal, or "" where not even that could be read
+    key: str  # of the crystal; "" if it could not be read
     source: str  # as named by the user
     position: str  # where in the source: a row, a member, a line
     code: str  # one of the documented reason codes
@@ -82,7 +82,7 @@ def atomic_numbers(symbols: list[str]) -> NDArray[np.uint8]:
 
 
 def check(crystals: Sequence[Crystal]) -> dict[int, RefusedError]:
-    """What no crystal can be: index of the crystal → reason, for those to refuse.
+    """Check that crystals are physically possible and can be stored; return index → reason for those to refuse.
 
     Reason codes: ``unparsable`` (shapes), ``no_atoms``, ``not_finite``, ``key``, ``species``, ``too_close``,
     ``label``, ``singular_cell``, ``volume``.
@@ -126,7 +126,7 @@ def check(crystals: Sequence[Crystal]) -> dict[int, RefusedError]:
 
 
 def _where(wrong: Callable[[NDArray[Any]], NDArray[np.bool_]], arrays: Sequence[NDArray[Any]]) -> set[int]:
-    """Which of some arrays have a wrong value; looked at all together, which is faster than one by one."""
+    """Return the indices of the arrays with a wrong value. Checking all at once is faster than one by one."""
     values = np.concatenate([np.empty(0), *(array.ravel() for array in arrays)])
     ends = np.cumsum([array.size for array in arrays])
     return set(np.searchsorted(ends, np.flatnonzero(wrong(values)), side="right").tolist())
@@ -141,7 +141,7 @@ def _is_text(key: str) -> bool:
 
 def reduced_formula(numbers: NDArray[np.uint8]) -> str:
     """Formula divided by the greatest common divisor, elements in alphabetical order (as OPTIMADE writes it)."""
-    counts = Counter(numbers.astype(np.uint8, copy=False).tobytes())  # counts bytes, which C does
+    counts = Counter(numbers.astype(np.uint8, copy=False).tobytes())  # counting bytes runs in C
     divisor = math.gcd(*counts.values())
     parts = sorted((SYMBOLS[z], n // divisor) for z, n in counts.items())
     return "".join(symbol + (str(n) if n > 1 else "") for symbol, n in parts)

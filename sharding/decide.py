@@ -1,4 +1,4 @@
-"""Stage 2: inside a range of formulas, find twins; drop what is excluded or repeated; draw a split for each group."""
+"""Stage 2: within a range of formulas, find twins, drop excluded and repeated crystals, and split by groups."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class Decision:
     low: int
     high: int
     graphs: list[Path]  # files of stage 1
-    excluded: list[Path]  # the same of what is to be kept out
+    excluded: list[Path]  # files of stage 1 for the crystals to exclude
     path: Path
     settings: ShardSettings
 
 
 def decide(task: Decision) -> tuple[int, list[Refusal]]:
-    """Write the crystals that stay, sorted by a seeded hash of their keys, with their splits.
+    """Write the crystals that are kept, sorted by a seeded hash of their keys, with their splits.
 
     Returns:
-        Crystals that stay, and what was refused.
+        The number of crystals kept, and the refusals.
     """
     if not task.path.exists():
         found = spill.gather(task.graphs, task.low, task.high)
@@ -46,7 +46,7 @@ def decide(task: Decision) -> tuple[int, list[Refusal]]:
 
 
 def decided(found: Spill, excluded: Spill | None, settings: ShardSettings) -> Spill:
-    """The crystals that stay, and what was refused."""
+    """Return the crystals that are kept, with groups and splits, and the refusals."""
     refusals: list[Refusal] = []
 
     def drop(code: str, reasons: dict[int, str]) -> None:
@@ -59,7 +59,7 @@ def decided(found: Spill, excluded: Spill | None, settings: ShardSettings) -> Sp
     drop("duplicate_key", repeated_keys(found.rows))
     if settings.fingerprints and len(found):
         if excluded is not None and len(excluded):
-            excluded_keys = [f"{i}" for i in range(len(excluded))]  # of several files: keys may be shared
+            excluded_keys = [f"{i}" for i in range(len(excluded))]  # numbered, since keys may repeat across sources
             near = twins.match(_catalogue(excluded, excluded_keys), _catalogue(found))
             names = excluded.rows["key"].to_pylist()
             drop("excluded", {i: f"a twin of {names[j]!r}, which is excluded" for i, j in enumerate(near) if j >= 0})
@@ -75,17 +75,17 @@ def decided(found: Spill, excluded: Spill | None, settings: ShardSettings) -> Sp
 
 
 def groups_of(found: Spill, settings: ShardSettings) -> list[str]:
-    """The group of each crystal: the source's own word, else its twin group, else its formula.
+    """The group of each crystal: the one its source names, else its twin group (its formula without fingerprints).
 
-    A twin of a crystal whose source names its group joins that group. Groups that sources name are not joined with each
-    other: the prototypes of ``aflow:`` are alike enough that all would become one.
+    A twin of a crystal with a source-named group joins that group. Source-named groups are never merged: the prototypes
+    of ``aflow:`` are so similar that all would become one.
     """
     given = found.rows["group"].to_pylist()
     formulas = found.rows["formula"].to_pylist()
     if not settings.fingerprints or len(found) == 0:
         return [group or formula for group, formula in zip(given, formulas, strict=True)]
     stands = twins.twin_groups(_catalogue(found))
-    names: dict[int, str] = {}  # of twin groups with a name that a source gave: the first of them
+    names: dict[int, str] = {}  # twin group → the smallest of the names that sources give its members
     for own, s in zip(given, stands.tolist(), strict=True):
         if own:
             names[s] = min(own, names.get(s, own))
@@ -102,7 +102,7 @@ def split_of(group: str, settings: ShardSettings) -> str:
 
 
 def repeated_keys(rows: pa.Table) -> dict[int, str]:
-    """Rows whose key another one has that comes earlier in the sources: index → what is wrong."""
+    """Find rows whose key already occurs earlier in the sources: index → message."""
     keys, order = rows["key"].to_pylist(), np.asarray(rows["order"])
     first: dict[str, int] = {}
     repeated = {}
@@ -118,7 +118,7 @@ def chosen(found: Spill, index: NDArray[np.int64]) -> Spill:
 
 
 def refusal(rows: pa.Table, i: int, code: str, text: str) -> Refusal:
-    """The line of the quarantine for a row."""
+    """The quarantine entry for a row."""
     key, source, position = (rows[name][i].as_py() for name in ("key", "source", "position"))
     return Refusal(key, source, position, code, text)
 

@@ -1,4 +1,4 @@
-"""Mapping a function over tasks: here, in processes, or on a Ray cluster. Results come in the order of the tasks."""
+"""Map a function over tasks: in this process, in a pool, or on a Ray cluster. Results keep the order of the tasks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from sharding.ray_start import LOCAL, start_ray
 
 T = TypeVar("T")
 R = TypeVar("R")
-QUEUED: Final = 3  # tasks handed out for each process of the pool: one at work, two that wait for it
-EARLY: Final = 64  # results for each worker that may wait for one that comes before them
+QUEUED: Final = 3  # tasks submitted per process of the pool: one running, two waiting
+EARLY: Final = 64  # finished results per worker that may wait for an earlier one
 
 
 class WorkerError(RuntimeError):
-    """A worker died, or the cluster did; what was finished is kept."""
+    """A worker or the cluster died; finished work is kept."""
 
 
 @dataclass
@@ -31,12 +31,12 @@ class Executor:
     """Where tasks run. The processes of a pool start with the first task and end with the ``with`` block.
 
     Args:
-        workers: processes on this machine; 1 runs everything in this one.
-        address: of a Ray cluster instead, "local" for one of its own that ends with the ``with`` block; ``workers``
-            then is the number of tasks at a time, 0 for as many as it has CPUs. Plain Ray tasks and not Ray Data: a
-            stage is a list of independent files to make, in an order that the result must not depend on, and which of
-            them exist already is all the state that a rerun needs.
-        resources: what a Ray task takes, as in ``{"num_cpus": 2}``; one CPU where nothing is said.
+        workers: number of processes on this machine; 1 runs everything in the current process.
+        address: address of a Ray cluster to use instead, or "local" to start one that ends with the ``with`` block.
+            ``workers`` is then the number of concurrent tasks, 0 for as many as the cluster has CPUs. We use plain Ray
+            tasks, not Ray Data: a stage is a list of independent files, the result must not depend on the order in
+            which they are made, and the files that already exist are the only state that a rerun needs.
+        resources: resources of each Ray task, for example ``{"num_cpus": 2}``; one CPU by default.
     """
 
     workers: int = 1
@@ -46,10 +46,10 @@ class Executor:
     _started: bool = field(default=False, init=False, repr=False)
 
     def map(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
-        """Results in the order of the tasks; only a few tasks are taken ahead, so that memory stays bounded.
+        """Yield results in the order of the tasks; only a few are drawn ahead, so that memory stays bounded.
 
         Raises:
-            WorkerError: where a process dies, by the kernel's out-of-memory killer, say, or the cluster fails.
+            WorkerError: if a process dies, for example by the kernel's out-of-memory killer, or the cluster fails.
         """
         try:
             if self.address:
@@ -59,12 +59,12 @@ class Executor:
             else:
                 yield from self._in_processes(function, tasks)
         except MemoryError:
-            raise WorkerError("out of memory; run the same command again to go on, with fewer --workers") from None
+            raise WorkerError("out of memory; run the same command again to continue, with fewer --workers") from None
 
     def attempt(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R | Failed]:
-        """Like ``map``, but an error stands in the place of its result, and the other tasks go on.
+        """Like ``map``, but a failed task yields ``Failed`` in place of its result, and the other tasks continue.
 
-        On Ray the death of a process is such an error, too, once Ray's own repetitions are used up.
+        On Ray, the death of a worker process is also such a failure, once Ray's own retries are used up.
         """
         caught = functools.partial(_caught, function)
         if self.address:
@@ -97,7 +97,7 @@ class Executor:
         except BrokenProcessPool:
             self._pool = None
             raise WorkerError(
-                "a worker process died, most likely for lack of memory; run the same command again to go on, "
+                "a worker process died, most likely for lack of memory; run the same command again to continue, "
                 "with fewer --workers"
             ) from None
 
@@ -108,27 +108,27 @@ class Executor:
         tasks: Iterable[T],
         settle: Callable[[Future[R]], Any] = Future.result,
     ) -> Iterator[Any]:
-        self._join_cluster(address)  # which imports Ray as it must be
+        self._join_cluster(address)  # imports Ray with the right settings, so it must come first
         import ray
         from ray.exceptions import RayError, RayTaskError
 
         remote = ray.remote(_call).options(**self.resources)
-        shared = ray.put(function)  # once, with all that is bound to it
+        shared = ray.put(function)  # stored once, with everything bound to it
         try:
             workers = self.workers or max(int(ray.cluster_resources().get("CPU", 1)), 1)
             started = (remote.remote(shared, task).future() for task in tasks)
             yield from _in_order(started, workers, EARLY * workers, settle)
-        except RayTaskError as why:  # its text is a traceback; what our function raised is inside
+        except RayTaskError as why:  # its text is a traceback; its cause is what our function raised
             raise why.cause if isinstance(why.cause, Exception) else WorkerError(_line(why)) from None
         except RayError as why:
-            text = f"the Ray cluster at {address}: {_line(why)}; run the same command again to go on"
+            text = f"the Ray cluster at {address}: {_line(why)}; run the same command again to continue"
             raise WorkerError(text) from None
 
     def _join_cluster(self, address: str) -> None:
-        """Connect, once."""
+        """Connect to the cluster, if not connected already."""
         try:
             self._started |= start_ray(address) and address == LOCAL
-        except Exception as why:  # one kind for each part of Ray that fails
+        except Exception as why:  # each part of Ray raises its own types
             raise WorkerError(f"no Ray cluster at {address} can be joined: {_line(why)}") from None
 
 
@@ -138,7 +138,7 @@ def _call(function: Callable[[T], R], task: T) -> R:
 
 @dataclass(frozen=True)
 class Failed:
-    """What a task ended with."""
+    """Stands in for the result of a task that failed."""
 
     why: str  # one line
 
@@ -158,13 +158,13 @@ def _settled(future: Future[Any]) -> Any:
 def _in_order(
     started: Iterator[Future[R]], running: int, early: int, settle: Callable[[Future[R]], Any] = Future.result
 ) -> Iterator[Any]:
-    """The results of tasks that are started as they are drawn from an iterator.
+    """Yield the results, in order, of tasks that start as they are drawn from an iterator.
 
     Args:
-        started: draws one more task and starts it.
-        running: tasks started and not finished, at most.
-        early: finished tasks that wait for one before them, at most.
-        settle: makes of a finished task what is yielded.
+        started: iterator that starts one more task each time it is advanced.
+        running: maximum number of started, unfinished tasks.
+        early: maximum number of finished tasks that wait for an earlier one.
+        settle: converts a finished future to the value to yield.
     """
     waiting: deque[Future[R]] = deque()
     for future in started:
@@ -182,7 +182,7 @@ def _in_order(
 
 
 def _begin() -> None:
-    """What a process of the pool does first: leave Ctrl-C to its parent, and end when that does, however it ends."""
+    """Initialize a process of the pool: leave Ctrl-C to the parent, and exit when the parent ends, however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -190,10 +190,10 @@ def _begin() -> None:
 def _end_with_parent() -> None:
     parent: Any = multiprocessing.parent_process()
     parent.join()
-    os._exit(1)  # a process without a parent would wait for tasks for ever, and write into a folder that others use
+    os._exit(1)  # an orphan would wait for tasks forever, and write into a folder that others use
 
 
 def _line(why: BaseException) -> str:
-    """The first line of an error's text that says something."""
+    """The first non-blank line of an error's message, or the error's type."""
     lines = [line.strip() for line in str(why).splitlines() if line.strip()]
     return lines[0] if lines else type(why).__name__

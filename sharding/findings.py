@@ -1,4 +1,4 @@
-"""What ``cdssl verify`` found: one record for each thing that is not as the format says."""
+"""The findings of ``cdssl verify``: one record for each violation of the format."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something wrong, and where."""
+    """One violation and where it was found."""
 
     code: str  # one of the documented codes
     text: str  # for people
     file: str = ""  # inside the data set
-    offset: int | None = None  # of the bad bytes in the file, where they are known
+    offset: int | None = None  # of the bad bytes in the file, if known
     size: int | None = None
     block: int | None = None
-    key: str | None = None  # of the crystal, the first where it is several
-    count: int = 1  # how often it was met: edges, atoms, rows
+    key: str | None = None  # of the crystal, or of the first of several
+    count: int = 1  # number of occurrences: edges, atoms, rows
 
     def __str__(self) -> str:
         where = self.file
@@ -34,28 +34,28 @@ class Report:
     """The outcome of a verification."""
 
     digest: str = ""  # of the manifest
-    shards: int = 0  # what was read and checked
+    shards: int = 0  # these five count what was read and checked
     blocks: int = 0
     graphs: int = 0
     edges: int = 0  # directed
     bytes: int = 0
-    recomputed: int = 0  # blocks whose neighbour lists were built again
+    recomputed: int = 0  # blocks whose neighbour lists were recomputed
     findings: list[Finding] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found."""
+        """Whether there are no findings."""
         return not self.findings
 
     @property
     def first_bad(self) -> Finding | None:
-        """The first finding that names bytes: of a shard where there is one, else of a table."""
+        """The first finding with a byte offset: in a shard if there is one, else in a table."""
         located = [f for f in self.findings if f.offset is not None]
         shards = [f for f in located if f.file.endswith(".tar")]
         return next(iter(shards or located), None)
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """The report as a JSON object, for ``--json``."""
         first = self.first_bad
         checked = ("shards", "blocks", "graphs", "edges", "bytes", "recomputed")
         return {

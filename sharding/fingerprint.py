@@ -1,15 +1,15 @@
-"""A fingerprint of a crystal that no choice of cell, origin, orientation, mirror image or order of atoms changes.
+"""A crystal fingerprint, invariant to the choice of cell, origin and orientation, to mirroring, and to atom order.
 
-For each pair of kinds of atoms (a, b), a the commoner one, it holds the distance from an atom of kind a to its nearest,
+For each pair of kinds of atoms (a, b), a the more common, it holds the distance from an atom of kind a to its nearest,
 second nearest, … atom of kind b, averaged over the atoms of kind a, in units of (volume per atom)^(1/3). This is the
 average minimum distance of Widdowson et al. (MATCH Commun. Math. Comput. Chem. 87, 529, 2022;
-doi:10.46793/match.87-3.529W), resolved by element: distances between all atoms alike cannot tell orderings of the same
-sites apart, an alloy's or a double perovskite's. Counted from the commoner kind, as many numbers reach farther.
+doi:10.46793/match.87-3.529W), resolved by element: distances that ignore the elements cannot tell apart orderings of
+the same sites, as in alloys or double perovskites. Counted from the more common kind, as many numbers reach farther.
 
-It is exact: the search for the nearest atoms is complete for any cell. It is continuous: moving every atom by at most
-ε changes no component by more than 2ε / (V/N)^(1/3). It is not complete: different crystals can share it, as long
-stacking variants nearly do. Lengths are normalised, since density functionals disagree on the lattice by a few per
-cent; the volume per atom stands beside it where it matters.
+It is exact: the search for the nearest atoms misses none in any cell. It is continuous: moving every atom by at most
+ε changes no component by more than 2ε / (V/N)^(1/3). It is not complete: different crystals can share it, as
+long-period stacking variants nearly do. Lengths are normalised, since density functionals disagree on lattice constants
+by a few per cent; where scale matters, the volume per atom is compared as well.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ Array = NDArray[Any]
 
 NEAR_SLOTS: Final = 48  # components by which crystals are compared
 FAR_SLOTS: Final = 16  # further ones, which tell duplicates from stacking variants of the same layers
-FAR_BLOCK: Final = 8  # neighbours that one of them averages
+FAR_BLOCK: Final = 8  # neighbours averaged into each of these
 WIDTH: Final = NEAR_SLOTS + FAR_SLOTS
-MAX_KINDS: Final = 9  # 45 pairs; of a crystal with more elements, all beyond the eighth count as one kind
-MARGIN: Final = 0.2  # of the first search radius over that of a sphere with the wanted number; sets only the speed
-GROWTH: Final = 1.3  # of the radius where it held too few
+MAX_KINDS: Final = 9  # 45 pairs; in crystals with more elements, all beyond the eighth count as one kind
+MARGIN: Final = 0.2  # added to the first search radius, in (V/N)^(1/3) of the kind sought; affects only speed
+GROWTH: Final = 1.3  # factor for the search radius if it held too few atoms
 
 
 def fingerprints(
     lattice: Array, positions: Array, atomic_numbers: NDArray[np.uint8], n_atoms: NDArray[Any]
 ) -> NDArray[np.float32]:
-    """The fingerprints of G crystals of N atoms, as flat arrays: those of ``Multigraphs`` will do.
+    """Compute the fingerprints of G crystals with N atoms in total, from flat arrays like those of ``Multigraphs``.
 
     Args:
         lattice: (G, 3, 3) rows, Å; not singular.
@@ -48,7 +48,7 @@ def fingerprints(
         (G, 64) in units of (V/N)^(1/3). Kinds are ordered by count, the commonest first, and by atomic number where
         counts are equal. The pairs (0, 0), (0, 1), …, (1, 1), … share the first 48 components evenly, in ascending
         order inside a pair. The other 16 are the 128 nearest among the rarest kind, averaged in blocks of 8. Only
-        fingerprints of one reduced formula can be compared.
+        fingerprints of the same reduced formula can be compared.
     """
     vectors = np.asarray(lattice, np.float64).reshape(-1, 3, 3)
     longest_first = np.argsort(-np.linalg.norm(vectors, axis=2), axis=1, kind="stable")  # few, long inner loops
@@ -59,20 +59,20 @@ def fingerprints(
 
 
 def distance(a: Array, b: Array) -> Any:
-    """How far two crystals of one reduced formula are apart: the largest difference of the first 48 components.
+    """The distance of two crystals with the same reduced formula: the largest difference of the first 48 components.
 
     Args:
         a, b: (..., 64) fingerprints; they broadcast.
 
     Returns:
-        (...) in units of (V/N)^(1/3), which is 2 to 3 Å: 1e-6 for a crystal in two cells, around 0.02 for one relaxed
-        with two functionals, mostly over 0.3 for two structure types. ``sharding.twins`` says where twins end.
+        (...) in units of (V/N)^(1/3), which is 2 to 3 Å: about 1e-6 for one crystal in two cells, 0.02 for one crystal
+        relaxed with two functionals, mostly over 0.3 for two structure types. The thresholds are in ``sharding.twins``.
     """
     return np.abs(np.asarray(a)[..., :NEAR_SLOTS] - np.asarray(b)[..., :NEAR_SLOTS]).max(axis=-1)
 
 
 def volume_per_atom(lattice: Array, n_atoms: NDArray[Any]) -> NDArray[np.float64]:
-    """What the fingerprint leaves out: (G, 3, 3), (G,) → (G,), Å³."""
+    """The volume per atom, which the fingerprint leaves out: (G, 3, 3), (G,) → (G,), Å³."""
     return np.abs(np.linalg.det(np.asarray(lattice, np.float64))) / n_atoms
 
 
@@ -82,8 +82,8 @@ def _fill(cells: Array, rotation: Array, positions: Array, numbers: Array, start
 
     Args:
         cells: (G, 3, 3) upper triangular lattices, rows, Å.
-        rotation: (G, 3, 3) from the given axes to those.
-        positions: (N, 3) in the given axes, Å.
+        rotation: (G, 3, 3) from the original axes to the axes of ``cells``.
+        positions: (N, 3) in the original axes, Å.
         numbers: (N,) atomic numbers.
         starts: (G + 1,) first atom of each crystal.
         out: (G, WIDTH) to be set.
@@ -108,7 +108,7 @@ def _fill(cells: Array, rotation: Array, positions: Array, numbers: Array, start
         for a in range(kinds):
             for b in range(a, kinds):
                 low, high = NEAR_SLOTS * pair // pairs, NEAR_SLOTS * (pair + 1) // pairs
-                k = len(mean) if pair == pairs - 1 else high - low  # the last one, of the rarest kind, looks far
+                k = len(mean) if pair == pairs - 1 else high - low  # the last pair, of the rarest kind, looks farther
                 _mean_distances(cells[g], points, bounds, a, b, best, mean[:k])
                 for m in range(high - low):
                     out[g, low + m] = mean[m] / unit
@@ -121,7 +121,7 @@ def _fill(cells: Array, rotation: Array, positions: Array, numbers: Array, start
 def _mean_distances(cell: Array, points: Array, bounds: Array, a: int, b: int, best: Array, mean: Array) -> None:
     """Set ``mean[m]`` to the distance from an atom of kind a to its m-th nearest of kind b, averaged over kind a, Å.
 
-    ``best`` is room to work in, at least as long.
+    ``best`` is a work array at least as long as ``mean``.
     """
     k = len(mean)
     per_atom = cell[0, 0] * cell[1, 1] * cell[2, 2] / (bounds[b + 1] - bounds[b])
@@ -162,9 +162,9 @@ def _by_kind(numbers: Array) -> tuple[Array, Array]:
 
 @compiled
 def _nearest(cell: Array, points: Array, i: int, first: int, last: int, k: int, radius: float, best: Array) -> int:
-    """The k images of atoms first … last − 1 that are nearest to atom i, itself left out.
+    """Find the k images of atoms first … last − 1 that are nearest to atom i, excluding atom i itself.
 
-    The images inside a sphere are listed as in ``graph``; it shrinks to the k-th distance as soon as k are known.
+    Images inside a sphere are enumerated as in ``neighbours``; it shrinks to the k-th distance once k are known.
 
     Args:
         cell: (3, 3) upper triangular, rows, Å.
@@ -174,7 +174,7 @@ def _nearest(cell: Array, points: Array, i: int, first: int, last: int, k: int, 
         best: set to their squared distances, ascending, Å².
 
     Returns:
-        How many there are within the radius, k at most. If fewer, ``best`` means nothing.
+        How many there are within the radius, at most k. If fewer than k, ``best`` is not meaningful.
     """
     a0, a1, a2 = cell[0, 0], cell[0, 1], cell[0, 2]
     b1, b2, c2 = cell[1, 1], cell[1, 2], cell[2, 2]

@@ -16,9 +16,9 @@ from sharding.neighbours import half_edges
 
 Array = NDArray[Any]
 
-TIE: Final = 1e-8  # Å; a pair at exactly the cutoff is inside, whatever the rounding of its coordinates
+TIE: Final = 1e-8  # Å added to the cutoff, so that a pair at exactly the cutoff is an edge despite rounding
 MAX_SHIFT: Final = 127  # image shifts are stored as i8
-POROUS: Final = 0.12  # atoms/Å³; between its pores a crystal is as dense as others
+POROUS: Final = 0.12  # atoms/Å³, least density assumed for array sizes: between its pores, a crystal is dense
 MAX_ATOMS: Final = 65_535  # edges are stored as 16-bit indices
 
 
@@ -26,8 +26,8 @@ MAX_ATOMS: Final = 65_535  # edges are stored as 16-bit indices
 class Multigraphs:
     """Multigraphs of G crystals, N atoms and E half edges, as flat arrays: one graph after the other.
 
-    A pair (i, j, n) and its mirror (j, i, −n) are one half edge. Kept is the one with src < dst, or, between an atom
-    and its own image, n lexicographically > 0. Sorted by (src, dst, n) inside a graph.
+    An edge (i, j, n) and its mirror (j, i, −n) are stored as one half edge: the one with src < dst or, between an atom
+    and its own image, with n lexicographically > 0. Half edges are sorted by (src, dst, n) within a graph.
     """
 
     keys: list[str]  # (G,)
@@ -45,7 +45,7 @@ class Multigraphs:
         return len(self.keys)
 
     def scored_edges(self) -> NDArray[np.int64]:
-        """Half edges that are not between an atom and its own image, per graph: (G,)."""
+        """The number of half edges between different atoms, per graph: (G,)."""
         return segment_sum(self.edge_src != self.edge_dst, self.n_edges)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -115,7 +115,7 @@ def ranges(starts: NDArray[Any], counts: NDArray[Any]) -> NDArray[np.int64]:
 def _segments(values: NDArray[Any], starts: NDArray[Any], counts: NDArray[Any]) -> NDArray[Any]:
     """The values of some segments, one segment after the other."""
     out = np.empty((int(counts.sum()), *values.shape[1:]), values.dtype)
-    size = values.itemsize * math.prod(values.shape[1:])  # bytes; runs of bytes are one compiled copy for every type
+    size = values.itemsize * math.prod(values.shape[1:])  # bytes; one compiled function copies all types
     _copy_runs(_as_bytes(values), starts * size, counts * size, _as_bytes(out))
     return out
 
@@ -157,7 +157,7 @@ def upper_triangular(lattice: NDArray[np.float64]) -> tuple[NDArray[np.float64],
 def build(
     crystals: Sequence[Crystal], cutoff: float, label_names: Sequence[str] = ()
 ) -> tuple[Multigraphs, dict[int, RefusedError]]:
-    """The multigraphs of a batch of crystals, and what was refused.
+    """Build the multigraphs of a batch of crystals.
 
     Args:
         crystals: as read; unwrapped atoms are fine.
@@ -182,7 +182,7 @@ def build(
     inverse = np.linalg.inv(lattice)
     fractional = _apply(positions, inverse, n_atoms)
     fractional -= np.floor(fractional)
-    fractional[fractional >= 1.0] = 0.0  # a tiny negative number plus one
+    fractional[fractional >= 1.0] = 0.0  # a tiny negative number plus one rounds to one
     positions = _apply(fractional, lattice, n_atoms)
     heights = 1 / np.linalg.norm(inverse, axis=1)
     cells, rotation = upper_triangular(lattice)
@@ -192,7 +192,7 @@ def build(
     widest = np.empty(len(good), np.int64)
     nearest = np.empty(len(positions))
     density = np.maximum(n_atoms / np.abs(np.linalg.det(lattice)), POROUS)
-    capacity = int((n_atoms * density).sum() * 2.2 * cutoff**3) + 4096  # half of 4/3 π r³ each, and some room
+    capacity = int((n_atoms * density).sum() * 2.2 * cutoff**3) + 4096  # half of 4/3 π r³ per atom, plus some slack
     while True:
         src = np.empty(capacity, np.uint16)
         dst = np.empty(capacity, np.uint16)

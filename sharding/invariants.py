@@ -1,8 +1,8 @@
-"""What must hold inside a block, checked on all its graphs at once. Nothing here reads a file.
+"""Invariants of a block, checked for all its graphs at once. Nothing here reads files.
 
-Positions and cells are stored in f32, so that a length or a fraction recomputed from them is off by as much as their
-rounding, u = 2⁻²⁴ of each coordinate that enters. What lies inside that error, or within ``MARGIN`` of a limit, is not
-judged.
+Positions and cells are stored in f32, so a length or a fractional coordinate recomputed from them carries their
+rounding error, u = 2⁻²⁴ relative to each coordinate that enters. Violations within that error, or within ``MARGIN`` of
+a limit, are not reported.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from sharding.graph import MAX_ATOMS, Multigraphs, build, offsets
 
 Array = NDArray[Any]
 
-MARGIN: Final = 1e-5  # Å; closer to the cutoff than this a pair is not judged
+MARGIN: Final = 1e-5  # Å; pairs this close to a limit are not reported
 _U: Final = 2.0**-24  # relative rounding of f32
 _TOO_CLOSE: Final = f"pairs of atoms are less than {MIN_DISTANCE} Å apart"
-_RADIX: Final = 400  # shifts in an edge's code, those of atoms that were wrapped again included
+_RADIX: Final = 400  # range of shifts in an edge's code, with room for atoms that wrap differently when recomputed
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What the manifest says of every block."""
+    """What the manifest guarantees for every block."""
 
     cutoff: float  # Å
     index_dtype: str
@@ -38,25 +38,25 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """An invariant that does not hold."""
+    """A violated invariant."""
 
     code: str
     text: str
-    graph: int | None = None  # the first where it does not hold
+    graph: int | None = None  # index of the first graph that violates it
     count: int = 1
 
 
 def problems(graphs: Multigraphs, rules: Rules) -> list[Problem]:
-    """All that is wrong with the graphs of a block; geometry only of those whose numbers can be computed with."""
+    """All violations in a block; geometry is checked only for graphs with valid indices and finite coordinates."""
     found = [*_whole(graphs, rules), *_labels(graphs), *_atoms(graphs), *_edges(graphs)]
-    # A graph with an index that leads nowhere, or a coordinate that is no number, has no geometry.
+    # A graph with an invalid index or a non-finite coordinate has no geometry.
     fine = np.flatnonzero(_computable(graphs))
     measured = graphs if len(fine) == len(graphs) else graphs.take(fine)
     return found + [_map(problem, fine) for problem in _geometry(measured, rules)]
 
 
 def incomplete(graphs: Multigraphs, cutoff: float) -> list[Problem]:
-    """Pairs within the cutoff, or too close, that are not stored: the neighbour lists of a block, built again."""
+    """Recompute the neighbour lists of a block; report pairs too close, or within the cutoff but not stored."""
     fine = np.flatnonzero(_computable(graphs))
     mine = graphs.take(fine)
     at = offsets(mine.n_atoms)
@@ -67,7 +67,7 @@ def incomplete(graphs: Multigraphs, cutoff: float) -> list[Problem]:
     ]
     again, refused = build(crystals, cutoff)
     stored = _Geometry(mine)
-    judged = np.ones(len(mine), bool)  # not where a stored pair is as close as is just allowed
+    judged = np.ones(len(mine), bool)  # skips graphs with a stored pair right at the minimum distance
     judged[stored.graph_of_edge[stored.lengths() < MIN_DISTANCE + MARGIN]] = False
     close = np.array([i for i, why in refused.items() if why.code == "too_close" and judged[i]], np.int64)
     found = [_map(p, fine) for p in _report("too_close", _TOO_CLOSE, np.sort(close))]
@@ -76,7 +76,7 @@ def incomplete(graphs: Multigraphs, cutoff: float) -> list[Problem]:
     if len(mine) == 0:
         return found
     geometry = _Geometry(replace(again, lattice=mine.lattice, positions=mine.positions))
-    # An atom on the face of its cell may be wrapped to the other side this time; the shifts of its edges follow it.
+    # An atom on a face of its cell may now wrap to the opposite face; the shifts of its edges must follow.
     inverse = np.linalg.inv(mine.lattice.astype(np.float64))[geometry.graph_of_atom]
     apart = mine.positions.astype(np.float64) - again.positions
     moved = np.rint(np.einsum("ni,nij->nj", apart, inverse)).astype(np.int64)
@@ -90,7 +90,7 @@ def incomplete(graphs: Multigraphs, cutoff: float) -> list[Problem]:
 
 
 def _whole(graphs: Multigraphs, rules: Rules) -> Iterator[Problem]:
-    """Types, names of labels, and the budget: what the block as a whole must be."""
+    """Check the block as a whole: index types, names of labels, and the budget."""
     widths = {str(graphs.edge_src.dtype), str(graphs.edge_dst.dtype)}
     if widths != {rules.index_dtype}:
         text = f"edge indices are {' and '.join(sorted(widths))}; the manifest says {rules.index_dtype}"
@@ -125,7 +125,7 @@ def _atoms(graphs: Multigraphs) -> Iterator[Problem]:
 
 
 def _edges(graphs: Multigraphs) -> Iterator[Problem]:
-    """Integers: the canonical half list."""
+    """Check the integers: that edges are the canonical half list."""
     owner = np.repeat(np.arange(len(graphs)), graphs.n_edges)
     outside = _outside_graph(graphs, owner)
     yield from _report("index", "edges lead to atoms that their graph does not have", outside, owner)
@@ -140,7 +140,7 @@ def _edges(graphs: Multigraphs) -> Iterator[Problem]:
 
 
 def _geometry(graphs: Multigraphs, rules: Rules) -> Iterator[Problem]:
-    """Cells, wrapping and lengths."""
+    """Check cells, wrapping and lengths."""
     geometry = _Geometry(graphs)
     cells = geometry.cells
     volumes, lengths = np.abs(np.linalg.det(cells)), np.linalg.norm(cells, axis=2).prod(axis=1)
@@ -167,7 +167,7 @@ def _geometry(graphs: Multigraphs, rules: Rules) -> Iterator[Problem]:
 
 
 class _Geometry:
-    """The numbers of a block in f64, with indices that count through the block."""
+    """The geometry of a block in f64, with atom indices that run through the whole block."""
 
     def __init__(self, graphs: Multigraphs) -> None:
         g = np.arange(len(graphs))
@@ -195,7 +195,7 @@ class _Geometry:
         return np.sqrt(np.einsum("ei,ei->e", vectors, vectors))
 
     def rounding(self, edges: Array) -> NDArray[np.float64]:
-        """By how much the length of an edge can be off, Å."""
+        """The largest rounding error of the length of each edge, Å."""
         crossed = np.einsum("ei,eij->ej", np.abs(self.shift[edges]), np.abs(self.cells[self.graph_of_edge[edges]]))
         summed = np.abs(self.points[self.dst[edges]]) + np.abs(self.points[self.src[edges]]) + crossed
         return _U * np.linalg.norm(summed, axis=1)
@@ -221,7 +221,7 @@ def _outside_graph(graphs: Multigraphs, owner: Array) -> NDArray[np.bool_]:
 
 
 def _computable(graphs: Multigraphs) -> NDArray[np.bool_]:
-    """Graphs whose indices and coordinates can be computed with: (G,)."""
+    """Mask of the graphs with valid indices and finite coordinates: (G,)."""
     fine: NDArray[np.bool_] = np.isfinite(graphs.lattice).all(axis=(1, 2)) & (graphs.n_atoms > 0)
     fine[np.repeat(np.arange(len(graphs)), graphs.n_atoms)[~np.isfinite(graphs.positions).all(axis=1)]] = False
     owner = np.repeat(np.arange(len(graphs)), graphs.n_edges)
@@ -230,7 +230,7 @@ def _computable(graphs: Multigraphs) -> NDArray[np.bool_]:
 
 
 def _report(code: str, text: str, bad: Array, owner: Array | None = None) -> Iterator[Problem]:
-    """A problem where something is bad: a mask or indices of graphs, or with ``owner`` of what they own."""
+    """Yield one problem if any graph is bad (a mask or indices) or, with ``owner``, any of its atoms or edges."""
     at = np.flatnonzero(bad) if bad.dtype == bool else bad
     if len(at):
         first = int(at[0] if owner is None else owner[at[0]])

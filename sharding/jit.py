@@ -1,4 +1,4 @@
-"""numba's ``njit``, or nothing: where only an exported encoder is used, the same functions run interpreted."""
+"""numba's ``njit`` where numba is installed; to use an exported encoder it is not needed, only slower without."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ except ImportError:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile with numba, free of the interpreter's lock, and cached on disk where a place can be written."""
+    """Compile with numba, releasing the GIL, and cache the result on disk if a cache folder is writable."""
     if numba is None:
         return function
     try:
         return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # no place for the cache: a container with a read-only root
+    except RuntimeError:  # no writable cache folder: a container with a read-only root
         return numba.njit(nogil=True)(function)

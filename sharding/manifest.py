@@ -19,7 +19,7 @@ from sharding.block import Budget
 FORMAT: Final = "cdssl-shards"
 VERSION: Final = 1
 SPLITS: Final = ("train", "val", "test")
-WORK: Final = ".work"  # unfinished work, in the folder of a data set
+WORK: Final = ".work"  # subfolder of a data set for unfinished work
 
 BLOCK_SCHEMA: Final = pa.schema(
     [
@@ -38,12 +38,12 @@ BLOCK_SCHEMA: Final = pa.schema(
 
 
 class DataSetError(ValueError):
-    """A folder that is not a data set, or one that was damaged: said in one line."""
+    """Not a usable data set: missing, damaged, unfinished or already there. The message is one line."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a data set is; see ``docs/format.md``."""
+    """The description of a data set; see ``docs/format.md``."""
 
     graph: dict[str, Any]  # cutoff and tie tolerance, Å; index dtype
     budget: Budget
@@ -64,7 +64,7 @@ class Manifest:
         return float(self.graph["cutoff"])
 
     def compute_digest(self) -> str:
-        """SHA-256 of all that defines the data: no time, host, path or worker count is in it."""
+        """SHA-256 of everything that defines the data; it does not depend on time, host, path or worker count."""
         return _digest(asdict(self))
 
     def write(self, folder: Path) -> Manifest:
@@ -85,7 +85,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def _digest(content: dict[str, Any]) -> str:
-    """The digest of a manifest's content, whatever it says its digest is."""
+    """The digest of a manifest's content, ignoring its field ``digest``."""
     rest = {k: v for k, v in content.items() if k != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -94,7 +94,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """Read and check ``manifest.json``.
 
     Raises:
-        DataSetError: where there is none, it is of a newer version, or its digest is wrong.
+        DataSetError: if there is none, it has a newer version, or its digest is wrong.
     """
     path = Path(folder) / "manifest.json"
     try:
@@ -110,8 +110,6 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not isinstance(version, int) or version > VERSION:
         raise DataSetError(f"{path}: format version {version}; this program reads up to {VERSION}: update it")
     if content.get("digest") != _digest(content):
-        raise DataSetError(
-            f"{path}: the digest does not match the content; the manifest was changed by hand or damaged"
-        )
+        raise DataSetError(f"{path}: the digest does not match the content; the manifest was edited or damaged")
     content["budget"] = Budget(**content["budget"])
     return Manifest(**content)

@@ -1,6 +1,6 @@
-"""The neighbour search: which atoms of a crystal, in which images, are within the cutoff of which.
+"""The neighbour search: which images of which atoms of a crystal lie within the cutoff of each atom.
 
-One file, since numba's cache of a function does not see that another file, which it calls, has changed.
+All in one file, because numba's cache of a function does not notice changes in functions it calls from other files.
 
 For atoms i, j it lists the integer shifts n with ‖x_j + nL − x_i‖ ≤ r as lattice points in a ball (Fincke and Pohst
 1985): in axes where L is upper triangular, n_a is bounded by the first coordinate alone, n_b by the second given n_a,
@@ -9,7 +9,7 @@ in lexicographic order, which is the order stored.
 
 In large cells not all pairs are tried. An atom lies on a layer parallel to each face of the cell; two atoms whose
 layers are farther apart than the cutoff, periodic images included, have no edge; and atoms are sorted into bins no
-thinner than the cutoff, where that leaves out more than it costs.
+thinner than the cutoff, where that saves more than it costs.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from sharding.jit import compiled
 
 Array = NDArray[Any]
 
-BINNED: Final = 64  # atoms; of fewer, all are looked at
+BINNED: Final = 64  # atoms; smaller cells are not binned
 SLACK: Final = 1e-6  # Å, for the rounding of layers
 
 
 @compiled
 def _bins_of(heights: Array, cutoff: float, n_atoms: int) -> Array:
-    """Into how many bins each axis of a cell is cut: (3,).
+    """The number of bins along each axis of a cell: (3,).
 
-    None is thinner than the cutoff, so that neighbours are in the same bin or the next. An axis with fewer than four is
-    not cut: the bins around an atom would be nearly all.
+    No bin is thinner than the cutoff, so neighbours are in the same bin or an adjacent one. An axis that would have
+    fewer than four bins is not divided: the bins around an atom would be nearly all of them.
     """
     bins = np.ones(3, np.int64)
     if n_atoms >= BINNED:
@@ -67,13 +67,13 @@ def _fill_bins(fractional: Array, bins: Array) -> tuple[Array, Array]:
 def _near_atoms(
     fractional: Array, heights: Array, cutoff: float, bins: Array, ends: Array, members: Array, i: int, near: Array
 ) -> int:
-    """Set ``near`` to the atoms from i on that may be within the cutoff of atom i; returns how many they are.
+    """Set ``near`` to the atoms j ≥ i that may be within the cutoff of atom i, and return how many there are.
 
     Args:
         fractional: (n, 3) positions in units of the cell vectors, in [0, 1).
         heights: (3,) distances between opposite faces, Å.
         cutoff: Å.
-        bins, ends, members: of ``_bins_of`` and ``_fill_bins``; not used where there is one bin.
+        bins, ends, members: from ``_bins_of`` and ``_fill_bins``; unused if there is only one bin.
         i: the atom.
         near: (n,) to be set; in ascending order inside a bin.
     """
@@ -98,7 +98,7 @@ def _near_atoms(
     f0, f1, f2 = fractional[i, 0], fractional[i, 1], fractional[i, 2]
     r0, r1, r2 = (cutoff + SLACK) / heights[0], (cutoff + SLACK) / heights[1], (cutoff + SLACK) / heights[2]
     found = 0
-    for m in range(count):  # without a branch: whether an atom is near cannot be predicted
+    for m in range(count):  # branch-free, since the branch would be unpredictable
         j = near[m]
         d0 = abs(fractional[j, 0] - f0)
         d1 = abs(fractional[j, 1] - f1)
@@ -110,7 +110,7 @@ def _near_atoms(
 
 @compiled
 def _sort_by_dst(dst: Array, shift: Array) -> None:
-    """Sort the edges of one atom, which are few, in place; edges to one other atom stay in their order."""
+    """Sort the (few) edges of one atom by destination, in place and stably."""
     for e in range(1, len(dst)):
         j, na, nb, nc = dst[e], shift[e, 0], shift[e, 1], shift[e, 2]
         to = e
@@ -160,15 +160,15 @@ def half_edges(
     count = 0
     nearest[:] = np.inf
     near = np.empty(np.diff(starts).max() if len(cells) else 0, np.int64)
-    ends, members = near, near  # for the compiler
+    ends, members = near, near  # so that numba can infer their types
     for g in range(len(cells)):
         a0, a1, a2 = cells[g, 0, 0], cells[g, 0, 1], cells[g, 0, 2]
         b1, b2, c2 = cells[g, 1, 1], cells[g, 1, 2], cells[g, 2, 2]
         before = count
         widest[g] = 0
         atoms = fractional[starts[g] : starts[g + 1]]
-        # Where two opposite faces are farther apart than this, some atoms are not near; where all are, one image at
-        # most of an atom is within the cutoff.
+        # If some opposite faces are farther apart than this, some atoms are out of reach; if all are, at most one
+        # image of an atom is within the cutoff.
         some_wide = heights[g].max() > 2 * (cutoff + SLACK)
         all_wide = heights[g].min() > 2 * (cutoff + SLACK)
         bins = _bins_of(heights[g], cutoff, len(atoms))

@@ -1,8 +1,8 @@
 """Graphs → blocks of nearly equal work: bin packing, once, offline.
 
 Best fit in the order of a seeded hash of the keys, over a window of open blocks: a graph goes into the fullest block
-that still has room for it. First-fit decreasing fills as well, but sorts by size, so that a block would hold crystals
-of one size only; a gradient wants them mixed.
+that still has room for it. First-fit decreasing fills blocks equally well but sorts by size, so that a block
+would hold crystals of one size only; gradients need a mix.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OPEN_BLOCKS: Final = 64
 
 
 def shuffled(keys: list[str], seed: int) -> NDArray[np.int64]:
-    """The order of a seeded hash of the keys: a shuffle that depends on the data alone, not on their order."""
+    """Order the keys by a seeded hash: a shuffle that does not depend on the order in which they come."""
     hashes = [xxhash.xxh3_64_intdigest(key.encode(), seed) for key in keys]
     return np.array(sorted(range(len(keys)), key=lambda i: (hashes[i], keys[i])), np.int64)
 
@@ -70,7 +70,7 @@ def pack(edges: NDArray[Any], atoms: NDArray[Any], budget: Budget) -> tuple[NDAr
     Args:
         edges: (G,) directed edges of each graph, none over the budget.
         atoms: (G,) atoms of each graph, none over the budget.
-        budget: of a block.
+        budget: the limits of one block.
 
     Returns:
         The block of every graph, (G,), and the number of blocks. Blocks are numbered as they are opened.

@@ -12,7 +12,7 @@ from sharding.page_style import STYLE
 
 _CLASSES: Final = 7  # of the heat map, equally wide in the logarithm of the count
 _DUPLICATES: Final = (
-    "duplicate, duplicate_key and excluded are no faults: the crystal, or a twin of it, was met before."
+    "duplicate, duplicate_key and excluded are not errors: the crystal, or a twin, is already here or is excluded."
 )
 
 
@@ -46,7 +46,7 @@ def page(found: dict[str, Any], name: str) -> str:
 
 
 def _text(text: str) -> str:
-    """Text of unknown origin: escaped, and kept from turning around what stands beside it."""
+    """Escape untrusted text, and isolate its writing direction from the text around it."""
     return f"<bdi>{escape(text)}</bdi>"
 
 
@@ -77,7 +77,7 @@ def _tiles(found: dict[str, Any]) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
-    """A table of cells that are HTML already; numbers stand to the right."""
+    """A table; cells are already HTML, and numbers are right-aligned."""
     kind = ['<{} class="t">' if i < text_columns else "<{}>" for i in range(len(head))]
     top = "".join(k.format("th") + h + "</th>" for k, h in zip(kind, head, strict=True))
     body = "".join(
@@ -121,13 +121,11 @@ def _histogram(sizes: dict[str, Any], title: str) -> str:
             f'<text x="{middle:.1f}" y="{floor - tall - 4:.1f}">{_short(b["graphs"])}</text>'
             f'<text class="x" x="{middle:.1f}" y="{floor + 14}">{label}</text></g>'
         )
-    said = (
-        f"mean {sizes['mean']:,.1f} · median {sizes['median']:,} · 99% up to {sizes['p99']:,} · most {sizes['max']:,}"
-    )
+    said = f"mean {sizes['mean']:,.1f} · median {sizes['median']:,} · 99% up to {sizes['p99']:,} · max {sizes['max']:,}"
     return (
         f'<figure><figcaption><b>{title}</b><br>{said}</figcaption><svg viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="Histogram: {title}">{"".join(bars)}<path d="M0 {floor + 0.5}H{width}"/></svg>'
-        '<p class="note">crystals by size; each bar up to the power of two below it</p></figure>'
+        '<p class="note">number of crystals by size; each bar covers sizes up to the power of two below it</p></figure>'
     )
 
 
@@ -138,7 +136,7 @@ def _binary(n: int) -> str:
 
 def _budgets(budgets: Sequence[dict[str, Any]]) -> str:
     rows = [[f"{b['edges']:,}", f"{b['refused']:,}", f"{b['share']:.3%}", f"{b['of']:,}"] for b in budgets]
-    head = ["block budget, directed edges", "crystals over it", "share", "of"]
+    head = ["block budget, directed edges", "crystals over it", "share", "crystals"]
     return _table(head, rows) if rows else ""
 
 
@@ -185,7 +183,7 @@ def _labels(labels: dict[str, dict[str, Any]]) -> str:
         for name, a in labels.items()
         for values in [(a["min"], a["mean"], a["max"])]
     ]
-    return _table(["label", "unit", "column", "missing", "least", "mean", "most"], rows, 3)
+    return _table(["label", "unit", "column", "missing", "min", "mean", "max"], rows, 3)
 
 
 def _refused(found: dict[str, Any]) -> str:

@@ -1,13 +1,13 @@
-"""Sources → a data set: a shuffle in stages, each a list of independent tasks that make a file.
+"""Sources → a data set: a shuffle in four stages, each a list of independent tasks that write one file each.
 
-1. convert   records → graphs, sorted by a hash of the reduced formula (many small files are merged to fewer)
+1. convert   records → graphs, sorted by a hash of the reduced formula (many small files are merged into fewer)
 2. decide    a range of formulas: twins, duplicates, exclusions, groups, splits; sorted by a seeded hash of the key
 3. arrange   a range of keys: pack each split into blocks, count them
 4. write     now that all blocks are numbered: shards and the graph table
 
-How many ranges there are depends on the data alone, and within a range order comes from hashes and keys. So the bytes
-of the result do not depend on the number of workers or their speed; and since a file is renamed into place when it is
-whole, a rerun after a kill does what is missing, and its result is the same. The manifest is written last.
+The number of ranges depends on the data alone, and the order within a range on hashes and keys. So the bytes of the
+result do not depend on the number of workers or their speed; and since a file is renamed into place when complete, a
+rerun after a kill does only what is missing, with the same result. The manifest is written last.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from sharding.sources import Source
 from sharding.storage import target_of, writing
 from sharding.workspace import Quarantine, Workspace, describe
 
-MANY_READS: Final = 20_000  # of half a millisecond each
-MOST_BUCKETS: Final = 4_096  # each looks into all files of the stage before, of which there are as many
+MANY_READS: Final = 20_000  # reads, of half a millisecond each; if stage 2 would need more, files are merged first
+MOST_BUCKETS: Final = 4_096  # each reads from all files of the previous stage, of which there are as many
 
 
 class StrictError(ValueError):
-    """The first refusal, with ``strict``."""
+    """Raised at the first refusal if ``strict`` is set."""
 
 
 def shard(
@@ -52,27 +52,27 @@ def shard(
     strict: bool = False,
     work: str | Path | None = None,
 ) -> Manifest:
-    """Convert crystal databases into a data set; run again after a failure, it goes on.
+    """Convert crystal databases into a data set. Run again after a failure, it continues where it stopped.
 
     Args:
-        sources: read in this order; of crystals with one key the first is kept.
-        out: a folder, or a URL that fsspec knows, that does not hold a finished data set.
-        settings: what shapes the result.
+        sources: read in this order; of crystals with the same key, the first is kept.
+        out: a folder or fsspec URL that does not hold a finished data set.
+        settings: everything besides the sources that determines the result.
         executor: where tasks run; the result does not depend on it.
-        exclude: crystals whose twins are kept out, of a labeled test set, say.
-        strict: the first refusal is fatal.
-        work: for a URL, the folder in which the data set is made before it is uploaded; see ``storage.Remote``.
+        exclude: sources whose twins are left out, for example a labeled test set.
+        strict: raise at the first refusal.
+        work: for a URL, the folder in which the data set is built before it is uploaded; see ``storage.Remote``.
 
     Raises:
-        DataSetError: where ``out`` holds a data set or another sharding's work, is in use, or no crystal is left.
+        DataSetError: if ``out`` holds a data set or another task's work, is in use, or no crystal is left.
         StrictError: with ``strict``, at the first refusal.
-        SourceError: where a source fails half-way, or fsspec lacks a package for ``out``.
-        TargetError: where ``out`` cannot be written, since the disk is full, say.
-        WorkerError: where a process died.
+        SourceError: if a source fails midway, or fsspec lacks a package for ``out``.
+        TargetError: if ``out`` cannot be written, for example because the disk is full.
+        WorkerError: if a worker process died.
     """
     settings = settings or ShardSettings()
     if exclude and not settings.fingerprints:
-        raise DataSetError("--exclude compares fingerprints: leave them on")
+        raise DataSetError("--exclude compares fingerprints: do not turn them off")
     _check_units(sources)
     target = target_of(out, work)
     target.check()
@@ -89,7 +89,7 @@ def shard(
 
 @dataclass(frozen=True)
 class _Stages:
-    """The stages of one sharding, and what all of them need."""
+    """The stages of one sharding run, and what they share."""
 
     settings: ShardSettings
     executor: Executor
@@ -98,7 +98,7 @@ class _Stages:
     strict: bool
 
     def run(self, sources: Sequence[Source], exclude: Sequence[Source]) -> Manifest:
-        """All of them."""
+        """Run all stages."""
         excluded = self.exclude(exclude)
         graphs = self.convert("convert", sources, self._folder("1-graphs"), self.settings) if sources else []
         names = ", ".join(source.name for source in sources)
@@ -112,7 +112,7 @@ class _Stages:
         return self.write(packings, packed, sources)
 
     def exclude(self, sources: Sequence[Source]) -> list[Path]:
-        """Stage 1 of what is to be kept out, where a refusal matters as much: it hides twins."""
+        """Stage 1 for the sources to exclude, where refusals matter too: twins of a refused crystal are not found."""
         if not sources:
             return []
         unlabelled = replace(self.settings, labels={})
@@ -128,7 +128,7 @@ class _Stages:
         settings: ShardSettings,
         noted: Callable[[Refusal], Refusal] = lambda refusal: refusal,
     ) -> list[Path]:
-        """Stage 1: the files."""
+        """Run stage 1 and return its files."""
         paths: list[Path] = []
         with Progress(title, "crystals") as progress:
             for done in self.executor.map(convert.convert, convert.tasks(sources, folder, settings)):
@@ -141,7 +141,7 @@ class _Stages:
         return paths
 
     def merge(self, files: list[Path]) -> list[Path]:
-        """The same graphs in fewer files, where there are many: each task of stage 2 looks into every file."""
+        """Merge many files into fewer, since each task of stage 2 reads from every file."""
         if len(files) * _buckets(files, self.settings) <= MANY_READS:
             return files
         folder = self._folder("2-merged")
@@ -153,7 +153,7 @@ class _Stages:
         return [task.path for task in tasks]
 
     def decide(self, graphs: list[Path], excluded: list[Path]) -> list[Path]:
-        """Stage 2: the files."""
+        """Run stage 2 and return its files."""
         folder = self._folder("2-decided")
         tasks = [
             decide.Decision(low, high, graphs, excluded, folder / f"{b:06d}.spill", self.settings)
@@ -166,9 +166,9 @@ class _Stages:
         return [task.path for task in tasks]
 
     def pack(self, decided: list[Path]) -> tuple[list[write.Packing], list[write.Packed]]:
-        """Stage 3: packings in the order of their blocks, and what came of them.
+        """Run stage 3; return the packings in the order of their blocks, and their results.
 
-        What the ranges set aside is packed once more, several files together, until one task holds all that is left.
+        What the ranges set aside is packed again, several files at a time, until one task holds all that is left.
         """
         folder, settings = self._folder("3-packed"), self.settings
         ranges = spill.ranges_of(_buckets(decided, settings))
@@ -193,7 +193,7 @@ class _Stages:
         return packings, packed
 
     def write(self, packings: list[write.Packing], packed: list[write.Packed], sources: Sequence[Source]) -> Manifest:
-        """Stage 4, then the tables, the quarantine, and the manifest last."""
+        """Run stage 4, then write the tables, the quarantine and, last, the manifest."""
         done, folder, settings = self._folder("4-written"), self.space.folder, self.settings
         (folder / "graphs.parquet").mkdir(exist_ok=True)
         index_dtype = "uint8" if max(p.widest for p in packed) <= 256 else "uint16"
@@ -242,7 +242,7 @@ class _Stages:
         ).write(folder)
 
     def drop(self, refusals: Sequence[Refusal]) -> None:
-        """Note what stages 2 and 3 left out; a key of two crystals is no twin, and ends a strict sharding."""
+        """Record the refusals of stages 2 and 3. With ``strict``, a repeated key raises; a dropped twin does not."""
         for refusal in refusals:
             if self.strict and refusal.code == "duplicate_key":
                 raise StrictError(f"{refusal.source}, {refusal.position}: {refusal.text} [{refusal.code}]")
@@ -255,14 +255,14 @@ class _Stages:
 
 
 def _check_units(sources: Sequence[Source]) -> None:
-    """Values of one label are told apart by nothing once they are in one column."""
+    """Require one unit per label: in a single column, values in different units could not be told apart."""
     stated: dict[str, tuple[str, str]] = {}
     for source in sources:
         for label, unit in source.units.items():
             other, there = stated.setdefault(label, (source.name, unit))
             if there != unit:
                 raise DataSetError(
-                    f"label {label!r} is in {there} in {other}, and in {unit} in {source.name}: bring them to one unit"
+                    f"label {label!r} is in {there} in {other}, and in {unit} in {source.name}: convert one of them"
                 )
 
 
@@ -272,7 +272,7 @@ def _hides_twins(refusal: Refusal) -> Refusal:
 
 
 def _all_met(exclude: Sequence[Source], files: list[Path]) -> None:
-    """Check that keys which are to be excluded occur: a list of other ids would keep nothing out."""
+    """Check that the keys to exclude exist: a list of wrong ids would exclude nothing."""
     wanted = {key for source in exclude for key in (source.options and source.options.keys) or ()}
     if not wanted:
         return
@@ -284,12 +284,12 @@ def _all_met(exclude: Sequence[Source], files: list[Path]) -> None:
 
 
 def _buckets(files: list[Path], settings: ShardSettings) -> int:
-    """How many ranges a stage has: from the size of what it reads, so from the data alone."""
+    """The number of ranges of a stage, from the size of its input, so from the data alone."""
     return max(1, -(-_size(files) // _bucket_bytes(files, settings)))
 
 
 def _bucket_bytes(files: list[Path], settings: ShardSettings) -> int:
-    """How much a task holds at a time; of very much data more, since reads grow with the square of the buckets."""
+    """Bytes a task holds at a time; more for very large inputs, since reads grow with the square of the buckets."""
     return max(settings.bucket_bytes, -(-_size(files) // MOST_BUCKETS))
 
 
@@ -298,7 +298,7 @@ def _size(files: list[Path]) -> int:
 
 
 def _together(files: list[Path], size: int) -> list[list[Path]]:
-    """Neighbouring files in groups of about a size, at least two in each, so that there are ever fewer."""
+    """Group neighbouring files to about ``size`` bytes, at least two each where possible, so that they get fewer."""
     groups: list[list[Path]] = []
     room = 0
     for path in files:

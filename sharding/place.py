@@ -1,4 +1,4 @@
-"""Where a finished data set is read from: a folder, or a URL that fsspec knows."""
+"""Where a finished data set is read from: a folder or an fsspec URL."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from sharding.manifest import VERSION, DataSetError, Manifest, read_manifest
 from sharding.sources.streams import filesystem, is_remote, local_path, redacted
 
 MANIFEST: Final = "manifest.json"
-_AHEAD: Final = 8 * 2**20  # bytes asked for at a time of a remote file
+_AHEAD: Final = 8 * 2**20  # bytes per request for a remote file
 
 
 @dataclass(frozen=True)
 class Place:
-    """A data set's folder; what is in it is named relative to it. Travels to workers."""
+    """The location of a data set; file names are relative to it. Can be sent to workers."""
 
     root: str
     remote: bool
@@ -35,7 +35,7 @@ class Place:
         """A file, for reading.
 
         Raises:
-            OSError: FileNotFoundError, or whatever else went wrong here or there.
+            OSError: if the file is missing (``FileNotFoundError``) or cannot be opened, local or remote.
         """
         if not self.remote:
             with open(Path(self.root) / name, "rb") as file:
@@ -48,7 +48,7 @@ class Place:
             yield file
 
     def size(self, name: str) -> int:
-        """Of a file, bytes."""
+        """The size of a file, bytes."""
         if not self.remote:
             return (Path(self.root) / name).stat().st_size
         with _as_os_error():
@@ -56,7 +56,7 @@ class Place:
             return int(system.size(f"{path}/{name}"))
 
     def files(self) -> list[str]:
-        """All that is there."""
+        """The names of all files, sorted."""
         if not self.remote:
             found = (path for path in Path(self.root).rglob("*") if path.is_file())
             return sorted(str(path.relative_to(self.root)) for path in found)
@@ -69,7 +69,7 @@ class Place:
         """Read and check the manifest, as ``manifest.read_manifest`` does.
 
         Raises:
-            DataSetError: where there is none, or it is damaged, or newer than this program.
+            DataSetError: if there is none, or it is damaged, or newer than this program.
         """
         if not self.remote:
             return read_manifest(self.root)
@@ -84,11 +84,11 @@ class Place:
             raise DataSetError(f"{self}: not a data set, manifest.json is missing") from None
 
     def require(self) -> None:
-        """Refuse what is not a data set that this program can read: a wrong argument, not damage.
+        """Raise if this is not a data set that this program can read (a wrong argument); damage is not checked.
 
         Raises:
-            DataSetError: says what to do.
-            OSError: where a remote place cannot be reached.
+            DataSetError: with a message that says what to do.
+            OSError: if a remote place cannot be reached.
         """
         try:
             with self.open(MANIFEST) as file:
@@ -103,10 +103,10 @@ class Place:
 
 
 def place_of(folder: str | Path) -> Place:
-    """The place that a user names.
+    """Return the place that a path or URL names.
 
     Raises:
-        SourceError: where fsspec lacks a package for a URL.
+        SourceError: if fsspec lacks a package for a URL.
     """
     if not is_remote(folder):
         return Place(str(local_path(folder)), False)
@@ -116,7 +116,7 @@ def place_of(folder: str | Path) -> Place:
 
 
 class _Remote(io.RawIOBase):
-    """A remote file whose errors, met while it is read, are those of a file."""
+    """A remote file whose read errors are OSErrors, like those of a local file."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -151,10 +151,10 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _as_os_error() -> Iterator[None]:
-    """Each kind of remote storage has errors of its own."""
+    """Convert the errors of remote storage, which have types of their own, to OSError."""
     try:
         yield
-    except FileNotFoundError as why:  # fsspec calls every error over HTTP a missing file
+    except FileNotFoundError as why:  # fsspec reports every HTTP error as a missing file
         cause = why.__cause__
         http = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
         if not http or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == 404:

@@ -1,4 +1,4 @@
-"""Everything that shapes a data set."""
+"""Settings that determine the contents of a data set."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Duplicates = Literal["keep", "exact", "near"]
 
 
 class SettingsError(ValueError):
-    """Settings that cannot be, or contradict one another."""
+    """Settings are out of range or contradict one another."""
 
 
 @dataclass(frozen=True)
 class ShardSettings:
-    """What the bytes of the result depend on, beside the sources."""
+    """Everything besides the sources that determines the bytes of the result."""
 
     cutoff: float = 5.0  # Å
     budget: Budget = field(default_factory=Budget)
@@ -25,17 +25,17 @@ class ShardSettings:
     test: float = 0.0
     seed: int = 0
     labels: dict[str, str] = field(default_factory=dict)  # label name → column
-    fingerprints: bool = True  # find twins; without, a crystal's group is its reduced formula
+    fingerprints: bool = True  # find twins; if False, a crystal's group is its reduced formula
     duplicates: Duplicates = "exact"  # which twins of a crystal are dropped: none, equal ones, or near ones as well
-    bucket_bytes: int = 64 * 2**20  # of graphs that one task holds in memory at a time; more from 256 GiB on
+    bucket_bytes: int = 64 * 2**20  # graphs that one task holds in memory at a time; more above 256 GiB in all
 
     def __post_init__(self) -> None:
-        """Raises SettingsError for what cannot be."""
+        """Raise SettingsError for invalid settings."""
         if not 0.5 < self.cutoff <= 20:
             raise SettingsError(f"cutoff {self.cutoff} Å is outside 0.5–20 Å")
         if min(self.val, self.test) < 0 or self.val + self.test >= 1:
             raise SettingsError(f"val {self.val} and test {self.test} must leave something to train on")
         if min(*astuple(self.budget), self.blocks_per_shard) < 1:
-            raise SettingsError(f"{self.budget} and {self.blocks_per_shard} blocks per shard: each must be 1 at least")
+            raise SettingsError(f"{self.budget} and {self.blocks_per_shard} blocks per shard: each must be at least 1")
         if self.duplicates != "keep" and not self.fingerprints:
-            raise SettingsError("duplicates are found by fingerprints: keep them, or leave fingerprints on")
+            raise SettingsError("duplicates are found by fingerprints: keep all duplicates, or leave fingerprints on")

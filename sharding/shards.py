@@ -14,14 +14,14 @@ _TAR_RECORD: Final = 512
 
 
 class ShardWriter:
-    """Writes one shard under a temporary name, which the end of the ``with`` block syncs and renames.
+    """Write one shard under a temporary name; the end of the ``with`` block syncs and renames it.
 
     Attributes:
-        entry: name, size and SHA-256, for the manifest; there once the shard is finished.
+        entry: name, size and SHA-256, for the manifest; empty until the shard is finished.
     """
 
     def __init__(self, path: Path) -> None:
-        # Importing webdataset imports torch where it is installed: a second that only a process that writes pays.
+        # webdataset imports torch if it is installed, which takes a second: only processes that write pay for it.
         from webdataset.writer import TarWriter
 
         self.path = path
@@ -35,7 +35,7 @@ class ShardWriter:
         """Append one block; returns offset and size of its bytes in the shard, and their xxh3."""
         self._tar.write({"__key__": f"{block:09d}", "safetensors": data})
         offset = self._end + _TAR_RECORD
-        # Counted, not asked of the file: tarfile writes it in larger pieces. A member is a header and whole records.
+        # Computed, since tarfile buffers its writes: a member is a header and whole records.
         self._end = offset + -(-len(data) // _TAR_RECORD) * _TAR_RECORD
         return offset, len(data), xxhash.xxh3_64_intdigest(data)
 
@@ -56,7 +56,7 @@ class ShardWriter:
 
 
 class _Hashing:
-    """A file that hashes what is written to it, as tarfile's stream mode needs it."""
+    """A file that hashes what is written to it, with the methods that tarfile's stream mode needs."""
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "wb")

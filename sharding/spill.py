@@ -1,7 +1,7 @@
-"""What the stages of sharding hand to one another: files of graphs with a row of facts for each, sorted by a hash.
+"""Intermediate files between the stages of sharding: graphs, each with a row of metadata, sorted by a hash.
 
-One file is one finished task: it is written under a temporary name and renamed, so that it is whole or not there, and a
-rerun takes what it finds. A task of the next stage reads one range of hashes out of every file of the stage before.
+One file is one finished task. It is written under a temporary name and renamed, so it is either complete or absent, and
+a rerun reuses what it finds. A task of the next stage reads one range of hashes from every file of the previous stage.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from sharding.manifest import write_atomically
 ROWS: Final = "rows"  # an Arrow table, as bytes
 REFUSALS: Final = "refusals"  # JSON
 LABEL: Final = "y."
-MAPPED: Final = 64  # files at a time: a mapped file is an open one
+MAPPED: Final = 64  # files mapped at a time, since each counts as an open file
 
 
 @dataclass(frozen=True, slots=True)
 class Spill:
-    """Graphs, their rows and what was refused on the way.
+    """Graphs, their rows, and what was refused in the same task.
 
     The columns of the rows are those of ``convert.ROWS``.
     """
@@ -51,7 +51,7 @@ def sort(
     refusals: list[Refusal],
     select: NDArray[np.int64] | None = None,
 ) -> Spill:
-    """A spill from graphs in any order; equal hashes stay in theirs. With ``select``, those of the sorted ones."""
+    """Sort graphs by hash (stably) into a spill; with ``select``, keep only those indices of the sorted graphs."""
     order = np.argsort(hashes, kind="stable")
     if select is not None:
         order = order[select]
@@ -85,24 +85,24 @@ def read(path: Path, low: int = 0, high: int = 2**64) -> Spill:
 
 
 def refusals(path: Path) -> list[Refusal]:
-    """What was refused in a task."""
+    """Read the refusals of a task."""
     text = views(np.memmap(path, np.uint8, mode="r"))[REFUSALS].tobytes()
     return [Refusal(**refusal) for refusal in json.loads(text)]
 
 
 def gather(paths: Sequence[Path], low: int, high: int, select: NDArray[np.int64] | None = None) -> Spill:
-    """One range of hashes of many files (one at least), sorted again.
+    """Read one range of hashes from one or more files, and sort the result.
 
     Args:
         paths: the files.
         low, high: the range, [low, high).
-        select: which of the sorted graphs, in which order; all where left out.
+        select: indices into the sorted graphs, in the order wanted; all if omitted.
     """
     groups: list[Spill] = []
     parts: list[Spill] = []
     for number, path in enumerate(paths, 1):
         part = read(path, low, high)
-        if len(part) or (number == len(paths) and not groups and not parts):  # one at least, for its columns
+        if len(part) or (number == len(paths) and not groups and not parts):  # at least one part, for its columns
             parts.append(part)
         if len(parts) == MAPPED or (number == len(paths) and parts):
             groups.append(_joined(parts))
@@ -134,21 +134,21 @@ def facts(paths: Sequence[Path], low: int, high: int) -> pa.Table:
 
 @dataclass(frozen=True)
 class Merging:
-    """A task: several files as one."""
+    """A task: merge several files into one."""
 
     parts: list[Path]
     path: Path
 
 
 def merge(task: Merging) -> int:
-    """Merge, without what was refused; returns the number of graphs."""
+    """Merge the graphs, without the refusals, and return their number."""
     if not task.path.exists():
         write(task.path, gather(task.parts, 0, 2**64))
     return len(read(task.path))
 
 
 def _joined(parts: list[Spill]) -> Spill:
-    """One after the other; of several, a copy, so that their files are closed."""
+    """Concatenate spills; several are copied, so that their files can be closed."""
     if len(parts) == 1:
         return parts[0]
     graphs = concatenate([part.graphs for part in parts])
@@ -157,6 +157,6 @@ def _joined(parts: list[Spill]) -> Spill:
 
 
 def ranges_of(buckets: int) -> list[tuple[int, int]]:
-    """All hashes, divided evenly: [low, high) of each bucket."""
+    """Divide the hash space evenly: [low, high) of each bucket."""
     at = [2**64 * b // buckets for b in range(buckets + 1)]
     return list(zip(at[:-1], at[1:], strict=True))

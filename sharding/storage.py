@@ -1,7 +1,7 @@
-"""Where a data set goes: a folder, or behind a URL, where nothing can be renamed and the manifest is the commit.
+"""Where a data set is written: a folder, or a URL, where nothing can be renamed and the manifest acts as the commit.
 
-For a URL the data set is made in a folder of this machine, which a rerun finds again, and then uploaded: the shards,
-the tables, and the manifest as the last object. What was uploaded before a crash is not uploaded again.
+For a URL, the data set is built in a local folder, which a rerun finds again, and then uploaded: shards and tables
+first, the manifest last. What was uploaded before a crash is not uploaded again.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from sharding.progress import Progress
 from sharding.sources.streams import base_name, filesystem, is_remote, local_path, redacted
 
 MANIFEST: Final = "manifest.json"
-UPLOADS: Final = 8  # at a time
-UNWRITABLE: Final = {  # what is wrong with a folder, and not with what is read
+UPLOADS: Final = 8  # concurrent uploads
+UNWRITABLE: Final = {  # errors of the output folder, not of the input
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST", "EIO", "ESTALE")
 }
@@ -34,32 +34,32 @@ class TargetError(OSError):
 
 
 class Folder:
-    """A data set in a folder; it is made in place.
+    """A data set that is written in place, in a folder.
 
     Attributes:
-        folder: where it is made.
+        folder: the folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def check(self) -> None:
-        """Nothing to ask: the folder itself says whether it is taken."""
+        """Do nothing: ``Workspace`` checks whether the folder is taken."""
 
     def publish(self, manifest: Manifest) -> None:
-        """It is where it should be."""
+        """Do nothing: the data set is already in place."""
 
     def remove(self) -> None:
-        """Nothing is left over."""
+        """Do nothing: there is no local copy to remove."""
 
 
 class Remote:
-    """A data set behind a URL.
+    """A data set that is uploaded to a URL.
 
     Args:
-        url: of what fsspec knows: ``s3://bucket/prefix``, ``gs://…``, ``memory://…``.
-        work: a folder to make it in; CDSSL_CACHE or ``~/.cache/cdssl`` where left out. Workers of a cluster write into
-            it, so it must then be on storage that all of them see.
+        url: an fsspec URL: ``s3://bucket/prefix``, ``gs://…``, ``memory://…``.
+        work: the folder to build it in; by default under CDSSL_CACHE or ``~/.cache/cdssl``. The workers of a cluster
+            write into it, so on a cluster it must be on shared storage.
 
     Raises:
         SourceError: where fsspec lacks a package for the URL.
@@ -72,15 +72,15 @@ class Remote:
         self.folder = root / "unfinished" / f"{base_name(url)}-{hashlib.sha256(self.url.encode()).hexdigest()[:12]}"
 
     def check(self) -> None:
-        """Look before hours of work.
+        """Check the URL before hours of work.
 
         Raises:
-            DataSetError: where a data set is there already.
-            TargetError: where the place cannot be reached.
+            DataSetError: if the URL already holds a data set.
+            TargetError: if the URL cannot be reached.
         """
         if (self.folder / MANIFEST).exists():
             if (self.folder / WORK).exists():
-                return  # made, but perhaps not published: ``publish`` compares
+                return  # built, but perhaps not published: ``publish`` compares
             self.remove()  # published
         with self._told("reached"):
             taken = self._system.exists(f"{self._path}/{MANIFEST}")
@@ -91,8 +91,8 @@ class Remote:
         """Upload what the manifest names, and then the manifest, which must not be there yet.
 
         Raises:
-            DataSetError: where another run has published a data set there meanwhile.
-            TargetError: where something cannot be written; a rerun goes on.
+            DataSetError: if another run has published a data set there in the meantime.
+            TargetError: if something cannot be written; a rerun continues.
         """
         content = (self.folder / MANIFEST).read_bytes()
         sizes = {name: (self.folder / name).stat().st_size for name in manifest.tables}
@@ -105,18 +105,18 @@ class Remote:
                 for _ in pool.map(self._upload, missing):
                     progress.add()
             if lost := self._missing(sizes):
-                raise TargetError(f"{self.url}: {lost[0]} was uploaded and is not there; run the same command again")
+                raise TargetError(f"{self.url}: {lost[0]} was uploaded but is missing; run the same command again")
             if not self._committed(content):
-                with contextlib.suppress(FileExistsError):  # by another run, just now: told apart by its content
+                with contextlib.suppress(FileExistsError):  # another run was first: its content is compared next
                     self._system.pipe_file(f"{self._path}/{MANIFEST}", content, mode="create")
                 self._committed(content)
 
     def remove(self) -> None:
-        """What was made here is there now."""
+        """Remove the local copy, now that it is published."""
         shutil.rmtree(self.folder)
 
     def _committed(self, content: bytes) -> bool:
-        """Whether the manifest is there; another one is an error."""
+        """Whether our manifest is at the URL; a different one is an error."""
         self._system.invalidate_cache()
         try:
             found = self._system.cat_file(f"{self._path}/{MANIFEST}")
@@ -127,7 +127,7 @@ class Remote:
         return True
 
     def _missing(self, sizes: dict[str, int]) -> list[str]:
-        """The files that are not there, whole and uploaded by us."""
+        """The files that are yet to be uploaded: absent, of another size, or not marked as uploaded by us."""
         self._system.invalidate_cache()
         there = {
             path[len(self._path.rstrip("/")) + 1 :]: info["size"]
@@ -141,41 +141,41 @@ class Remote:
         self._mark(name).touch()
 
     def _mark(self, name: str) -> Path:
-        """Exists once a file of this data set was uploaded; one of the same size may be another's."""
+        """A marker file: we have uploaded this file. One of the same size at the URL could be from another data set."""
         return self.folder / WORK / "uploaded" / name
 
     @contextlib.contextmanager
     def _told(self, what: str) -> Iterator[None]:
-        """Each kind of remote storage has errors of its own."""
+        """Convert the errors of remote storage, which have types of their own, to TargetError."""
         try:
             yield
         except (DataSetError, TargetError):
             raise
         except Exception as why:
             text = one_line(why)
-            raise TargetError(f"{self.url}: cannot be {what} ({text}); run the same command again to go on") from why
+            raise TargetError(f"{self.url}: cannot be {what} ({text}); run the same command again to continue") from why
 
     def _taken(self) -> DataSetError:
-        return DataSetError(f"{self.url}: holds a data set already; give another place or remove it")
+        return DataSetError(f"{self.url}: holds a data set already; give another URL or remove it")
 
 
 def target_of(out: str | Path, work: str | Path | None = None) -> Folder | Remote:
-    """The target that a user names.
+    """Return the target that a path or URL names.
 
     Raises:
-        DataSetError: where ``work`` is given for a folder, which needs none.
+        DataSetError: if ``work`` is given for a folder, which needs none.
         SourceError: where fsspec lacks a package for the URL.
     """
     if is_remote(out):
         return Remote(str(out), Path(work) if work else None)
     if work:
-        raise DataSetError(f"{out}: a data set in a folder is made in place; --work is for one behind a URL")
+        raise DataSetError(f"{out}: a data set in a folder is built in place; --work is only for URLs")
     return Folder(local_path(out))
 
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[Any]:
-    """What goes wrong with the folder, in one line that says what to do.
+    """Convert errors of the output folder to one line that says what to do.
 
     Raises:
         TargetError: instead of the operating system's error.
@@ -185,5 +185,5 @@ def writing(folder: Path) -> Iterator[Any]:
     except OSError as why:
         if isinstance(why, TargetError) or why.errno not in UNWRITABLE:
             raise
-        text = f"{folder}: cannot be written ({why.strerror}); mend that and run the same command again to go on"
+        text = f"{folder}: cannot be written ({why.strerror}); fix that and run the same command again to continue"
         raise TargetError(text) from why

@@ -18,19 +18,19 @@ from sharding.place import Place, place_of
 from sharding.sources.streams import base_name, redacted
 from sharding.tally import Refusals, Rows, Sizes, ratio
 
-DUPLICATES: Final = ("duplicate", "duplicate_key", "excluded")  # reasons that are no fault of the crystal
+DUPLICATES: Final = ("duplicate", "duplicate_key", "excluded")  # reasons that are not errors of the crystal
 _BATCH: Final = 65_536  # rows
 
 
 def inspect(folder: str | Path, budgets: Sequence[int] = ()) -> dict[str, Any]:
-    """What is in a data set, as one JSON object; ``docs/format.md`` lists its fields.
+    """Describe a data set as one JSON object; ``docs/format.md`` lists its fields.
 
     Args:
         folder: the data set, or its URL.
-        budgets: directed edges of a block; for each it is told how many graphs would not fit into one.
+        budgets: block sizes in directed edges; for each, the number of graphs that would not fit is given.
 
     Raises:
-        DataSetError: where the folder is no data set, or a table cannot be read.
+        DataSetError: if the folder is not a data set, or a table cannot be read.
     """
     place = place_of(folder)
     manifest = place.manifest()
@@ -43,7 +43,7 @@ def inspect(folder: str | Path, budgets: Sequence[int] = ()) -> dict[str, Any]:
             for line in file:
                 refused.add(json.loads(line))
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as why:
-        raise DataSetError(f"{place}: a table cannot be read ({why}); `cdssl verify` tells what is damaged") from None
+        raise DataSetError(f"{place}: a table cannot be read ({why}); `cdssl verify` shows what is damaged") from None
     return _totals(manifest) | {
         "sizes": {"atoms": rows.atoms.summary(), "edges": rows.edges.summary()},
         "elements": rows.elements(),
@@ -84,7 +84,7 @@ def _totals(manifest: Manifest) -> dict[str, Any]:
 
 
 def _over(budget: int, edges: Sizes, refused: Refusals) -> dict[str, Any]:
-    """How many graphs a block of so many edges could not hold, those that were refused for their size included."""
+    """Count the graphs too large for a block of this many edges, including those already refused for their size."""
     stored, oversized = edges.counts.total(), refused.oversized.counts.total()
     over = edges.over(budget) + refused.oversized.over(budget)
     of = stored + oversized
@@ -100,7 +100,7 @@ def _batches(place: Place, manifest: Manifest) -> Iterator[pa.RecordBatch]:
 
 
 def describe(found: dict[str, Any], folder: str) -> str:
-    """The same for people."""
+    """Format what ``inspect`` returns for people."""
 
     def listed(items: Iterable[str]) -> str:
         return ", ".join(items) or "none"
@@ -161,12 +161,12 @@ def parser() -> Parser:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Inspect: 0, or 1 for a data set that is damaged, or 2 for a wrong argument."""
+    """Inspect a data set; exit code 0, 1 if it is damaged, 2 for a wrong argument."""
     args = parser().parse_args(argv)
     place_of(args.folder).require()
     try:
         found = inspect(args.folder, args.budget)
-    except ValueError as why:  # it is there: what is wrong is the data set, and not what was asked
+    except ValueError as why:  # the data set exists, so the data is at fault, not the arguments
         print(f"error: {why}", file=sys.stderr)
         return FAILED
     if args.html:

@@ -1,4 +1,4 @@
-"""Counting what is in a data set, batch for batch, in memory that does not grow with it."""
+"""Count the contents of a data set, batch by batch, in memory that does not grow with it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 
 from sharding.crystal import ATOMIC_NUMBER, SYMBOLS
 
-_LARGEST: Final = 10  # crystals that are named
-_EXAMPLES: Final = 3  # refusals shown of each reason
-_SIZE: Final = re.compile(r"(\d+) directed edges")  # in the text of an oversized crystal
+_LARGEST: Final = 10  # crystals listed by name
+_EXAMPLES: Final = 3  # refusals shown for each reason
+_SIZE: Final = re.compile(r"(\d+) directed edges")  # in the refusal text of an oversized crystal
 
 
 def ratio(one: float, other: float) -> float:
-    """0 where there is nothing to divide by."""
+    """``one / other``, or 0 if ``other`` is 0."""
     return one / other if other else 0.0
 
 
 class Sizes:
-    """How often each size occurs: exact, and as large as there are different sizes."""
+    """Exact counts of each size; memory grows only with the number of different sizes."""
 
     def __init__(self) -> None:
         self.counts: Counter[int] = Counter()
@@ -38,7 +38,7 @@ class Sizes:
         return sum(times for size, times in self.counts.items() if size > limit)
 
     def summary(self) -> dict[str, Any]:
-        """Mean, quantiles, and a histogram in powers of two: of sizes above ``over`` and up to ``to``."""
+        """Mean, quantiles, and a histogram in powers of two; a bin holds sizes above ``over`` and up to ``to``."""
         sizes = np.array(sorted(self.counts), np.int64)
         if len(sizes) == 0:
             return {"mean": 0.0, "median": 0, "p99": 0, "max": 0, "histogram": []}
@@ -62,7 +62,7 @@ class Values:
         self.sum, self.low, self.high = 0.0, np.inf, -np.inf
 
     def add(self, values: NDArray[Any]) -> None:
-        """Take in some more; what is not finite is missing."""
+        """Add values; non-finite ones count as missing."""
         there = values[np.isfinite(values)].astype(np.float64)
         self.rows += len(values)
         self.present += len(there)
@@ -70,7 +70,7 @@ class Values:
         self.low, self.high = min(self.low, there.min(initial=np.inf)), max(self.high, there.max(initial=-np.inf))
 
     def summary(self) -> dict[str, float | None]:
-        """``missing`` is a share; the rest is None where every value is missing."""
+        """``missing`` is a fraction; the other entries are None if every value is missing."""
         some = self.present > 0
         return {
             "missing": 1 - ratio(self.present, self.rows),
@@ -81,7 +81,7 @@ class Values:
 
 
 class Rows:
-    """What is gathered from the graph table."""
+    """Statistics of the graph table."""
 
     def __init__(self, labels: tuple[str, ...]) -> None:
         self.atoms, self.edges = Sizes(), Sizes()
@@ -91,7 +91,7 @@ class Rows:
         self._letters = np.zeros(27 * 27, np.int64)
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Take in some more rows."""
+        """Add a batch of rows."""
         atoms, edges = (np.asarray(batch[name]).astype(np.int64) for name in ("n_atoms", "n_edges"))
         self.atoms.add(atoms)
         self.edges.add(edges)
@@ -123,15 +123,15 @@ def _letters(symbol: str) -> int:
 
 
 class Refusals:
-    """What is gathered from the quarantine."""
+    """Statistics of the quarantine."""
 
     def __init__(self) -> None:
         self.examples: dict[str, list[dict[str, str]]] = {}
         self.oversized = Sizes()
-        self.unknown = 0  # oversized, and the text does not tell by how much
+        self.unknown = 0  # oversized, but the text does not state the size
 
     def add(self, refusal: dict[str, str]) -> None:
-        """Take in one line."""
+        """Add one line."""
         some = self.examples.setdefault(refusal["code"], [])
         if len(some) < _EXAMPLES:
             some.append({name: str(refusal[name]) for name in ("key", "source", "position", "text")})

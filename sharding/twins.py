@@ -1,11 +1,11 @@
 """Twins: crystals of one reduced formula that are the same structure, up to scale and small displacements.
 
-Pure functions of what is compared: nothing depends on the order in which crystals arrive, keys decide. Formulas are
-independent of each other, so any set of whole formulas can be worked on by itself.
+Pure functions: ties are broken by key, so nothing depends on the order in which crystals arrive. Formulas are
+independent of each other, so any set of complete formulas can be processed by itself.
 
 Thresholds are fingerprint distances (``fingerprint.distance``), chosen on stratified samples of same-formula pairs that
-pymatgen's StructureMatcher judged with its default tolerances. They differ because errors cost differently: a twin on
-both sides of a split, or in pretraining and in a test set, is a leak; a crystal dropped for nothing is a loss.
+pymatgen's StructureMatcher judged with its default tolerances. They differ because errors differ in cost: twins on
+both sides of a split, or in pretraining and a test set, are leakage; a crystal dropped needlessly is lost data.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Array = NDArray[Any]
 EXACT: Final = 2e-4  # duplicates: the same but for the rounding of coordinates
 EXACT_VOLUME: Final = 1e-3  # relative difference of their volumes per atom
 NEAR: Final = 0.05  # near duplicates, which may be dropped
-EXCLUDE: Final = 0.25  # what an exclude list keeps out
-SPLIT: Final = 0.3  # what never straddles a split; a group too large costs nothing
+EXCLUDE: Final = 0.25  # what is left out as a twin of an excluded crystal
+SPLIT: Final = 0.3  # what must not straddle a split; a group that is too large does no harm
 
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """What is known of G crystals when they are compared."""
+    """The data by which G crystals are compared."""
 
     keys: Sequence[str]  # (G,) | unique
     formulas: Sequence[str]  # (G,) | reduced
@@ -44,9 +44,9 @@ class Catalogue:
         if len(lengths) != 1:
             raise ValueError(f"keys, formulas, fingerprints and volumes differ in length: {sorted(lengths)}")
         if len(set(self.keys)) != len(self.keys):
-            raise ValueError("keys are not unique, so that they cannot decide which of two twins comes first")
+            raise ValueError("keys are not unique, so they cannot decide which of two twins comes first")
         if not (np.isfinite(self.fingerprints).all() and np.isfinite(self.volumes).all()):
-            raise ValueError("a fingerprint or a volume is NaN or infinite, which no threshold would judge rightly")
+            raise ValueError("a fingerprint or a volume is NaN or infinite, so it cannot be compared with a threshold")
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -55,8 +55,8 @@ class Catalogue:
 def twin_groups(crystals: Catalogue, threshold: float = SPLIT) -> NDArray[np.int64]:
     """Connected components of "same formula and closer than the threshold".
 
-    Made for splits: whatever is on one side, no twin of it is on the other. A chain of small steps joins crystals that
-    are no twins themselves, so this is not the way to drop near duplicates; ``near_duplicates`` is.
+    Meant for splits: no crystal has a twin on the other side. A chain of small steps joins crystals that are not twins
+    themselves, so use ``near_duplicates``, not this, to drop near duplicates.
 
     Returns:
         (G,) the index of the representative of each crystal's group: the member with the smallest key.
@@ -76,20 +76,20 @@ def exact_duplicates(crystals: Catalogue, threshold: float = EXACT, volume: floa
     In order of keys, each is kept unless it is within the tolerances of one kept before.
 
     Args:
-        crystals: compared inside their formulas.
-        threshold: difference of any component at most.
-        volume: relative difference of the volume per atom at most.
+        crystals: compared only within a formula.
+        threshold: maximum difference of any component.
+        volume: maximum relative difference of the volume per atom.
 
     Returns:
-        (G,) the index of the crystal that stands for each: itself where it is kept, else the first that it repeats of
-        those kept, in order of keys.
+        (G,) the index of the crystal that represents each: itself if it is kept, else the first kept crystal, in order
+        of keys, that it repeats.
     """
     order, ends = _arranged(crystals)
     return _sieved(np.ascontiguousarray(crystals.fingerprints[order]), crystals, order, ends, threshold, volume)
 
 
 def near_duplicates(crystals: Catalogue, threshold: float = NEAR) -> NDArray[np.int64]:
-    """As ``exact_duplicates``, for crystals closer than the threshold whatever their volumes."""
+    """Like ``exact_duplicates``, for crystals closer than the threshold, whatever their volumes."""
     order, ends = _arranged(crystals)
     return _sieved(_near_part(crystals, order), crystals, order, ends, threshold, math.inf)
 
@@ -123,12 +123,12 @@ def _arranged(crystals: Catalogue) -> tuple[Array, Array]:
 
 
 def _near_part(crystals: Catalogue, order: Array) -> Array:
-    """The components that are compared, in this order."""
+    """The components that are compared, with crystals in this order."""
     return np.ascontiguousarray(crystals.fingerprints[order, :NEAR_SLOTS])
 
 
 def _sieved(vectors: Array, crystals: Catalogue, order: Array, ends: Array, threshold: float, volume: float) -> Array:
-    """What the functions on duplicates return, from vectors in this order."""
+    """The result of ``exact_duplicates`` and ``near_duplicates``, from vectors in this order."""
     stands = np.arange(len(order))
     logs = np.log(np.asarray(crystals.volumes, np.float64))[order]
     _sieve(vectors, logs, ends, threshold, np.log1p(volume), stands)
@@ -148,7 +148,7 @@ def _near(a: Array, b: Array, limit: float) -> bool:
 
 @compiled
 def _root(parent: Array, i: int) -> int:
-    """Where i's tree begins; halves the path to it."""
+    """Find the root of i's tree, with path halving."""
     while parent[i] != i:
         parent[i] = parent[parent[i]]
         i = parent[i]

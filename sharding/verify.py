@@ -1,4 +1,4 @@
-"""``cdssl verify``: read a data set again, all of it, and hold it against its checksums and the format."""
+"""``cdssl verify``: read an entire data set and check it against its checksums and the format."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from sharding.verify_tables import (
     read_checked,
 )
 
-SAMPLE: Final = 0.05  # of the blocks have their neighbour lists built again
+SAMPLE: Final = 0.05  # fraction of the blocks whose neighbour lists are recomputed
 _SHOWN: Final = 200  # findings for people; --json has them all
 
 
@@ -43,15 +43,15 @@ def verify(folder: str | Path, executor: Executor | None = None, *, sample: floa
     Args:
         folder: the data set, or its URL.
         executor: where shards are read, several at a time.
-        sample: share of the blocks whose neighbour lists are built again from the stored positions, and at least one
-            of each shard; 0 leaves it out, 1 takes all.
+        sample: fraction of the blocks whose neighbour lists are recomputed from the stored positions, at least one per
+            shard; 0 skips this check, 1 covers all blocks.
 
     Returns:
-        What was read and what was found; nothing found is a good data set.
+        What was read and what was found; a valid data set has no findings.
 
     Raises:
-        DataSetError: where the folder is no data set, or one of a newer version.
-        OSError: where it cannot be reached.
+        DataSetError: if the folder is not a data set, or one of a newer version.
+        OSError: if it cannot be reached.
     """
     place, executor = place_of(folder), executor or Executor()
     place.require()
@@ -61,7 +61,7 @@ def verify(folder: str | Path, executor: Executor | None = None, *, sample: floa
         return report
     report.digest = manifest.digest
     report.findings += check_files(place, manifest)
-    # What a table says that is damaged must not make good shards look bad: it is not held against them.
+    # A damaged table must not make good shards look bad: they are not checked against it.
     damaged = {finding.file for finding in report.findings}
     blocks = None
     if BLOCKS not in damaged:
@@ -117,23 +117,22 @@ def parser() -> Parser:
     """The command line."""
     p = Parser(
         "cdssl verify",
-        "Read a data set again, all of it, and check it against its checksums and its format. "
-        "Exits with 1 where anything is wrong.",
+        "Read an entire data set and check it against its checksums and its format. Exits with 1 if anything is wrong.",
     )
     p.add_argument("folder", metavar="DIR", help="the data set: a folder, or a URL")
     p.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes that read shards")
-    p.add_argument("--address", help="Ray cluster to read on, with --workers shards at a time")
-    p.add_argument("--sample", type=float, default=SAMPLE, help="share of the blocks whose edges are recomputed")
-    p.add_argument("--json", action="store_true", help="print one object with all findings")
+    p.add_argument("--address", help="address of a Ray cluster to run on, with --workers shards at a time")
+    p.add_argument("--sample", type=float, default=SAMPLE, help="fraction of the blocks whose edges are recomputed")
+    p.add_argument("--json", action="store_true", help="print one JSON object with all findings")
     return p
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Verify, and say what was found: 0 where all is well, 1 where it is not, 2 for a wrong argument."""
+    """Verify a data set and print the findings; exit code 0 if it is valid, 1 if not, 2 for a wrong argument."""
     args = parser().parse_args(argv)
     if not 0 <= args.sample <= 1:
-        raise UseError(f"--sample {args.sample}: a share from 0 to 1")
+        raise UseError(f"--sample {args.sample}: must be a fraction from 0 to 1")
     started = time.monotonic()
     with Executor(args.workers, args.address) as executor:
         report = verify(args.folder, executor, sample=args.sample)
@@ -143,12 +142,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def describe(report: Report, folder: str, seconds: float) -> str:
-    """The report for people; of a good data set one line."""
+    """Format the report for people; one line for a valid data set."""
     if report.ok:
         return (
             f"ok: {folder}: {report.graphs:,} crystals in {report.blocks:,} blocks and {report.shards:,} shards, "
-            f"{report.bytes / 1e6:,.1f} MB in {seconds:.0f} s, neighbour lists of {report.recomputed:,} blocks built "
-            f"again; digest {report.digest}"
+            f"{report.bytes / 1e6:,.1f} MB in {seconds:.0f} s, neighbour lists of {report.recomputed:,} blocks "
+            f"recomputed; digest {report.digest}"
         )
     lines = [str(finding) for finding in report.findings[:_SHOWN]]
     if len(report.findings) > _SHOWN:

@@ -1,6 +1,7 @@
-"""The graph table: where the rows of each block are, keys that are unique, and groups that stay in one split.
+"""Check the graph table: rows in the order of the blocks, unique keys, and groups that stay in one split.
 
-It is read by row groups. Keys are compared by 64-bit hashes, a range of hashes at a time, and those that agree by name.
+It is read by row groups. Keys are compared by 64-bit hashes, a range of hashes at a time, and those with equal hashes
+by name.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from sharding.place import Place
 from sharding.spill import ranges_of
 from sharding.verify_rows import GRAPHS, Rows
 
-KEYS_AT_ONCE: Final = 2**24  # a range of hashes holds about as many: some 300 MB
-_COLUMNS: Final = {  # beside the labels
+KEYS_AT_ONCE: Final = 2**24  # in one range of hashes, roughly: some 300 MB
+_COLUMNS: Final = {  # besides the labels
     "key": pa.string(),
     "formula": pa.string(),
     "split": pa.string(),
@@ -35,15 +36,15 @@ _COLUMNS: Final = {  # beside the labels
     "source": pa.string(),
     "block": pa.uint32(),
 }
-_NAMED: Final = 100  # keys and groups in a report; what is more is counted
+_NAMED: Final = 100  # keys and groups named in a report; more are only counted
 
 
 @dataclass(frozen=True)
 class GraphTable:
-    """The parts that can be read, and where in them the rows of each block are."""
+    """The readable parts of the graph table, and where the rows of each block are in them."""
 
     place: Place
-    parts: list[tuple[str, int, int]]  # and the rows [begin, end) of the table that each holds
+    parts: list[tuple[str, int, int]]  # file, and the rows [begin, end) of the table that it holds
     starts: NDArray[np.int64] | None  # (blocks + 1,) first row of each; None where rows are out of order
     labels: tuple[str, ...]
 
@@ -51,7 +52,7 @@ class GraphTable:
         return self.parts[-1][2] if self.parts else 0
 
     def rows(self, blocks: NDArray[Any]) -> Rows | None:
-        """Those of some blocks."""
+        """Where the rows of these blocks are; None if that is not known."""
         if self.starts is None or len(blocks) == 0 or int(blocks.max()) >= len(self.starts) - 1:
             return None
         of_block = {int(b): (int(self.starts[b]), int(self.starts[b + 1])) for b in blocks.tolist()}
@@ -64,7 +65,7 @@ class GraphTable:
 def open_graph_table(
     place: Place, manifest: Manifest, n_blocks: int, damaged: set[str]
 ) -> tuple[GraphTable, list[Finding]]:
-    """Find the rows of each block; parts that are damaged, as is known already or found here, are left out."""
+    """Find the rows of each block; parts in ``damaged``, or found to be damaged here, are left out."""
     found: list[Finding] = []
     parts: list[tuple[str, int, int]] = []
     counts = np.zeros(n_blocks, np.int64)
@@ -97,7 +98,7 @@ def open_graph_table(
             found.append(Finding("graph_table", f"cannot be read ({why!s:.200})", name))
             ordered = False
     if n_blocks and (not ordered or last >= n_blocks):
-        text = "rows are lost, or not in the order of the blocks; they are not compared with the blocks"
+        text = "rows are missing or not in the order of the blocks, so they are not compared with the blocks"
         found.append(Finding("graph_table", text, GRAPHS))
     fine = ordered and last < n_blocks
     return GraphTable(place, parts, offsets(counts) if fine else None, tuple(manifest.labels)), found
@@ -114,13 +115,13 @@ class KeyTask:
 
 
 def key_tasks(table: GraphTable) -> list[KeyTask]:
-    """As many as keep the memory of each bounded."""
+    """Divide the keys among enough tasks to bound the memory of each."""
     parts = tuple(name for name, _, _ in table.parts)
     return [KeyTask(table.place, parts, low, high) for low, high in ranges_of(max(1, -(-len(table) // KEYS_AT_ONCE)))]
 
 
 def check_keys(task: KeyTask) -> list[Finding]:
-    """Keys that two crystals have, and groups in two splits."""
+    """Find keys that several crystals share, and groups in several splits."""
     try:
         return [*_repeated(task), *_straddling(task)]
     except (OSError, pa.ArrowException) as why:
@@ -140,7 +141,7 @@ def _repeated(task: KeyTask) -> Iterator[Finding]:
             yield Finding("duplicate_key", f"{n} crystals have the key {key!r:.80}", GRAPHS, key=key, count=n)
     if len(suspects) > _NAMED:
         more = len(suspects) - _NAMED
-        yield Finding("duplicate_key", f"and {more:,} more keys are met repeatedly", GRAPHS, count=more)
+        yield Finding("duplicate_key", f"and {more:,} more keys occur repeatedly", GRAPHS, count=more)
 
 
 def _straddling(task: KeyTask) -> Iterator[Finding]:
@@ -166,9 +167,9 @@ def _straddling(task: KeyTask) -> Iterator[Finding]:
 def _hashed(
     task: KeyTask, columns: Sequence[str], only: NDArray[np.uint64] | None = None, shift: int = 0
 ) -> Iterator[tuple[NDArray[np.uint64], list[list[str]]]]:
-    """Batch for batch, hashes of the first column that lie in the range, and the texts of all columns.
+    """Yield, batch by batch, hashes of the first column that lie in the range, and the texts of all columns.
 
-    With ``only``, those whose hash, shifted to the right, is one of these.
+    With ``only``, yield only rows whose hash, shifted right by ``shift`` bits, is one of these.
     """
     if only is not None and len(only) == 0:
         return

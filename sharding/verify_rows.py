@@ -1,4 +1,4 @@
-"""The rows of the graph table that belong to a block, held against the block."""
+"""Compare the rows of the graph table with the blocks that they describe."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from sharding.place import Place
 
 GRAPHS: Final = "graphs.parquet"
 _ALPHABETICAL: Final = np.array(sorted(range(1, len(SYMBOLS)), key=SYMBOLS.__getitem__))
-_VOLUME: Final = 1e-6  # relative difference of a volume
+_VOLUME: Final = 1e-6  # relative tolerance for volumes
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the rows of some blocks are: they stand in the order of the blocks, and of the graphs in them."""
+    """Where the rows of some blocks are, in the order of the blocks and of the graphs in them."""
 
     place: Place
     parts: tuple[tuple[str, int, int], ...]  # files, and the rows [begin, end) of the table that they hold
-    first: int  # row of all that are wanted
-    last: int
+    first: int  # first row needed
+    last: int  # after the last row needed
     of_block: dict[int, tuple[int, int]]  # block → its rows [begin, end)
     columns: tuple[str, ...]
 
     def load(self) -> pa.Table:
-        """All rows that are wanted."""
+        """Load all rows that are needed."""
         return _load(self.place, self.parts, self.first, self.last, self.columns)
 
     def of(self, block: int) -> pa.Table:
@@ -64,12 +64,12 @@ def _load(
 
 
 def compare(rows: Rows, number: int, graphs: Multigraphs, split: str) -> Iterator[Problem]:
-    """What the graph table says otherwise than the block."""
+    """Report where the graph table differs from the block."""
     table = rows.of(number)
     if len(table) != len(graphs):
-        yield Problem("graph_table", f"holds {len(graphs):,} graphs; the graph table has {len(table):,} rows of it")
+        yield Problem("graph_table", f"holds {len(graphs):,} graphs; the graph table has {len(table):,} rows for it")
         return
-    with np.errstate(invalid="ignore"):  # what is not finite is told elsewhere
+    with np.errstate(invalid="ignore"):  # non-finite cells are reported elsewhere
         volumes = np.abs(np.linalg.det(graphs.lattice.astype(np.float64)))
         other = ~(np.abs(_numbers(table["volume"]) - volumes) <= _VOLUME * volumes)
     differs = {
@@ -86,7 +86,7 @@ def compare(rows: Rows, number: int, graphs: Multigraphs, split: str) -> Iterato
             differs[f"y.{name}"] = (given != values) & ~(np.isnan(given) & np.isnan(values))
     for name, bad in differs.items():
         if bad.any():
-            text = f"rows of the graph table have another {name}"
+            text = f"rows of the graph table have a different {name}"
             yield Problem("graph_table", text, int(np.flatnonzero(bad)[0]), int(bad.sum()))
 
 

@@ -1,4 +1,4 @@
-"""One shard, read once from its first byte to its last: its digest, its tar structure, and each of its blocks."""
+"""Verify one shard in a single pass: its digest, its tar structure, and each of its blocks."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from sharding.verify_rows import GRAPHS, Rows, compare
 
 _RECORD: Final = 512  # bytes of a tar header, and what members are padded to
 _PIECE: Final = 2**20
-_LARGEST: Final = 2**31  # bytes of a member that is read into memory
+_LARGEST: Final = 2**31  # bytes; larger members are not read into memory
 _MEMBER: Final = re.compile(r"(\d{9,10})\.safetensors")
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """What a worker needs to judge a shard."""
+    """What a worker needs to verify one shard."""
 
     place: Place
     entry: dict[str, Any]  # of the manifest: name, size, sha256
-    blocks: dict[str, NDArray[Any]] | None  # its rows of the block table; None where that cannot be read
-    rows: Rows | None  # of the graph table; None where that cannot be read
+    blocks: dict[str, NDArray[Any]] | None  # its rows of the block table; None if that cannot be read
+    rows: Rows | None  # of the graph table; None if that cannot be read
     split: str
     rules: Rules
-    sample: float  # share of the blocks whose neighbour lists are built again
+    sample: float  # fraction of the blocks whose neighbour lists are recomputed
     seed: int  # of the sample
 
 
 def check_shard(task: ShardTask) -> Report:
-    """Everything that is wrong with a shard, and how much was read."""
+    """Verify a shard; return the findings and how much was read."""
     lost = None
     try:
         if task.rows is not None:
@@ -72,7 +72,7 @@ class _Check:
         self.task, self.name = task, str(task.entry["name"])
         self.report = Report(shards=1)
         numbers = [] if task.blocks is None else task.blocks["block"].tolist()
-        self.expected = {number: i for i, number in enumerate(numbers)}  # block → row; taken out when it was met
+        self.expected = {number: i for i, number in enumerate(numbers)}  # block → row; removed once the block is found
         self.first = numbers[0] if numbers else None
 
     def find(self, code: str, text: str, offset: int | None = None, size: int | None = None, **more: Any) -> None:
@@ -88,7 +88,7 @@ class _Check:
         end = hashing.at
         rest = hashing.drain()
         if rest:
-            self.find("tar", "bytes behind the last member that are not zero", end, hashing.at - end)
+            self.find("tar", "there are non-zero bytes after the last member", end, hashing.at - end)
         self.report.bytes = hashing.at
         self.by_table(file, hashing.at)
         wanted, found = self.task.entry["size"], hashing.at
@@ -121,11 +121,11 @@ class _Check:
             self.block(number, offset, data, self.expected.pop(number))
 
     def by_table(self, file: BinaryIO, end: int) -> None:
-        """Blocks that were not met where the tar file has its members: read from where the table says they are."""
+        """Read the blocks that were not among the tar members from where the block table says they are."""
         for number, row in self.expected.items():
             offset, size = self.place(row)
             if offset + size > end:
-                self.find("cut", f"the block ends behind the file's end at {end}", offset, size, block=number)
+                self.find("cut", f"the block ends after the end of the file at {end}", offset, size, block=number)
                 continue
             file.seek(offset)
             self.block(number, offset, file.read(size), row)
@@ -135,7 +135,7 @@ class _Check:
         return int(self.task.blocks["offset"][row]), int(self.task.blocks["size"][row])
 
     def block(self, number: int, offset: int, data: bytes, row: int | None) -> None:
-        """The bytes of one block; without a row nothing is known of it but the format."""
+        """Check the bytes of one block; without its row in the block table, only against the format."""
         task, at = self.task, (offset, len(data))
         known = None
         if row is not None and task.blocks is not None:
@@ -144,7 +144,7 @@ class _Check:
             return self.find("xxh3", "does not match its checksum", *at, block=number)
         try:
             graphs = decode(data)
-            safetensors.deserialize(data)  # type: ignore[no-untyped-call]  # what others read with: stricter
+            safetensors.deserialize(data)  # type: ignore[no-untyped-call]  # what others read with, stricter
         except (BlockError, safetensors.SafetensorError) as why:
             return self.find("undecodable", f"cannot be decoded: {why!s:.300}", *at, block=number)
         found = invariants.problems(graphs, task.rules)
@@ -163,7 +163,7 @@ class _Check:
         self.report.edges += 2 * len(graphs.edge_src)
 
     def in_sample(self, number: int) -> bool:
-        """The first block of a shard, and others by a hash of their number."""
+        """Whether to recompute a block: the first of a shard, and others by a hash of their number."""
         drawn = xxhash.xxh3_64_intdigest(number.to_bytes(8, "little"), self.task.seed) < self.task.sample * 2**64
         return self.task.sample > 0 and (drawn or number == self.first)
 
@@ -205,7 +205,7 @@ class _Hashing:
         return data
 
     def drain(self) -> bytes:
-        """Read to the end; returns one piece that is not zero, where there is one."""
+        """Read to the end; return the first non-zero piece, if there is one."""
         kept = b""
         while piece := self.read(_PIECE):
             kept = kept or piece.strip(b"\0")
@@ -219,10 +219,10 @@ class _TarError(ValueError):
 
 
 def _members(file: _Hashing) -> Iterator[tuple[str, int, int, bytes | None]]:
-    """Name, offset, size and bytes of each member; None for the bytes of one that cannot be read, which is the last.
+    """Yield name, offset, size and bytes of each member; an unreadable one has None for bytes and comes last.
 
     Raises:
-        _TarError: at the first record that is not what a tar file has there.
+        _TarError: at the first invalid record.
     """
     while len(record := file.read(_RECORD)) == _RECORD and record.strip(b"\0"):
         at = file.at - _RECORD

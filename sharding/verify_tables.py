@@ -31,7 +31,7 @@ _REFUSAL: Final = {"key", "source", "position", "code", "text"}
 
 
 def read_checked(place: Place) -> tuple[Manifest | None, list[Finding]]:
-    """The manifest, or None and what is wrong with it: without it nothing else can be judged."""
+    """Read the manifest; if it is invalid, return None and the findings: nothing else can be checked without it."""
     try:
         manifest = place.manifest()
         wrong = _malformed(manifest)
@@ -44,7 +44,7 @@ def read_checked(place: Place) -> tuple[Manifest | None, list[Finding]]:
 
 
 def _malformed(manifest: Manifest) -> str | None:
-    """The first field of a manifest that is not of the format: its digest may be right all the same."""
+    """The first field of a manifest that violates the format, which a correct digest does not rule out."""
     graph, budget = manifest.graph, manifest.budget
 
     def count(value: Any, least: int = 0) -> bool:
@@ -95,7 +95,7 @@ def _malformed(manifest: Manifest) -> str | None:
 
 
 def check_files(place: Place, manifest: Manifest) -> Iterator[Finding]:
-    """The digests of the tables, and files that a reader of the folder would take for a part of the data set."""
+    """Check the digests of the tables, and find stray files that a reader might take for a part of the data set."""
     for name, digest in manifest.tables.items():
         try:
             found = hashlib.sha256()
@@ -112,15 +112,15 @@ def check_files(place: Place, manifest: Manifest) -> Iterator[Finding]:
     try:
         present = place.files()
     except OSError:
-        present = []  # a web server need not list what it has
+        present = []  # a web server may not list its files
     for name in present:
         read = (name.endswith(".tar") and "/" not in name) or name.startswith(f"{GRAPHS}/")
         if read and name not in known:
-            yield Finding("unlisted", "not in the manifest; whoever reads all files here would read it", name)
+            yield Finding("unlisted", "not in the manifest, but anyone who reads all files here would read it", name)
 
 
 def read_block_table(place: Place) -> tuple[dict[str, NDArray[Any]] | None, list[Finding]]:
-    """The columns of the block table, or None where they cannot be used."""
+    """The columns of the block table, or None if they cannot be used."""
     try:
         with place.open(BLOCKS) as file:
             table = pq.read_table(file)
@@ -132,7 +132,7 @@ def read_block_table(place: Place) -> tuple[dict[str, NDArray[Any]] | None, list
 
 
 def check_block_table(blocks: dict[str, NDArray[Any]], manifest: Manifest) -> Iterator[Finding]:
-    """The block table by itself, and against the manifest."""
+    """Check the block table by itself, and against the manifest."""
 
     def finding(text: str, bad: NDArray[np.bool_]) -> Iterator[Finding]:
         if bad.any():
@@ -147,16 +147,16 @@ def check_block_table(blocks: dict[str, NDArray[Any]], manifest: Manifest) -> It
     for name in ("edges", "atoms", "graphs"):
         yield from finding(f"more {name} than the budget", wide[name] > getattr(manifest.budget, name))
     odd = (wide["edges"] % 2 != 0) | (wide["scored_edges"] % 2 != 0) | (wide["scored_edges"] > wide["edges"])
-    yield from finding("numbers of edges that are odd, or fewer than are scored", odd)
+    yield from finding("edge counts that are odd, or smaller than the number of scored edges", odd)
     if lost.any():
         return
     prefix = [SPLITS.index(str(shard["name"]).split("-")[0]) for shard in manifest.shards]
     yield from finding(
-        "blocks of a split in a shard of another one", np.array(prefix, int)[wide["shard"]] != wide["split"]
+        "blocks of one split in a shard of another", np.array(prefix, int)[wide["shard"]] != wide["split"]
     )
     sizes = np.array([shard["size"] for shard in manifest.shards], np.uint64)[wide["shard"]]
     end = blocks["offset"] + wide["size"].astype(np.uint64)
-    yield from finding("blocks that end behind their shard", (end > sizes) | (end < blocks["offset"]))
+    yield from finding("blocks that end after the end of their shard", (end > sizes) | (end < blocks["offset"]))
     order = np.lexsort((blocks["offset"], wide["shard"]))
     overlap = np.zeros(len(number), bool)
     same = np.diff(wide["shard"][order]) == 0
@@ -171,7 +171,7 @@ def check_block_table(blocks: dict[str, NDArray[Any]], manifest: Manifest) -> It
 
 
 def check_quarantine(place: Place, manifest: Manifest) -> Iterator[Finding]:
-    """The quarantine, read line by line, against its counts."""
+    """Check the quarantine, line by line, against the counts in the manifest."""
     counts: Counter[str] = Counter()
     try:
         with place.open(QUARANTINE) as file:
@@ -184,7 +184,7 @@ def check_quarantine(place: Place, manifest: Manifest) -> Iterator[Finding]:
                     counts[code] += 1
                 at += len(line)
     except OSError:
-        return  # said by check_files
+        return  # reported by check_files
     if dict(counts) != manifest.quarantined:
         text = f"refuses {dict(sorted(counts.items()))}; the manifest says {manifest.quarantined}"
         yield Finding("counts", text, QUARANTINE)

@@ -1,4 +1,4 @@
-"""The folder of a sharding that is not finished: one process at a time, one task, and nothing stale in it."""
+"""The working folder of an unfinished sharding run: one process at a time, one task, and nothing stale in it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Workspace:
     """Unfinished work in the folder of a data set.
 
     Attributes:
-        path: of what the stages hand to one another.
-        finished: the manifest, where an earlier run of the same task came as far as that and no farther.
+        path: the folder for intermediate files.
+        finished: the manifest, if an earlier run of the same task wrote it but was stopped before it cleaned up.
     """
 
     def __init__(self, folder: Path, task: bytes) -> None:
@@ -41,10 +41,10 @@ class Workspace:
 
     @contextmanager
     def opened(self) -> Iterator[Workspace]:
-        """Hold the folder; the lock goes with the process, however that ends.
+        """Lock the folder. The lock is released when the process ends, however it ends.
 
         Raises:
-            DataSetError: where another process is at work, or the folder holds a data set or another task's work.
+            DataSetError: if another process is at work, or the folder holds a data set or another task's work.
         """
         complete = self.folder / "manifest.json"
         taken = DataSetError(f"{self.folder}: holds a data set already; give another folder or remove it")
@@ -60,7 +60,7 @@ class Workspace:
                 ) from None
             same = self._same_task()
             if complete.exists():
-                if same is None:  # what ``remove`` had not come to when it was killed
+                if same is None:  # what a killed ``remove`` left behind
                     shutil.rmtree(self.path)
                 if same is not True:
                     raise taken
@@ -76,7 +76,7 @@ class Workspace:
             yield self
 
     def _same_task(self) -> bool | None:
-        """Whether the work is this task's; None where there is none."""
+        """Whether the existing work is this task's; None if there is none."""
         path = self.path / "task.json"
         return path.read_bytes() == self._task if path.exists() else None
 
@@ -89,7 +89,7 @@ class Workspace:
                     path.unlink()
 
     def converted(self, files: Iterable[Path]) -> None:
-        """Say what stage 1 made; what later stages made of other files is removed."""
+        """Record the files of stage 1; if they have changed, remove what later stages made of them."""
         digest = hashlib.sha256("\n".join(path.name for path in files).encode()).hexdigest()
         path = self.path / "converted"
         if path.exists() and path.read_text() != digest:
@@ -102,7 +102,7 @@ class Workspace:
         write_atomically(path, digest.encode())
 
     def remove(self) -> None:
-        """The work is done. What says whose it was goes last, so that a kill here does not matter either."""
+        """Remove the finished work. ``task.json``, which identifies it, goes last, so that a kill here does no harm."""
         for path in self.path.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -112,7 +112,7 @@ class Workspace:
 
 
 class Quarantine:
-    """Writes ``quarantine.jsonl`` as refusals come, since there may be millions; renamed when all are there."""
+    """Write ``quarantine.jsonl`` as refusals come, since there may be millions; rename it when it is complete."""
 
     def __init__(self, path: Path) -> None:
         self.counts: Counter[str] = Counter()
@@ -121,7 +121,7 @@ class Quarantine:
         self._file = open(self._temporary, "w", encoding="utf-8")
 
     def add(self, refusals: Iterable[Refusal]) -> None:
-        """One line for each."""
+        """Write one line for each refusal."""
         for refusal in refusals:
             self.counts[refusal.code] += 1
             self._file.write(json.dumps(asdict(refusal), sort_keys=True) + "\n")
@@ -147,7 +147,7 @@ class Quarantine:
 
 
 def describe(sources: Sequence[Source], exclude: Sequence[Source], settings: ShardSettings) -> bytes:
-    """What a task is: a rerun of another one must not go on with its work."""
+    """Serialize what identifies a task: a run with other sources or settings must not continue its work."""
     named = {
         part: [{"name": source.name} | _shaping(source.options) for source in listed]
         for part, listed in (("sources", sources), ("exclude", exclude))
@@ -156,7 +156,7 @@ def describe(sources: Sequence[Source], exclude: Sequence[Source], settings: Sha
 
 
 def _shaping(options: ReadOptions | None) -> dict[str, object]:
-    """What of the options of a source decides what it gives; labels are in the settings."""
+    """The options of a source that affect its output; labels are in the settings."""
     if options is None:
         return {}
     keys = hashlib.sha256("\0".join(sorted(options.keys)).encode()).hexdigest() if options.keys is not None else None

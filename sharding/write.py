@@ -1,6 +1,7 @@
-"""Stages 3 and 4: inside a range of hashed keys, pack each split into blocks; then number the blocks and write shards.
+"""Stages 3 and 4: within a range of hashed keys, pack each split into blocks; then number the blocks and write shards.
 
-A range leaves blocks that are not full. With several ranges those are set aside, and packed once more all together.
+Each range ends with blocks that are not full. If there are several ranges, these are set aside and packed again, all
+together.
 """
 
 from __future__ import annotations
@@ -25,26 +26,26 @@ from sharding.packing import pack
 from sharding.settings import ShardSettings
 from sharding.shards import ShardWriter
 
-FULL: Final = 0.97  # of the edge budget; what is emptier is packed once more
+FULL: Final = 0.97  # fraction of the edge budget; emptier blocks are packed again
 
 
 @dataclass(frozen=True)
 class Packing:
-    """A task of stage 3: all crystals whose key's hash lies in [low, high), or, with all hashes, what was set aside."""
+    """A task of stage 3: all crystals whose hashed key is in [low, high), or, over all hashes, what was set aside."""
 
     low: int
     high: int
     graphs: list[Path]
-    path: Path  # of what is set aside
-    set_aside: bool  # whether blocks that are not full are left out
+    path: Path  # file for what is set aside
+    set_aside: bool  # whether blocks that are not full are set aside
     settings: ShardSettings
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What came of it."""
+    """The result of one packing task."""
 
-    blocks: list[int]  # that can be written, for each split
+    blocks: list[int]  # to be written, for each split
     graphs: int  # in them
     widest: int  # atoms of the largest crystal
     refusals: list[Refusal]
@@ -52,7 +53,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Writing:
-    """A task of stage 4: the blocks of one split in a range, now that it is known how many come before."""
+    """A task of stage 4: the blocks of one split in one range, whose numbers are known by now."""
 
     packing: Packing
     split: int
@@ -121,8 +122,8 @@ def parquet(table: pa.Table) -> bytes:
 
 
 def _facts(task: Packing) -> tuple[pa.Table, NDArray[np.int64], list[Refusal]]:
-    """What is known of the crystals of a range; which to keep, one for each key, since those of different formulas did
-    not meet in stage 2; and the others' refusals.
+    """The facts of the crystals in a range; which to keep, one per key, since crystals of different formulas did not
+    meet in stage 2; and the refusals of the others.
     """
     facts = spill.facts(task.graphs, task.low, task.high)
     repeated = repeated_keys(facts)
@@ -148,7 +149,7 @@ def _blocks(
 
 
 def _write_shards(task: Writing, graphs: Any, sizes: NDArray[np.int64]) -> dict[str, Any]:
-    """Blocks of these sizes, a shard for every few of them."""
+    """Write blocks of these sizes, ``blocks_per_shard`` of them per shard."""
     blocks: list[dict[str, int]] = []
     shards: list[dict[str, Any]] = []
     at = 0

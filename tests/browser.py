@@ -1,4 +1,4 @@
-"""A page in a real headless browser: what it becomes when a script acts on it, and whether anything went wrong."""
+"""Load a page in a headless browser, run a script on it, and report the resulting page and any errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests share: where the repository is, a small data set, and which tests can run here."""
+"""Shared fixtures: the repository's root, a small data set, and skipping tests that cannot run here."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ hypothesis.settings.load_profile("repeatable")
 REPO = Path(__file__).resolve().parent.parent
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, wherever that is
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported anywhere
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs the shared data, or a GPU, where there is none."""
+    """Skip tests that need the shared data or a GPU if it is missing."""
     absent = {}
     if not (REPO.parent / "shared" / "data").is_dir():
         absent["shared"] = "needs ../shared/data"
@@ -58,13 +58,13 @@ def shared(repo: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def aflow() -> list[Crystal]:
-    """The 288 real compounds of ``aflow:`` and 12 made from them."""
+    """The 288 real compounds of ``aflow:`` and 12 compounds derived from them."""
     return [record.payload for record in open_source("aflow:300").records()]
 
 
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small data set: 120 crystals in some 20 blocks and 8 shards, two too large for a block. Not to be changed."""
+    """A small data set: 120 crystals in some 20 blocks and 8 shards, two too large for a block. Do not modify it."""
     folder = tmp_path_factory.mktemp("data") / "aflow"
     settings = ShardSettings(budget=Budget(edges=2_048, atoms=256, graphs=16), blocks_per_shard=3, val=0.2)
     shard([open_source("aflow:120")], folder, settings)
@@ -73,7 +73,7 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow SQLite file with all its tables and nothing in them, which takes seconds to make. To be copied."""
+    """An MLflow SQLite file with empty tables, which takes seconds to create. Copy it; do not modify it."""
     file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     connect(f"sqlite:///{file}").search_experiments()
     return file

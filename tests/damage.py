@@ -1,4 +1,4 @@
-"""Data sets that are damaged on purpose, and signed again, so that only a deeper check can tell."""
+"""Damage data sets on purpose and recompute their checksums, so that only a deeper check can detect it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small encoders for tests of what is done with one."""
+"""Small encoders for tests of code that uses encoders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A web server on loopback that fails in the ways of networks, when it is told to."""
+"""A web server on loopback that simulates network failures on request."""
 
 from __future__ import annotations
 

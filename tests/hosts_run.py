@@ -1,7 +1,7 @@
-"""Hosts on a bridge, a Ray cluster over them, and a job on it that everything befalls. See test_hosts.py.
+"""Hosts on a bridge, a Ray cluster across them, and a job that suffers all kinds of failures. See test_hosts.py.
 
-Only inside namespaces of its own (``unshare --net --mount --pid …``): addresses, links, mounts and processes end with
-those. What is seen goes into ``results.json``.
+Runs only in its own namespaces (``unshare --net --mount --pid …``), and all addresses, links, mounts and processes end
+with them. Observations go into ``results.json``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Processes that a test can kill: forked from one that has imported and compiled everything, so they begin at once.
+"""Processes that a test can kill, forked from one that has everything imported and compiled, so they start at once.
 
 Each leads a process group of its own, and what it prints goes to a file.
 """

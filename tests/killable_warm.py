@@ -1,4 +1,4 @@
-"""Imported by the process that ``killable`` forks from: loads what takes long, and opens neither files nor threads."""
+"""Imported by the process that ``killable`` forks from: loads slow modules, opens no files, starts no threads."""
 
 from __future__ import annotations
 

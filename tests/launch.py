@@ -1,6 +1,6 @@
-"""A bare launcher: a function on several ranks, each a process of its own, without Ray.
+"""A minimal launcher: run a function on several ranks, each in its own process, without Ray.
 
-Ranks are forked from a process that has imported torch and DeepSpeed, which would take each of them seconds.
+Ranks are forked from a process that has already imported torch and DeepSpeed, which saves each of them seconds.
 """
 
 from __future__ import annotations

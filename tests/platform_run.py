@@ -1,4 +1,4 @@
-"""The platform for real, less Kubernetes: what the manifests say is run in pods made by hand. See test_platform.py.
+"""Run the real platform without Kubernetes: what the manifests define, in hand-made pods. See test_platform.py.
 
 Postgres, an S3 server, MLflow behind passwords, and for each RayJob a cluster with a token of its own: shard; pretrain,
 which is stopped, resumed and registers; fine-tune by name.

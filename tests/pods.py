@@ -1,6 +1,6 @@
-"""Pods without Kubernetes: network namespaces on a bridge, a read-only root, a user without rights. Linux, as root.
+"""Pods without Kubernetes: network namespaces on a bridge, read-only root, unprivileged user. Needs root on Linux.
 
-Only inside namespaces of its own (``in_namespaces``): addresses, links and mounts end with those.
+Runs only in its own namespaces (``in_namespaces``), and all addresses, links and mounts end with them.
 """
 
 from __future__ import annotations

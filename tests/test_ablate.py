@@ -1,4 +1,4 @@
-"""Ablations: what is trained and what is not, and what the table says of encoders."""
+"""Ablations: which variants are trained, which are reused, and what the table reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A damaged block in a run on two ranks: an error in one line, or left out and told, as the configuration says."""
+"""A damaged block in a run on two ranks: a one-line error, or skipped and reported, depending on the configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of pretraining that the paper does not have: each against what it is said to compute."""
+"""Pretraining options beyond the paper: each computes what it claims to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands as a user meets them: help, errors of one line, and a real run on a Ray cluster of its own."""
+"""The commands as a user sees them: help, one-line errors, and a real run on its own Ray cluster."""
 
 from __future__ import annotations
 

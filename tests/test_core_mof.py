@@ -1,4 +1,4 @@
-"""The test of real-world dirt: the MOFs of CoRE MOF, as CIF, with cells of hundreds to thousands of atoms.
+"""Messy real-world data: the CIFs of CoRE MOF, with cells of hundreds to thousands of atoms.
 
 Everything is read, or refused for a reason that pymatgen confirms.
 """

@@ -1,4 +1,4 @@
-"""What befalls runs: ranks and drivers that are killed, that hang, that are told to go, and memory that runs out."""
+"""Faults during runs: ranks and drivers that are killed, hang or are asked to stop, and memory that runs out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fingerprints against brute force and all ways to write a crystal down; twins against scipy and StructureMatcher."""
+"""Fingerprints against brute force and all representations of a crystal; twins against scipy and StructureMatcher."""
 
 from __future__ import annotations
 

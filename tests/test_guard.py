@@ -1,4 +1,4 @@
-"""The gradient guard, and the learning rate beside it: pure functions, tried on invented runs."""
+"""The gradient guard and the learning-rate schedule: pure functions, tested on made-up runs."""
 
 from __future__ import annotations
 

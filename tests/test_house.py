@@ -1,4 +1,4 @@
-"""The rules of the house, kept by reading the source: the direction of imports, who may know what, and no pickle."""
+"""House rules, enforced by reading the source: import direction, which modules may know what, and no pickle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``cdssl inspect``: its numbers agree with the blocks, and nothing that stands in the data acts in the page."""
+"""``cdssl inspect``: its numbers agree with the blocks, and nothing in the data can run as code in the page."""
 
 from __future__ import annotations
 

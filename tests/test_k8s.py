@@ -1,4 +1,4 @@
-"""The manifests: no check finds anything on the overlays as they are; each does on ones broken on purpose."""
+"""The manifests: the overlays pass every check as they are, and each check fails on ones broken on purpose."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ WRONG: list[tuple[str, Callable[[Overlay], None], str]] = [
     ),
     ("schemas", put(JOB, "pretrain", (*BOX, "env", 0), {"name": "REDIS_PASSWORD", "value": "x"}), "no REDIS_PASSWORD"),
     ("schemas", put(JOB, "pretrain", (*BOX, "imagepullPolicy"), "Always"), "imagepullPolicy"),
-    ("schemas", put(JOB, "pretrain", (*BOX, "env", 0), {"name": "HOME", "value": "/"}), "env: HOME stands there twice"),
+    ("schemas", put(JOB, "pretrain", (*BOX, "env", 0), {"name": "HOME", "value": "/"}), "env: HOME is there twice"),
     ("schemas", put("Deployment", "mlflow", ("spec", "replica"), 1), "'replica' was unexpected"),
     ("schemas", put("Service", "mlflow", ("kind",), "Serivce"), "no kind Serivce"),
     (
@@ -125,7 +125,7 @@ WRONG: list[tuple[str, Callable[[Overlay], None], str]] = [
         put("Deployment", "redis", (*SERVER, "env", 0, "valueFrom", "secretKeyRef", "key"), "P"),
         "has no key P",
     ),
-    ("references", put(JOB, "pretrain", (*BOX, "volumeMounts", 0, "name"), "nothing"), "which is no volume"),
+    ("references", put(JOB, "pretrain", (*BOX, "volumeMounts", 0, "name"), "nothing"), "which is not a volume"),
     ("references", put(JOB, "pretrain", (*BOX, "volumeMounts", 0, "mountPath"), "/tmp"), "two things at /tmp"),
     ("references", drop("PersistentVolumeClaim", "checkpoints"), "no PersistentVolumeClaim checkpoints"),
     ("references", drop("Role", "ray-autoscaler"), "there is no Role"),

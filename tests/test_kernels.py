@@ -1,6 +1,6 @@
 """The Triton kernels against the reference in torch, in Triton's interpreter where there is no GPU.
 
-The interpreter knows no bf16: that weights may be narrower than sums is tried in f16. Needs ``triton``, which comes
+The interpreter does not support bf16, so weights narrower than sums are tested in f16. Needs ``triton``, which comes
 with torch for CUDA; without it there is nothing to test.
 """
 

@@ -1,4 +1,4 @@
-"""From shards to steps: the same ones every time, widened as arithmetic says, and damage said by name."""
+"""From shards to steps: the same every time, widened correctly, and damage reported by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The map: what its figures say, and that its page works in a browser."""
+"""The map: its numbers are right, and its page works in a browser."""
 
 from __future__ import annotations
 

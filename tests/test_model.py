@@ -1,4 +1,4 @@
-"""Symmetries of the model, what its parts compute, and the sums behind the figures."""
+"""Symmetries of the model, what its parts compute, and the sums behind the metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan: every block once an epoch, whatever the number of ranks."""
+"""The plan: every block once per epoch, whatever the number of ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The platform of k8s/, run for real but for Kubernetes itself: see platform_run.py."""
+"""The platform in k8s/, run for real except for Kubernetes itself: see platform_run.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoders by name: which is the champion, what is pulled, what is refused, and the pyfunc beside it."""
+"""Encoders by name: which one is the champion, what is pulled, what is refused, and the accompanying pyfunc."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a run: what stands in it, and that it works in a browser."""
+"""The report of a run: its contents, and that it works in a browser."""
 
 from __future__ import annotations
 

@@ -73,8 +73,8 @@ def test_no_cluster_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "mode", "said"),
     [
-        ("", "disabled", "RAY_AUTH_MODE is not token: whoever reaches the ports"),
-        ("import ray", None, "Ray was imported without RAY_AUTH_MODE=token"),
+        ("", "disabled", "RAY_AUTH_MODE is not token: anyone who can reach the ports"),
+        ("import ray", None, "Ray was imported before RAY_AUTH_MODE=token was set"),
     ],
 )
 def test_a_cluster_of_its_own_is_never_open(code: str, mode: str | None, said: str) -> None:

@@ -177,12 +177,12 @@ def test_strict_ends_at_a_key_of_two_crystals(aflow: list[Crystal], tmp_path: Pa
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--blocks-per-shard", "0"], "each must be 1 at least"),
-        (["--block-graphs", "0"], "each must be 1 at least"),
+        (["--blocks-per-shard", "0"], "each must be at least 1"),
+        (["--block-graphs", "0"], "each must be at least 1"),
         (["--no-fingerprints", "--duplicates", "near"], "duplicates are found by fingerprints"),
-        (["--label", "a=x", "--label", "a=y"], "a name is given to two columns"),
-        (["--exclude", "aflow:9", "--exclude-keys", "EMPTY"], "holds no key, so nothing would be kept out"),
-        (["--exclude", "aflow:9", "--exclude-keys", "BINARY"], "not a text with a key in each line"),
+        (["--label", "a=x", "--label", "a=y"], "the same name is given to two columns"),
+        (["--exclude", "aflow:9", "--exclude-keys", "EMPTY"], "contains no keys, so nothing would be excluded"),
+        (["--exclude", "aflow:9", "--exclude-keys", "BINARY"], "not a text file with one key per line"),
     ],
 )
 def test_options_that_would_do_nothing_or_harm(

@@ -97,7 +97,7 @@ def test_from_a_bucket_into_a_bucket(
     assert not list(cache.glob("unfinished/*"))
     before = system.find("bucket/out", detail=True)
     assert main(command(source, "s3://bucket/out/d")) == 2
-    assert line_of(capsys) == "error: s3://bucket/out/d: holds a data set already; give another place or remove it"
+    assert line_of(capsys) == "error: s3://bucket/out/d: holds a data set already; give another URL or remove it"
     system.invalidate_cache()
     assert system.find("bucket/out", detail=True) == before
 
@@ -154,7 +154,7 @@ def test_what_was_uploaded_is_not_uploaded_again(
     monkeypatch.setattr("sharding.storage.UPLOADS", 1)
     url = "memory://again/d"
     assert main(command(source, url)) == 1
-    assert line_of(capsys).endswith("cannot be written (no more); run the same command again to go on")
+    assert line_of(capsys).endswith("cannot be written (no more); run the same command again to continue")
     assert not fsspec.filesystem("memory").exists("again/d/manifest.json")
     first = uploaded.copy()
     uploaded.clear()
@@ -203,7 +203,7 @@ def test_a_file_url_is_a_folder(source: Path, local: Path, tmp_path: Path) -> No
 
 
 def test_work_is_for_urls(tmp_path: Path, aflow: list[Crystal]) -> None:
-    with pytest.raises(DataSetError, match="--work is for one behind a URL"):
+    with pytest.raises(DataSetError, match="--work is only for URLs"):
         shard([from_crystals(aflow[:9])], tmp_path / "d", work=tmp_path / "w")
     shard([from_crystals(aflow[:9])], "memory://bucket/d", work=tmp_path / "w")
     assert fsspec.filesystem("memory").exists("bucket/d/manifest.json")

@@ -1,4 +1,4 @@
-"""Duplicates and leakage through the whole of sharding: copies in other cells are found, and kept where policy says."""
+"""Duplicates and leakage through all of sharding: copies in other cells are found, and kept if the settings say so."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_only_some_of_a_file_are_excluded(
         str(tmp_path / "test.txt"),
     ]
     assert main(command) == 2
-    assert "give that too" in capsys.readouterr().err
+    assert "give --exclude too" in capsys.readouterr().err
     assert main([*command, "--exclude", str(labeled)]) == 0
     out = {r["text"] for r in refusals_of(tmp_path / "d") if r["code"] == "excluded"}
     assert out == {f"a twin of {key!r}, which is excluded" for key in keys}

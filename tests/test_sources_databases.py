@@ -1,4 +1,4 @@
-"""Databases in files of their own: ASE's SQLite and LMDB, Parquet tables; and the client of the Materials Project."""
+"""Database files (ASE's SQLite and LMDB, Parquet tables), and the client of the Materials Project."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_ase_damage(structures: list[Structure], tmp_path: Path) -> None:
     write_ase(path, structures * 10)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(SourceError, match="is cut"):  # SQLite itself would make up what is missing
+    with pytest.raises(SourceError, match="is truncated"):  # SQLite itself would make up what is missing
         open_source(str(path))
     middle = len(whole) // 2 // 4096 * 4096
     path.write_bytes(whole[:middle] + b"\xff" * 4096 * 9 + whole[middle + 4096 * 9 :])
@@ -101,7 +101,7 @@ def test_ase_damage(structures: list[Structure], tmp_path: Path) -> None:
 
 def test_no_ase_database(tmp_path: Path) -> None:
     (tmp_path / "a.db").write_bytes(b"not a database at all" * 100)
-    with pytest.raises(SourceError, match="is cut, or no such database"):
+    with pytest.raises(SourceError, match="is truncated, or not such a database"):
         open_source(str(tmp_path / "a.db"))
     (tmp_path / "a.db").write_bytes(b"short")
     with pytest.raises(SourceError, match=r"not an SQLite database|no table of systems"):
@@ -169,7 +169,7 @@ def test_aselmdb_damage(structures: list[Structure], tmp_path: Path) -> None:
         ("data0#6", "unparsable"),
     ]
     path.write_bytes(path.read_bytes()[:9000])
-    with pytest.raises(SourceError, match="is cut"):
+    with pytest.raises(SourceError, match="is truncated"):
         open_source(str(path))
     path.write_bytes(b"x" * 9000)
     with pytest.raises(SourceError, match="not an LMDB database"):
@@ -200,8 +200,8 @@ FIXED = pa.list_(pa.list_(pa.float32(), 3), 3)
     ("column", "values", "said"),
     [
         ("species", ["Fe"], "species holds list<"),
-        ("lattice_vectors", "[[1, 0, 0]]", "lattice_vectors holds string, and must hold lists of three vectors"),
-        ("id", 1.5, "id holds double, and must hold text or whole numbers"),
+        ("lattice_vectors", "[[1, 0, 0]]", "lattice_vectors holds string, but must hold lists of three vectors"),
+        ("id", 1.5, "id holds double, but must hold text or whole numbers"),
     ],
 )
 def test_columns_of_other_types_are_named(

@@ -1,4 +1,4 @@
-"""The splitter of JSON against ``json``, its boundaries, its limits, and how it gets over damage."""
+"""The JSON splitter against ``json``: boundaries, limits, and recovery from damage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the sources share; there are no tests here."""
+"""Helpers shared by the tests of the sources; contains no tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Studies: who learns and who is evaluated, what is computed again, what the figures are, and what a failure costs."""
+"""Studies: which crystals train and which are evaluated, what is recomputed, the results, and the cost of a failure."""
 
 from __future__ import annotations
 

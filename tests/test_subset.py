@@ -1,4 +1,4 @@
-"""Some crystals of a data set: chosen as their rows say, read from no block that holds none of them."""
+"""Subsets of a data set: crystals are selected by their rows, and only blocks that hold some are read."""
 
 from __future__ import annotations
 

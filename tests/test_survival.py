@@ -1,4 +1,4 @@
-"""What a run survives: roll-backs, kills at any moment, a full disk, a lost disk."""
+"""What a run survives: roll-backs, a kill at any moment, a full disk, a lost disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks that find something out together: an error of one is the error of all."""
+"""Joint decisions of the ranks: an error on one is raised on all."""
 
 from __future__ import annotations
 

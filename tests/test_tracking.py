@@ -1,4 +1,4 @@
-"""A run folder reaches MLflow whole, once, and without the run noticing the server."""
+"""A run folder reaches MLflow completely, exactly once, and without the server affecting the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training as a whole, on a bare launcher: ranks, resume, the guard's gate at every ZeRO stage."""
+"""End-to-end training on a minimal launcher: ranks, resuming, and the guard's gate at every ZeRO stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: what is learned, what is masked, scaled, frozen and stopped, and who tests."""
+"""Fine-tuning: what is learned, masked, scaled and frozen, when it stops, and which crystals are tested."""
 
 from __future__ import annotations
 

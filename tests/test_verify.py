@@ -1,4 +1,4 @@
-"""``cdssl verify``: every kind of damage is found, also where the checksums were made to fit, and nothing else is."""
+"""``cdssl verify`` finds every kind of damage, even if the checksums were made to match, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""``python -m k8s.check``: check the manifests; ``… table OVERLAY`` and ``… pin NAME=IMAGE@sha256:…`` beside it.
+"""``python -m k8s.check``: check the manifests; also ``… table`` and ``… pin NAME=IMAGE@sha256:…``.
 
-Exit code 1 where something is wrong, and with ``--deploy`` also where something is still UNSET.
+The exit code is 1 if something is wrong, and with ``--deploy`` also if something is still UNSET.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ CHECKS: Final[dict[str, Callable[[Overlay], Iterator[str]]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check, show or pin."""
+    """Check the manifests, show the table of connections, or pin images."""
     p = argparse.ArgumentParser("python -m k8s.check", description="Check the manifests, over every rendered overlay.")
-    p.add_argument("--deploy", action="store_true", help="what is UNSET is an error too")
-    p.add_argument("--fast", action="store_true", help="without yamllint, hadolint and checkov")
-    p.add_argument("--overlay", action="append", choices=OVERLAYS, help="this one only; may be repeated")
+    p.add_argument("--deploy", action="store_true", help="treat UNSET values as errors")
+    p.add_argument("--fast", action="store_true", help="skip yamllint, hadolint and checkov")
+    p.add_argument("--overlay", action="append", choices=OVERLAYS, help="only this overlay (repeatable)")
     p.add_argument("action", nargs="?", choices=("check", "table", "pin"), default="check")
     p.add_argument("images", nargs="*", metavar="NAME=IMAGE@sha256:…", help="for pin")
     args = p.parse_args(argv)
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(names: Sequence[str], fast: bool, deploy: bool) -> int:
-    """Run everything over some overlays, and say what is wrong and what is unset."""
+    """Run all checks over some overlays, and print what is wrong and what is unset."""
     wrong, open_ends, start = 0, 0, time.perf_counter()
     for name in names:
         text = build(name)
@@ -78,7 +78,7 @@ def check(names: Sequence[str], fast: bool, deploy: bool) -> int:
         wrong += 1
     if open_ends:
         print(
-            "UNSET images are set by: python -m k8s.check pin cdssl-train=REGISTRY/NAME@sha256:… (as a registry says);"
+            "UNSET images are set by: python -m k8s.check pin cdssl-train=REGISTRY/NAME@sha256:… (from the registry);"
             "\nother values in k8s/overlays; --deploy lists them all"
         )
     print(f"{'wrong' if wrong else 'all right'}, in {time.perf_counter() - start:.0f} s")
@@ -89,7 +89,7 @@ def pin(path: Path, pins: Sequence[str]) -> int:
     """Write images by digest into the component ``images``.
 
     Raises:
-        ValueError: where a name is unknown, or a reference has no digest.
+        ValueError: if a name is unknown, or a reference has no digest.
     """
     text = path.read_text()
     known = [image["name"] for image in yaml.safe_load(text)["images"]]

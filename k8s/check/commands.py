@@ -18,14 +18,14 @@ from k8s.check.security import quantity
 
 
 class _Accepted(BaseException):
-    """A parser took the arguments; nothing more is to happen."""
+    """Raised to stop a command once its parser has accepted the arguments."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.found = args
 
 
 def entrypoints(overlay: Overlay) -> Iterator[str]:
-    """Each can be imported and takes its arguments; a configuration that it reads is valid."""
+    """Check that each can be imported and accepts its arguments, and that the configuration it reads is valid."""
     for job in overlay.of("RayJob"):
         name = job["metadata"]["name"]
         try:
@@ -37,13 +37,13 @@ def entrypoints(overlay: Overlay) -> Iterator[str]:
 
 
 def accepted(entrypoint: str) -> argparse.Namespace:
-    """The arguments as the program reads them.
+    """The arguments of an entrypoint, as the program parses them.
 
     Raises:
-        ValueError: where there is no such program, or it refuses them.
+        ValueError: if there is no such program, or it rejects them.
     """
     if re.search(r"[$`;&|<>]", entrypoint):
-        raise ValueError(f"{entrypoint!r}: two shells read it, the submitter's and the head's; write no shell into it")
+        raise ValueError(f"{entrypoint!r}: two shells read it, the submitter's and the head's; use no shell syntax")
     python, flag, module, *argv = shlex.split(entrypoint)
     if (python, flag) != ("python", "-m"):
         raise ValueError(f"{entrypoint!r}: must be python -m MODULE …")
@@ -72,7 +72,7 @@ def accepted(entrypoint: str) -> argparse.Namespace:
 
 
 def _config(overlay: Overlay, job: dict[str, Any], args: argparse.Namespace) -> Iterator[str]:
-    """The configuration as it will be mounted, and what it says of the cluster that it gets."""
+    """Check the configuration as it will be mounted, and that it fits the cluster that it gets."""
     from cdssl_dist.config import ConfigError, load
 
     cluster = job["spec"]["rayClusterSpec"]
@@ -109,7 +109,7 @@ def _config(overlay: Overlay, job: dict[str, Any], args: argparse.Namespace) -> 
 
 
 def agreement(overlay: Overlay) -> Iterator[str]:
-    """Numbers and paths that stand in several places."""
+    """Check numbers and paths that must agree in several places."""
     for pod in overlay.pods():
         yield from _shared_memory(pod)
     jobs = {j["metadata"]["name"]: j for j in overlay.of("RayJob")}
@@ -143,7 +143,7 @@ def agreement(overlay: Overlay) -> Iterator[str]:
 
 
 def _shared_memory(pod: Pod) -> Iterator[str]:
-    """/dev/shm counts as memory of the pod, and Ray's object store must fit into it."""
+    """Check volumes in memory: /dev/shm, which holds Ray's object store, counts towards the memory of the pod."""
     for volume in pod.spec.get("volumes", []):
         size = volume.get("emptyDir", {}).get("sizeLimit")
         if "emptyDir" in volume and not size:

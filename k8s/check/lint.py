@@ -1,4 +1,4 @@
-"""Other people's linters: yamllint over the sources, checkov over the pods, hadolint over the Dockerfiles."""
+"""External linters: yamllint for the sources, checkov for the pods, hadolint for the Dockerfiles."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ HERE: Final = Path(__file__).parent
 
 
 def tool(name: str) -> str | None:
-    """A program of this environment, else of the PATH."""
+    """Find a program in this environment, else on the PATH."""
     beside = Path(sys.executable).parent / name
     return str(beside) if os.access(beside, os.X_OK) else shutil.which(name)
 
 
 def sources() -> Iterator[str]:
-    """Yamllint and hadolint, over what people write."""
+    """Run yamllint and hadolint over the source files."""
     yield from _run("yamllint", "--strict", "--format", "parsable", "-c", str(HERE / "yamllint.yaml"), "k8s", "configs")
     files = sorted(str(p.relative_to(REPO)) for p in (REPO / "docker").glob("*.Dockerfile"))
     yield from _run("hadolint", "--no-color", "-c", str(HERE / "hadolint.yaml"), *files)
@@ -44,7 +44,7 @@ def _run(name: str, *arguments: str) -> Iterator[str]:
 
 
 def checkov(overlay: Overlay) -> Iterator[str]:
-    """checkov, which knows no RayJob: their pods are given to it as Pods."""
+    """Run checkov. It does not know RayJobs, so it gets their pods as Pods."""
     if not (program := tool("checkov")):
         yield "checkov is not installed: make k8s-check installs it"
         return
@@ -58,6 +58,6 @@ def checkov(overlay: Overlay) -> Iterator[str]:
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"LOG_LEVEL": "ERROR"})
     report = json.loads(done.stdout)
     if report.get("parsing_errors") or not report["summary"]["passed"]:
-        yield f"checkov looked at nothing, or could not read it: {report['summary']}"
+        yield f"checkov checked nothing, or could not read its input: {report['summary']}"
     for failed in report["results"]["failed_checks"]:
         yield f"checkov: {failed['check_id']} {failed['check_name']}: {failed['resource'].replace(NAMESPACE + '.', '')}"

@@ -1,4 +1,4 @@
-"""Who may reach whom: an evaluator of NetworkPolicies, and the table that it must find."""
+"""Who may reach whom: evaluate the NetworkPolicies and compare the result with a table."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ OUTSIDE: Final = (
     Peer("cloud metadata", address="169.254.169.254"),
 )
 
-SITES: Final = ("object-store", "api-server", "database")  # policies whose ipBlock is the address of such a thing
+SITES: Final = ("object-store", "api-server", "database")  # policies whose ipBlock is the address of that service
 
 
 def check(overlay: Overlay) -> Iterator[str]:
-    """What the policies allow is what the table says, no more and no less."""
+    """Check that the policies allow exactly what the table lists."""
     tables = yaml.safe_load(TABLE.read_text())
     wanted = {*tables["everywhere"], *tables.get(overlay.name, [])}
     found = set(table(overlay))
@@ -77,7 +77,7 @@ def table(overlay: Overlay) -> list[str]:
 
 
 def _sites(policies: list[dict[str, Any]]) -> Iterator[Peer]:
-    """What the overlay says the addresses of a site to be."""
+    """The services of a site, at the addresses that the overlay gives."""
     for policy in policies:
         if policy["metadata"]["name"] in SITES:
             for rule in policy["spec"]["egress"]:
@@ -93,7 +93,7 @@ def allowed(policies: list[dict[str, Any]], source: Peer, target: Peer, port: in
 
 
 def _passes(policies: list[dict[str, Any]], direction: str, mine: Peer, other: Peer, port: int, protocol: str) -> bool:
-    """Whether the policies of one end allow the other one; where none selects it, everything is allowed."""
+    """Whether the policies of one end allow the other; if none selects it, everything is allowed."""
     if mine.address:
         return True
     selecting = [
@@ -139,7 +139,7 @@ def _any_port(ports: list[dict[str, Any]] | None, port: int, protocol: str) -> b
 
 
 def matches(selector: dict[str, Any], labels: dict[str, str]) -> bool:
-    """Whether a label selector, the empty one of which selects everything, selects these labels."""
+    """Whether a label selector matches these labels; the empty selector matches everything."""
     return all(labels.get(k) == v for k, v in selector.get("matchLabels", {}).items()) and all(
         _expression(e["operator"], e["key"], e.get("values", []), labels) for e in selector.get("matchExpressions", [])
     )

@@ -1,4 +1,4 @@
-"""Every name that a manifest uses is that of something that is there."""
+"""Check that every name a manifest refers to exists."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXAMPLE: Final = REPO / "k8s" / "secrets.example.yaml"
 
 
 def check(overlay: Overlay) -> Iterator[str]:
-    """All references."""
+    """Check all references."""
     secrets = {d["metadata"]["name"]: d["stringData"] for d in load(EXAMPLE.read_text())}
     pods = overlay.pods()
     for pod in pods:
@@ -59,7 +59,7 @@ def _pod(overlay: Overlay, pod: Pod, secrets: dict[str, dict[str, str]]) -> Iter
             yield from _addresses(overlay, variable.get("value", ""))
         names = {m["name"] for m in container.get("volumeMounts", [])}
         mounted |= names
-        yield from (f"container {container['name']} mounts {name}, which is no volume" for name in names - volumes)
+        yield from (f"container {container['name']} mounts {name}, which is not a volume" for name in names - volumes)
         paths = [m["mountPath"] for m in container.get("volumeMounts", [])]
         yield from (f"container {container['name']} mounts two things at {p}" for p in {*paths} if paths.count(p) > 1)
         ports = {p.get("name") for p in container.get("ports", [])}
@@ -78,7 +78,7 @@ def _claim_templates(overlay: Overlay, pod: Pod) -> set[str]:
 
 
 def _addresses(overlay: Overlay, text: str) -> Iterator[str]:
-    """``http://mlflow:5000`` names a service of this namespace, and a port of it."""
+    """Check that a URL like ``http://mlflow:5000`` names a service of this namespace and one of its ports."""
     address = urlsplit(text)
     if re.match(r"\w+://[a-z-]+:\d+", text):
         service = overlay.find("Service", address.hostname or "")
@@ -106,7 +106,7 @@ def _selectors(overlay: Overlay, pods: list[Pod]) -> Iterator[str]:
             foreign = [p for p in peers if "namespaceSelector" in p]
             for peer in foreign:
                 if not any(matches(peer["namespaceSelector"], _namespace(p)) for p in OUTSIDE if p.namespace):
-                    yield f"{name}: a namespace that the table knows nothing of"
+                    yield f"{name}: a namespace that no peer of the table is in"
         for selector in selectors:
             if not any(matches(selector, p.labels) for p in pods) and "redis-cleanup" not in str(selector):
                 yield f"{name}: selects no pod by {selector}"

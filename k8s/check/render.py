@@ -1,4 +1,4 @@
-"""What kustomize makes of an overlay, and the pods that will come of it, those of the operator included."""
+"""Render an overlay with kustomize, and derive the pods it leads to, including those that the operator creates."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Pod:
 
     @property
     def containers(self) -> list[dict[str, Any]]:
-        """All of them, those that run first included."""
+        """All containers, including init containers."""
         return [*self.spec.get("initContainers", []), *self.spec["containers"]]
 
 
@@ -58,10 +58,10 @@ class Overlay:
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """A loader that refuses a key that stands twice in a mapping; YAML itself lets the last one win."""
+    """A loader that rejects repeated keys in a mapping; PyYAML itself lets the last one win."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Refuse repetitions."""
+        """Construct a mapping, rejecting repeated keys."""
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         if repeated := {k for k in keys if keys.count(k) > 1}:
             raise yaml.constructor.ConstructorError(None, None, f"repeated keys {sorted(repeated)}", node.start_mark)
@@ -69,7 +69,7 @@ class UniqueKeys(yaml.SafeLoader):
 
 
 def kubectl() -> str | None:
-    """The kubectl of this environment, else the one on the PATH; None where there is none."""
+    """The kubectl of this environment, else the one on the PATH; None if there is none."""
     beside = Path(sys.executable).parent / "kubectl"
     return str(beside) if os.access(beside, os.X_OK) else shutil.which("kubectl")
 
@@ -78,7 +78,7 @@ def build(name: str) -> str:
     """The manifests of an overlay as text.
 
     Raises:
-        RuntimeError: where kustomize refuses it.
+        RuntimeError: if kustomize rejects it.
     """
     command = [kubectl() or "kubectl", "kustomize", str(REPO / "k8s" / "overlays" / name)]
     done = subprocess.run(command, capture_output=True, text=True)

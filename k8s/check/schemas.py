@@ -1,4 +1,4 @@
-"""Strict schemas of all kinds, the CEL rules of the custom ones, and keys that lists are merged by."""
+"""Strict schemas for all kinds, CEL rules for the custom ones, and unique keys in lists that are merged by key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from celpy.adapter import json_to_cel
 
 from k8s.check.render import Overlay
 
-KUBERNETES: Final = "1.33"  # the oldest that is promised to work
+KUBERNETES: Final = "1.33"  # the oldest supported version
 CUSTOM: Final = yaml.safe_load((Path(__file__).parent / "custom.yaml").read_text())
 MERGED_BY: Final = {  # list → the keys that may not repeat in it
     **dict.fromkeys(("containers", "initContainers", "env", "volumes"), ("name",)),
@@ -27,9 +27,9 @@ MERGED_BY: Final = {  # list → the keys that may not repeat in it
 
 
 def check(overlay: Overlay) -> Iterator[str]:
-    """Every document is of a known kind, has no unknown field, and breaks no rule."""
+    """Check that every document is of a known kind, has no unknown field, and breaks no rule."""
     names = [(d["kind"], d["metadata"]["name"]) for d in overlay.documents]
-    yield from (f"{kind}/{name}: stands there twice" for kind, name in {*names} if names.count((kind, name)) > 1)
+    yield from (f"{kind}/{name}: defined twice" for kind, name in {*names} if names.count((kind, name)) > 1)
     for document in overlay.documents:
         where = f"{document['kind']}/{document['metadata']['name']}"
         if document["kind"] in CUSTOM:
@@ -43,7 +43,7 @@ def check(overlay: Overlay) -> Iterator[str]:
 
 
 def as_pod(name: str, labels: dict[str, str], spec: dict[str, Any]) -> dict[str, Any]:
-    """A pod template as a Pod, which validators know."""
+    """A pod template as a Pod, a kind that validators know."""
     about = {"name": name.replace(" ", "-"), "namespace": "cdssl", "labels": labels}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": about, "spec": spec}
 
@@ -52,7 +52,7 @@ def _core(document: dict[str, Any]) -> tuple[str, ...]:
     return _validated(json.dumps(document))
 
 
-@functools.cache  # the validator reads its schemas anew each time
+@functools.cache  # the validator reloads its schemas on every call
 def _validated(text: str) -> tuple[str, ...]:
     document = json.loads(text)
     try:
@@ -73,7 +73,7 @@ def _custom(document: dict[str, Any]) -> Iterator[str]:
 
 
 def rules(schema: dict[str, Any], value: Any, where: str = "") -> Iterator[str]:
-    """The CEL rules that a value breaks, wherever in its schema they stand."""
+    """The CEL rules that a value breaks, at any level of its schema."""
     for rule in schema.get("x-kubernetes-validations", []):
         if not _program(rule["rule"]).evaluate({"self": json_to_cel(value)}):
             yield f"{where or 'it'}: {rule['message']}"
@@ -92,7 +92,7 @@ def _program(rule: str) -> Any:
 
 
 def repeated(value: Any) -> Iterator[str]:
-    """Entries of one key in a list that Kubernetes merges by that key: the API server lets the last one win."""
+    """Find repeated keys in lists that Kubernetes merges by key: the API server would let the last one win."""
     if isinstance(value, list):
         for item in value:
             yield from repeated(item)
@@ -100,5 +100,5 @@ def repeated(value: Any) -> Iterator[str]:
         for key, inner in value.items():
             if key in MERGED_BY and isinstance(inner, list):
                 seen = [tuple(item.get(k) for k in MERGED_BY[key]) for item in inner if isinstance(item, dict)]
-                yield from (f"{key}: {k[0]} stands there twice" for k in {*seen} if seen.count(k) > 1)
+                yield from (f"{key}: {k[0]} is there twice" for k in {*seen} if seen.count(k) > 1)
             yield from repeated(inner)

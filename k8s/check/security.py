@@ -1,4 +1,4 @@
-"""Pods as PodSecurity's level ``restricted`` wants them, images by digest, GPUs, and no secret in plain sight."""
+"""Check pods against PodSecurity's level ``restricted``, and images, accounts, resources and secrets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ URI: Final = re.compile(r"\w://[^/\s@]*:[^/\s@]+@")
 
 
 def restricted(overlay: Overlay) -> Iterator[str]:
-    """https://kubernetes.io/docs/concepts/security/pod-security-standards, level restricted; and a read-only root."""
+    """Check level restricted of kubernetes.io/docs/concepts/security/pod-security-standards, and a read-only root."""
     for pod in overlay.pods():
         yield from (f"{pod.name}: {text}" for text in _restricted(pod))
 
@@ -50,7 +50,7 @@ def _restricted(pod: Pod) -> Iterator[str]:
 
 
 def accounts(overlay: Overlay) -> Iterator[str]:
-    """No pod has a token of the API that it does not need, and none runs as ``default``."""
+    """Check that no pod has an API token that it does not need, and that none runs as ``default``."""
     needing = {(s["name"]) for b in overlay.of("RoleBinding", "ClusterRoleBinding") for s in b["subjects"]}
     for pod in overlay.pods():
         account = pod.spec.get("serviceAccountName", "default")
@@ -66,7 +66,7 @@ def accounts(overlay: Overlay) -> Iterator[str]:
 
 
 def images(overlay: Overlay) -> Iterator[str]:
-    """Each by digest; UNSET, which no cluster can pull, is told apart by ``unset``."""
+    """Check that images are given by digest. UNSET, which no cluster can pull, passes; ``unset`` reports it."""
     for pod in overlay.pods():
         for container in pod.containers:
             if not IMAGE.fullmatch(container["image"]):
@@ -74,7 +74,7 @@ def images(overlay: Overlay) -> Iterator[str]:
 
 
 def resources(overlay: Overlay) -> Iterator[str]:
-    """Probes, requests and limits, GPUs with a toleration, a quota into which the services and any one job fit."""
+    """Check probes, requests, limits, tolerations for GPUs, and that services plus any one job fit into the quota."""
     needed = {"services": dict.fromkeys(("cpu", "memory", "gpu", "pods"), 0.0)}
     for pod in overlay.pods():
         gpus = 0.0
@@ -111,7 +111,7 @@ def resources(overlay: Overlay) -> Iterator[str]:
 
 
 def secrets(overlay: Overlay) -> Iterator[str]:
-    """Secrets are named, never written."""
+    """Check that secrets are only referred to, never written out."""
     for document in overlay.of("Secret"):
         yield f"Secret/{document['metadata']['name']}: is part of the overlay"
     for document in overlay.of("ConfigMap"):
@@ -126,11 +126,11 @@ def secrets(overlay: Overlay) -> Iterator[str]:
                     yield f"{pod.name}: {variable['name']} has a literal value; take it from a Secret"
             for text in [*container.get("command", []), *container.get("args", [])]:
                 if URI.search(text):
-                    yield f"{pod.name}: a password stands among the arguments"
+                    yield f"{pod.name}: a password is among the arguments"
 
 
 def unset(overlay: Overlay) -> list[str]:
-    """What a site must say before anything can run: ``where: what``."""
+    """What a site must still set before anything can run, as ``where: what``."""
     found = []
     reserved = ("192.0.2.", "198.51.100.", "203.0.113.")
 

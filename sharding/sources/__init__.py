@@ -1,8 +1,8 @@
-"""Where crystals come from: a registry in which a new source is one function.
+"""Sources of crystals, and the registry of their readers.
 
 A *source* is a generator of records. A record is cheap to make (a slice of a file, a row, a crystal) and is turned
-into crystals by ``parse`` in a worker process, where the time goes. Records come in an order that depends on the
-source alone; that order numbers the work, so that a rerun finds what an earlier run has done.
+into crystals by ``parse`` in a worker process, which takes most of the time. The order of records depends on the source
+alone; tasks are numbered in that order, so that a rerun finds what an earlier run has done.
 
 What cannot be read is refused, with one of these reasons: ``unparsable``; ``truncated``, the source ends too early or
 is damaged from there on; ``too_large``; ``species``, unknown elements; ``partial_occupancy``; ``no_atoms``;
@@ -32,18 +32,18 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """What a user may say about reading; the same for all sources."""
+    """User options for reading, the same for all sources."""
 
     labels: dict[str, str] = field(default_factory=dict)  # label name → column in the source, dotted where nested
     limit: int | None = None  # read this many records (rows, files), then stop
-    occupancy: Literal["refuse", "majority"] = "refuse"  # of a disordered crystal: the crystal, or its rarer species
+    occupancy: Literal["refuse", "majority"] = "refuse"  # for a disordered crystal: refuse it, or keep the commonest
     keys: frozenset[str] | None = None  # only the crystals with these keys
     max_record_bytes: int = 256 * 2**20  # of one crystal, decompressed: guards against decompression bombs
-    name: str | None = None  # of the source, where that of its file is another's too
+    name: str | None = None  # of the source, if another source's file has the same name
 
 
 class SourceError(ValueError):
-    """A source that cannot be opened: the user's mistake, said in one line."""
+    """A source cannot be opened or read; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Source:
         licence: of the data, where the source states one.
         cite: how to cite it.
         units: label name → unit, where the source states them.
-        options: what it was opened with: a rerun with others must not go on with its work.
+        options: what it was opened with; a rerun with other options must not continue its work.
         records: makes a new iterator of records.
         parse: record → crystals; raises ``RefusedError`` for a record that is no crystal.
     """
@@ -69,7 +69,7 @@ class Source:
     options: ReadOptions | None = None  # that it was opened with
 
 
-# The registry. A module is imported when its scheme or ending is met, so that no user pays for readers not used.
+# The registry. A module is imported when its scheme or file extension is first used: unused readers cost nothing.
 # A module of the first two kinds has one public function ``open_source(spec, options) -> Source``.
 SCHEMES: dict[str, str] = {
     "aflow": "aflow",
@@ -81,8 +81,8 @@ _BY_ENDING: dict[str, str] = {
     ".db": "ase_db",
     ".parquet": "optimade",
 }
-# Formats that are read forward come alone, compressed, in folders and in archives, so they give two functions,
-# ``split(stream, stem, options)`` and ``parse(piece, options)``; ``files`` does the rest.
+# Formats that are read as forward-only streams may be compressed, in folders or in archives. Their modules have two
+# functions, ``split(stream, stem, options)`` and ``parse(piece, options)``; ``files`` does the rest.
 FORMATS: dict[str, str] = {
     ".cif": "cif",
     ".mcif": "cif",
@@ -101,15 +101,15 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 
 def open_source(spec: str, options: ReadOptions | None = None) -> Source:
-    """Open what the user named.
+    """Open a source by name.
 
     Args:
-        spec: a scheme with what it takes (``aflow:``, ``optimade:https://…``), or the path or the URL of a file or a
+        spec: a scheme with its argument (``aflow:``, ``optimade:https://…``), or the path or the URL of a file or a
             folder.
         options: which columns are labels, and how much to read.
 
     Raises:
-        SourceError: where no reader knows the name, or the file is missing.
+        SourceError: if no reader handles the name, or the file is missing.
     """
     options = options or ReadOptions()
     scheme = spec.split(":", 1)[0] if ":" in spec else ""
@@ -122,9 +122,9 @@ def open_source(spec: str, options: ReadOptions | None = None) -> Source:
 
 
 def open_sources(specs: Sequence[str], options: ReadOptions) -> list[Source]:
-    """Open several; those whose files have one name are told apart by the folders that these lie in.
+    """Open several sources; files of the same name are told apart by their folders.
 
-    Crystals without ids are named after their file, and would otherwise pass for one another.
+    Crystals without ids are named after their file, and would otherwise be confused with one another.
 
     Raises:
         SourceError: see ``open_source``.
@@ -134,7 +134,7 @@ def open_sources(specs: Sequence[str], options: ReadOptions) -> list[Source]:
 
 
 def _names(specs: Sequence[str]) -> dict[str, str]:
-    """The shortest ends that tell paths apart, of those that share the last part."""
+    """For paths that share their last part, the shortest suffixes that tell them apart."""
     parts = {spec: spec.rstrip("/").split("/") for spec in specs}
     names: dict[str, str] = {}
     length, left = 1, set(parts)
@@ -155,7 +155,7 @@ def known() -> str:
 
 
 def payload(record: Record) -> list[Crystal]:
-    """The ``parse`` of sources whose records are crystals already. A function, since it travels to workers."""
+    """``parse`` for sources whose records are already crystals. A module-level function, as it is sent to workers."""
     return [record.payload]
 
 
@@ -165,7 +165,7 @@ def numbered(crystals: Iterable[Crystal]) -> Iterator[Record]:
 
 
 def from_crystals(crystals: Iterable[Crystal], name: str = "python", **about: Any) -> Source:
-    """A source of crystals that a Python program made; ``about`` may give licence, cite and units."""
+    """Make a source from crystals in memory; ``about`` may give licence, cite and units."""
     return Source(
         name=name,
         records=functools.partial(numbered, crystals),
@@ -175,7 +175,7 @@ def from_crystals(crystals: Iterable[Crystal], name: str = "python", **about: An
 
 
 def parse_records(source: Source, records: Iterable[Record]) -> Iterator[Crystal | Refusal]:
-    """Parse, and turn what cannot be parsed into refusals: one bad record loses nothing else."""
+    """Parse records, turning failures into refusals, so that a bad record affects no other."""
     keys = source.options.keys if source.options else None
     for record in records:
         try:

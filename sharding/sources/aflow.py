@@ -1,4 +1,4 @@
-"""The demo's crystals: the AFLOW prototypes that ship with pymatgen, and what their elements can be exchanged for.
+"""The demo's crystals: the AFLOW prototypes that ship with pymatgen, and variants with exchanged elements.
 
 ``aflow:`` gives 3,000 crystals, ``aflow:500`` the first 500 of the same sequence, ``aflow:real`` only the 288 compounds
 of the library. Those come first, unchanged. Then the prototypes take turns, each with its next compound, in which
@@ -39,9 +39,9 @@ IONIC_RATIO: Final = 1.35  # of two radii; admits Na/K and O/S, not F/Cl
 ATOMIC_RATIO: Final = 1.25  # admits Ga/In and Se/Te, not C/Si
 LARGEST_GUESSED: Final = 24  # atoms per formula unit; beyond (Cr23C6), guessing charges takes seconds
 REACH: Final = 6.0  # Å; the closest contacts of two elements are sought within it
-CLOSEST: Final = 0.7  # Å
+CLOSEST: Final = 0.7  # Å, the shortest distance allowed after a substitution
 CLOSEST_CONTACT: Final = 0.75  # a contact is a distance divided by the sum of the two radii
-CLOSEST_CHANGE: Final = 0.8  # of a contact by substitution
+CLOSEST_CHANGE: Final = 0.8  # least ratio of a contact after a substitution to the contact before
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def open_source(spec: str, options: ReadOptions) -> Source:
     """Open ``aflow:``, ``aflow:real`` or ``aflow:<number of crystals>``.
 
     Raises:
-        SourceError: where the specification is none of these, or labels are asked for.
+        SourceError: if the specification is none of these, or labels are asked for.
     """
     wanted = {"aflow:": "3000", "aflow:real": "288"}.get(spec, spec.removeprefix("aflow:"))
     if not (wanted.isascii() and wanted.isdigit()):
@@ -95,7 +95,7 @@ def crystals(count: int) -> Iterator[Crystal]:
                 yield crystal
                 break
     if len(seen) < count:
-        logging.getLogger(__name__).warning("aflow: has %d crystals, not the %d asked for", len(seen), count)
+        logging.getLogger(__name__).warning("aflow: has only %d crystals, not the %d requested", len(seen), count)
 
 
 def _library() -> Iterator[Prototype]:
@@ -162,7 +162,7 @@ def _replacements(elements: list[Element], charges: dict[str, int]) -> tuple[lis
 
 
 def _compounds(prototype: Prototype, first: int) -> Iterator[Crystal]:
-    """The real compound, then all sensible substitutions in it, beginning at another place for each ``first``.
+    """The real compound, then all sensible substitutions in it, starting at a different one for each ``first``.
 
     They are visited in steps of about the golden section of their number, so that the first few already differ widely.
     """
@@ -181,7 +181,7 @@ def _compounds(prototype: Prototype, first: int) -> Iterator[Crystal]:
 
 
 def _substituted(prototype: Prototype, elements: tuple[int, ...]) -> Iterator[Crystal]:
-    """A prototype with other elements; nothing where atoms would come too close.
+    """Yield a prototype with other elements, or nothing if atoms would come too close.
 
     Each cell vector grows as Σ r ∛n over the elements, of radius r and with n atoms each (reference lattice scaling,
     I.-H. Chu et al., Comput. Mater. Sci. 146, 184 (2018); pymatgen's ``RLSVolumePredictor``).
@@ -198,7 +198,7 @@ def _substituted(prototype: Prototype, elements: tuple[int, ...]) -> Iterator[Cr
 
 
 def _formula(elements: tuple[int, ...], site: NDArray[np.intp]) -> str:
-    """Reduced formula in the order given, so that NaCl>KBr shows what became what."""
+    """Reduced formula in the order given, so that NaCl>KBr shows which element replaced which."""
     counts = np.bincount(site)
     parts = zip(elements, counts // np.gcd.reduce(counts), strict=True)
     return "".join(SYMBOLS[z] + (str(n) if n > 1 else "") for z, n in parts)

@@ -1,7 +1,7 @@
-"""Tar and zip archives, read from front to back: names and streams, nothing on disk, damage passed over.
+"""Tar and zip archives, read from front to back as names and streams; nothing is extracted, damage is skipped.
 
-``tarfile`` ends silently at a damaged header, which here would lose every member after it. So the headers are walked
-here, and only their fields are decoded by ``tarfile``.
+``tarfile`` stops silently at a damaged header, which would lose every member after it. So we walk the headers here and
+use ``tarfile`` only to decode their fields.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LINKS: Final = {
 
 
 class Member(NamedTuple):
-    """One file of an archive. It must be read, if at all, before the next one is asked for."""
+    """One file of an archive. It must be read, if at all, before the next one is requested."""
 
     path: str
     stream: Stream | None  # None for links
@@ -40,10 +40,10 @@ class Member(NamedTuple):
 def tar_members(stream: Stream) -> Iterator[Member | Fault]:
     """The members of a tar archive.
 
-    After a damaged header, the next block that is a header goes on.
+    After a damaged header, reading resumes at the next block that is a valid header.
 
     Raises:
-        DamagedError: where the archive is cut: there is no end mark.
+        DamagedError: if the archive is truncated, that is, has no end marker.
     """
     number, lost, ended = 0, False, False
     long: dict[str, str] = {}  # what headers before the member's own say about it
@@ -54,7 +54,7 @@ def tar_members(stream: Stream) -> Iterator[Member | Fault]:
         if len(header) < BLOCK:
             raise DamagedError("there is no end mark")
         ended = header.count(0) == BLOCK
-        if ended:  # read on all the same: that checks the compression, and there may be a second archive
+        if ended:  # read on anyway: that checks the compression, and there may be a second archive
             continue
         try:
             info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
@@ -101,16 +101,16 @@ def _long_name(info: tarfile.TarInfo, body: Stream) -> dict[str, str]:
 def zip_members(file: Any) -> Iterator[Member | Fault]:
     """The members of a zip archive, which must be seekable.
 
-    The list of members is at the end of a zip, so a cut one has none: then its members are found one after the other.
+    The list of members is at the end of a zip, so a truncated one has none: its members are then found one by one.
 
     Raises:
-        DamagedError: where the archive is cut.
+        DamagedError: if the archive is truncated.
     """
     try:
         archive = zipfile.ZipFile(file)
         _check_count(file, archive)
     except (zipfile.BadZipFile, OSError, ValueError, struct.error) as why:
-        with contextlib.suppress(ValueError, OSError):  # a server that cannot give parts of a file
+        with contextlib.suppress(ValueError, OSError):  # a server without range requests
             file.seek(0)
         yield from _salvaged(Stream(file.read))
         raise DamagedError(f"the list of members is damaged ({why})") from None
@@ -129,7 +129,7 @@ def zip_members(file: Any) -> Iterator[Member | Fault]:
 
 
 def _check_count(file: Any, archive: zipfile.ZipFile) -> None:
-    """See whether all members are listed: ``zipfile`` takes a list that ends early as it is."""
+    """Check that all members are listed, since ``zipfile`` accepts a list that ends early."""
     file.seek(-22 - len(archive.comment), os.SEEK_END)
     end = file.read(12)
     stated = int.from_bytes(end[10:], "little")
@@ -138,7 +138,7 @@ def _check_count(file: Any, archive: zipfile.ZipFile) -> None:
 
 
 def _checked(opened: Any) -> Any:
-    """``read1`` of a member, a wrong checksum being damage."""
+    """Wrap ``read1`` of a member, so that a wrong checksum counts as damage."""
 
     def read(n: int) -> bytes:
         try:
@@ -150,7 +150,7 @@ def _checked(opened: Any) -> Any:
 
 
 def _salvaged(stream: Stream) -> Iterator[Member]:
-    """The members of a zip whose end is missing, by their local headers, as far as these state their sizes."""
+    """Find the members of a zip whose end is missing by their local headers, as far as these state sizes."""
     while (header := stream.exactly(30))[:4] == b"PK\x03\x04" and len(header) == 30:
         flags, method, size, _, n_name, n_extra = struct.unpack("<6xHH8xIIHH", header)
         path = _printable(stream.exactly(n_name).decode("utf-8" if flags & 0x800 else "cp437", "replace"))
@@ -180,5 +180,5 @@ def _inflated(body: Stream) -> Any:
 
 
 def _printable(path: str) -> str:
-    """A name that any file or terminal takes."""
+    """A name that can be written to any file or terminal."""
     return path.encode("utf-8", "replace").decode("utf-8")

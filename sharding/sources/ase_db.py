@@ -2,8 +2,8 @@
 
 A label is a column of the row (``energy``) or one of its key-value pairs. The files are opened read-only.
 
-A file that is shorter than it says is not opened at all: SQLite would read zeros where its last page ends, and LMDB,
-which maps its file into memory and trusts it, would end the process.
+A file that is shorter than its header states is not read: SQLite would read zeros past its end, and LMDB, which maps
+the file into memory and trusts it, would crash the process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def open_source(spec: str, options: ReadOptions) -> Source:
     """Open an ASE database.
 
     Raises:
-        SourceError: where it is none, or the reader of its format is not installed.
+        SourceError: if it is not one, or the package for its format is not installed.
     """
     if "://" in spec:
         raise SourceError(f"{redacted(spec)}: a database is read from a disk, not from a URL; copy it first")
@@ -68,7 +68,7 @@ def _row(piece: Piece, options: ReadOptions) -> Iterator[Crystal | Fault]:
         row["numbers"] = np.frombuffer(row["numbers"], "<i4")
         row["positions"] = np.frombuffer(row["positions"], "<f8")
         row["cell"] = np.frombuffer(row["cell"], "<f8")
-        row["pbc"] = [bool(row["pbc"])]  # a bit a direction
+        row["pbc"] = [bool(row["pbc"])]  # one bit per direction
     row.pop("id", None)  # the number of the row in this file
     return dialects.crystals(row, piece.key, piece.stem, options)
 
@@ -93,7 +93,7 @@ def _sqlite_pieces(spec: str, options: ReadOptions) -> Generator[Piece | Fault]:
     except sqlite3.Error as why:
         raise SourceError(f"{spec}: cannot be opened ({why})") from None
     with contextlib.closing(database):
-        database.execute("PRAGMA trusted_schema = OFF")  # functions that the file's own schema would call
+        database.execute("PRAGMA trusted_schema = OFF")  # do not call functions named in the file's own schema
         try:
             there = {column for _, column, *_ in database.execute("PRAGMA table_info(systems)")}
         except sqlite3.DatabaseError as why:
@@ -119,7 +119,7 @@ def _sqlite_pieces(spec: str, options: ReadOptions) -> Generator[Piece | Fault]:
 def _check_length(spec: str, needed: int) -> None:
     length = os.path.getsize(spec)
     if length < needed:
-        raise SourceError(f"{spec}: is cut, or no such database: it has {length:,} of {needed:,} bytes")
+        raise SourceError(f"{spec}: is truncated, or not such a database: it has {length:,} of {needed:,} bytes")
 
 
 def _lmdb_pieces(spec: str, options: ReadOptions) -> Generator[Piece | Fault]:

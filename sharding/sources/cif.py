@@ -1,13 +1,12 @@
-"""CIF files, read by gemmi; pymatgen's parser is asked where gemmi's reading leaves doubt.
+"""CIF files, read by gemmi; pymatgen's parser decides where gemmi's reading leaves doubt.
 
 A CIF lists the atoms of an asymmetric unit and the symmetry operations that fill the cell with them. Explicit
-operations are believed before names of space groups. Atoms on special positions are mapped to themselves by some of
-the operations: they are put exactly there, and counted once.
+operations take precedence over names of space groups. Atoms on special positions are mapped to themselves by some of
+the operations: they are moved exactly onto the position, and counted once.
 
-The fast reading gives up, and ``pymatgen.io.cif.CifParser`` decides, where the text breaks the syntax, an element can
-only be guessed from a label, a space group is named that is unknown or has two origins, or the symmetry is magnetic.
-It is 8 to 50 times slower, so it is asked for texts up to ``SLOW_LIMIT`` only. Where it fails too, both reasons
-are given.
+We fall back to ``pymatgen.io.cif.CifParser`` if the text violates the syntax, an element can only be guessed from a
+label, the space group is unknown or has two origins, or the symmetry is magnetic. It is 8 to 50 times slower, so it is
+used only for texts up to ``SLOW_LIMIT``. If it fails too, both reasons are given.
 """
 
 from __future__ import annotations
@@ -65,20 +64,20 @@ def crystals(
 
     Args:
         text: the CIF.
-        key: of the crystal; with several, the names of their blocks are added.
+        key: key of the crystal; if there are several, the names of their blocks are appended.
         options: the labels to read, and what to do about disorder.
-        labels: those of a table that has the CIF in a column; None to read them from the CIF.
+        labels: labels from the table that holds the CIF in a column; None to read them from the CIF.
 
     Raises:
-        RefusedError: ``unparsable``, ``no_atoms``, ``species``, ``partial_occupancy``, ``singular_cell``. Of several
-            blocks, those that are refused are faults.
+        RefusedError: ``unparsable``, ``no_atoms``, ``species``, ``partial_occupancy``, ``singular_cell``. If there
+            are several blocks, a refused one yields a ``Fault`` instead.
     """
     try:
         document = _document(text)
     except (RuntimeError, ValueError) as why:
         yield from _apart(text, key, options, labels, str(why))
         return
-    # the other blocks tell of authors, or of the measurement
+    # the other blocks describe authors, or the measurement
     blocks = [b for b in document if b.find_value(CELL[0]) or b.find_loop(FRACTIONAL[0])]
     if not blocks:
         raise RefusedError("unparsable", "no data block has a cell and atoms")
@@ -93,14 +92,14 @@ def crystals(
 
 
 def _told_apart(names: Sequence[str]) -> Iterator[str]:
-    """Names of blocks; of those that occur repeatedly, as programs write them, with their number behind."""
+    """Make names of blocks unique: a name that occurs repeatedly, as some programs write it, gets a number appended."""
     repeated = Counter(names)
     for number, name in enumerate(names):
         yield f"{name}#{number}" if repeated[name] > 1 else name
 
 
 def _document(text: bytes | str) -> gemmi.cif.Document:
-    """The parsed text; the one break of the syntax that whole databases have is mended."""
+    """Parse the text, repairing the one syntax error that occurs in whole databases (``UNQUOTED``)."""
     try:
         return _parsed(text)
     except (RuntimeError, ValueError):
@@ -125,7 +124,7 @@ def _parsed(text: bytes | str) -> gemmi.cif.Document:
 def _apart(
     text: bytes | str, key: str, options: ReadOptions, labels: Mapping[str, float] | None, why: str
 ) -> Iterator[Crystal | Fault]:
-    """A text that gemmi cannot read, block by block: one that is broken loses no other."""
+    """Read a text that gemmi rejects block by block, so that a broken block affects no other."""
     whole = text.encode() if isinstance(text, str) else text
     starts = [match.start() for match in HEADING.finditer(whole)]
     parts = [whole[a:b] for a, b in pairwise([*starts, len(whole)])]
@@ -148,7 +147,7 @@ def _block(
     options: ReadOptions,
     labels: Mapping[str, float] | None,
 ) -> list[Crystal]:
-    """The crystal of a block; ``text`` is that of the block, where it is known to be no other's."""
+    """The crystal of a block; ``text`` is the original text if this is its only block, else None."""
     if labels is None:
         labels = _labels_of(block.find_value, options)
     try:
@@ -208,14 +207,14 @@ def _disordered(
     operations: Operations | None,
     options: ReadOptions,
 ) -> tuple[Floats, NDArray[np.uint8]]:
-    """The sites of a cell in which occupancies are not all 1, as the options want it."""
+    """The sites to keep in a cell whose occupancies are not all 1, as the options specify."""
     occupancy = np.array(shares)
     occupancy[np.isnan(occupancy)] = 1  # "?" and "." mean full
     partial = check_occupancy(occupancy, options)
     there = occupancy > 0
     fractional, numbers, occupancy = fractional[there], numbers[there], occupancy[there]
     if operations is not None:
-        # sites may coincide where they are partly occupied, which ``majority`` looks into
+        # partly occupied sites may coincide, which ``majority`` resolves
         fractional, site = expand(fractional, None if partial else numbers, lattice, *operations)
         numbers, occupancy = numbers[site], occupancy[site]
     if partial:
@@ -252,7 +251,7 @@ def _species(types: list[str] | None, labels: list[str] | None) -> NDArray[np.ui
 
 @functools.lru_cache(maxsize=1024)
 def _symbol(text: str) -> str:
-    """The element of a type symbol. What is none is returned as it is, to be refused by name."""
+    """The element of a type symbol. Anything else is returned unchanged, to be refused by name."""
     match = SYMBOL.match(text if len(text) < 2 or not text[:2].isalpha() else text[:2].capitalize() + text[2:])
     return match[1] if match else text
 
@@ -269,14 +268,14 @@ def _from_label(label: str) -> str:
 def _slowly(
     text: bytes | str, key: str, options: ReadOptions, labels: Mapping[str, float] | None, why: str
 ) -> list[Crystal]:
-    """What pymatgen reads, where gemmi is in doubt."""
+    """Read with pymatgen, where gemmi is in doubt."""
     if len(text) > SLOW_LIMIT:
         raise RefusedError("unparsable", f"{why} (too long to ask pymatgen)")
     from pymatgen.io.cif import CifFile, CifParser
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about rounding and the like; what matters raises
+            warnings.simplefilter("ignore")  # about rounding and the like; real problems raise
             decoded = text if isinstance(text, str) else text.decode("utf-8", "replace")
             structures = CifParser.from_str(decoded).parse_structures(primitive=False)
             if labels is None and options.labels:  # gemmi could not even read the tags

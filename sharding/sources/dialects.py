@@ -27,10 +27,10 @@ def crystals(
 
     Args:
         record: one entry of a database.
-        key: used where the record states no id of its own.
-        stem: of the file's name; goes before ids that are mere numbers.
+        key: used if the record has no id of its own.
+        stem: stem of the file name; prefixed to ids that are only numbers.
         options: the labels to read, and what to do about disorder.
-        named: the key is an id, and goes before those in the record.
+        named: whether ``key`` is an id, which takes precedence over those in the record.
 
     Raises:
         RefusedError: ``unparsable``, ``no_atoms``, ``species``, ``partial_occupancy``, ``not_periodic``.
@@ -145,7 +145,7 @@ def ase(row: Mapping[str, Any], key: str, labels: Labels) -> Crystal:
 
 
 def array_of(value: Any) -> Any:
-    """What ASE's JSON writes for an array, or a plain list."""
+    """Decode an array as ASE's JSON writes it; other values are returned unchanged."""
     if isinstance(value, dict) and "__ndarray__" in value:
         shape, dtype, flat = value["__ndarray__"]
         if dtype not in ("int64", "int32", "float64", "float32", "bool"):
@@ -157,7 +157,7 @@ def array_of(value: Any) -> Any:
 
 
 def _ordered(crystal: Crystal, shares: Sequence[float], options: ReadOptions) -> Crystal:
-    """What ``options.occupancy`` leaves of a crystal whose sites have these occupancies."""
+    """Apply ``options.occupancy`` to a crystal whose sites have these occupancies."""
     occupancy = np.array(shares, np.float64)
     if check_occupancy(occupancy, options):
         keep = majority(crystal.positions @ np.linalg.inv(crystal.lattice), crystal.lattice, occupancy)
@@ -173,7 +173,7 @@ def _lattice(cell: Mapping[str, Any]) -> Any:
 
 
 def _vectors(values: Any) -> Any:
-    """Vectors as (n, 3); None becomes NaN, for the check of every crystal to refuse."""
+    """Vectors as (n, 3); None becomes NaN, which ``crystal.check`` refuses."""
     vectors = np.array(values, dtype=np.float64)
     if vectors.ndim != 2 or vectors.shape[1] != 3:
         raise RefusedError("unparsable", f"positions or cell vectors have the shape {vectors.shape}")

@@ -1,8 +1,7 @@
 """Files in any text format, alone or compressed, in folders and in archives: one stream of pieces for all of them.
 
-An archive is read from front to back and nothing of it is written to disk, so its paths are names and no more. Files
-of a folder come in the order of their names. What has an ending that no reader knows is not an input: a README between
-the CIFs is passed over.
+An archive is read from front to back and never extracted, so its paths are only names. The files of a folder are read
+in the order of their names. Files whose extension no reader handles, such as a README among the CIFs, are skipped.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def open_source(spec: str, options: ReadOptions) -> Source:
     """Open a file, a folder or an archive of files.
 
     Raises:
-        SourceError: where there is no reader for it, it cannot be opened, or a table has no such columns.
+        SourceError: if there is no reader for it, it cannot be opened, or a table lacks a column.
     """
     name = options.name or base_name(spec)
     if not _is_folder(spec):
@@ -130,7 +129,7 @@ def _pieces(spec: str, name: str, options: ReadOptions) -> Generator[Piece | Fau
     if empty:
         others = sorted(ending for ending in _BY_ENDING)
         raise SourceError(
-            f"{redacted(spec)}: no file in this folder has a reader that works in folders; name files of "
+            f"{redacted(spec)}: no file in this folder has a reader that works in folders; list files of "
             f"{', '.join(others)} one by one; known are {known()}"
         )
 
@@ -138,7 +137,7 @@ def _pieces(spec: str, name: str, options: ReadOptions) -> Generator[Piece | Fau
 def _file_pieces(
     file: Any, spec: str, path: str, where: str, stems: _Stems, options: ReadOptions
 ) -> Iterator[Piece | Fault]:
-    """The pieces of one file or archive; ``where`` goes before every position."""
+    """The pieces of one file or archive; ``where`` is prefixed to every position."""
     if format_of(path) is not None:
         yield from _stream_pieces(stream_of(file, spec), path, where, stems, options)
         return
@@ -179,7 +178,7 @@ def _member_pieces(member: Member, where: str, stems: _Stems, options: ReadOptio
 def _stream_pieces(
     stream: Stream, path: str, where: str, stems: _Stems, options: ReadOptions
 ) -> Iterator[Piece | Fault]:
-    """The pieces of one stream in a text format, and a fault where it cannot be cut, ends too early or is too large."""
+    """The pieces of one stream in a text format, and a fault if it cannot be split, ends too early or is too large."""
     module = format_of(path) or ""
     key = stems.of(path, where)
     try:
@@ -195,22 +194,22 @@ def _stream_pieces(
         yield Fault(where, "truncated", f"cannot be read to its end: {why}", key)
     except SourceError:
         raise
-    except (ValueError, TypeError, AttributeError, csv.Error) as why:  # another encoding, a header that is none
+    except (ValueError, TypeError, AttributeError, csv.Error) as why:  # wrong encoding, invalid header
         yield Fault(where, "unparsable", f"cannot be read: {one_line(why)}", key)
 
 
 class _Stems:
-    """What crystals without ids are named after: the stem of their file, with its folders where that is another's too.
+    """Prefixes for the keys of crystals without ids: the stem of their file, with its folders if the stem is taken.
 
     Args:
-        whole: whether every file has its folders.
+        whole: whether to include the folders for every file.
     """
 
     def __init__(self, whole: bool) -> None:
         self.whole, self.met = whole, set[str]()
 
     def of(self, path: str, where: str) -> str:
-        """The stem of a file; of a POSCAR, which has no name of its own, the path of its folder."""
+        """The stem of a file; for a file named POSCAR or CONTCAR, the path of its folder."""
         name = uncompressed_name(path)
         folder, base = posixpath.split(name)
         inside = name if _is_poscar(path) else os.path.splitext(name)[0]
@@ -231,16 +230,16 @@ def _is_folder(spec: str) -> bool:
     if "://" not in spec:
         return os.path.isdir(spec)
     if format_of(base_name(spec)) is not None or _archive_kind(base_name(spec)) is not None:
-        return False  # not asked: a web server has no folders
+        return False  # do not ask the server: a web server has no folders
     system, path = filesystem(spec)
     return bool(system.isdir(path))
 
 
 def _walk(spec: str) -> Iterator[tuple[str, str]]:
-    """The files of a folder and below, by name: what to open, and the path inside the folder.
+    """Walk a folder and those below, in the order of names; yield the path to open and the path inside the folder.
 
-    Links to files are followed, since the folder is the user's own, and links to folders are not: they may go round,
-    and come as they are.
+    Links to files are followed, since the folder is the user's own. Links to folders are not, since they may form
+    cycles; they are yielded themselves.
     """
     if "://" in spec:
         system, root = filesystem(spec)

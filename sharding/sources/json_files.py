@@ -1,4 +1,4 @@
-"""JSON documents: which of their arrays and objects hold the crystals is told by their first names.
+"""JSON documents: the names at their beginning decide which arrays and objects hold the crystals.
 
 - ``[…]``: an array of records, as pymatgen, JARVIS and many others write;
 - ``{"entries": […]}``, ``{"data": […]}``: the same inside an object (Alexandria, OPTIMADE responses);
@@ -7,7 +7,7 @@
 - ``{"mp-1": {…}, …}`` and ``{"mp-1": {"mp-1-0-0": {…}, …}, …}``: records by id, in one level or two (MPtrj);
 - records one after the other, as in JSON lines, or a single one.
 
-What a record may be is said in ``dialects``.
+The possible forms of a record are described in ``dialects``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["parse", "split"]
 
 ARRAYS: Final = ("entries", "data", "structures", "results", "docs")  # names of arrays of records
 ENVELOPE: Final = (*ARRAYS, "index", "columns", "links", "meta", "response", "included")
-FIELDS: Final = {  # names in records, or in structures
+FIELDS: Final = {  # names of members of records, or of structures
     *IDS,
     *"structure lattice matrix sites species atoms lattice_mat entry cif formula composition".split(),
     *"charge energy correction parameters properties type attributes lattice_vectors x-optimade".split(),
@@ -44,14 +44,14 @@ STRUCTURE: Final = {
     "lattice_mat",
     "lattice_vectors",
     "cif",
-}  # no id of a record
-NEIGHBOURS: Final = STRUCTURE | {"numbers", "positions"}  # of an array that is a field of a record
+}  # never ids of records
+NEIGHBOURS: Final = STRUCTURE | {"numbers", "positions"}  # found beside an array that is a field of a record
 OBJECTS: Final = re.compile(rb"\[\s*\{")
 TOKEN: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\]]|:\s*')
 
 
 def split(stream: Stream, stem: str, options: ReadOptions) -> Iterator[Piece | Fault]:
-    """A piece a record."""
+    """Yield one piece per record."""
     cursor = Cursor(stream, options.max_record_bytes)
     number = 0
     if not cursor.peek():
@@ -73,7 +73,7 @@ def split(stream: Stream, stem: str, options: ReadOptions) -> Iterator[Piece | F
 
 
 def _first_names(head: bytes, at: int = 0) -> list[str]:
-    """The first name of an object, the first name of its value if that is an object, and so on."""
+    """The name of an object's first member, that of the member's first member if it is an object, and so on."""
     names = []
     while match := FIRST.match(head, at):
         names.append(match[1].decode("utf-8", "replace"))
@@ -82,17 +82,17 @@ def _first_names(head: bytes, at: int = 0) -> list[str]:
 
 
 def _kind(head: bytes, options: ReadOptions) -> tuple[str, int]:
-    """What an object is, by how it begins, and how many levels of ids it has."""
+    """Classify an object by its beginning; also return how many levels of ids it has."""
     names = _first_names(head)
     kind, depth = _kind_of(names)
     if kind in ("envelope", "columns"):
         return kind, depth
     places = dict(_members(head))
     if not places.keys() & NEIGHBOURS and any(head[places[n] :][:1] == b"[" for n in ARRAYS if n in places):
-        return "envelope", 0  # behind a version, or a word about itself
+        return "envelope", 0  # preceded by a version, or a description
     if kind == "record":
         return kind, depth
-    # A record, or a table by column, may begin with an object that is no field: what comes after it tells.
+    # A record, or a table by column, may begin with an object that is not a known field: the members after it decide.
     members = {name: _first_names(head, at) for name, at in places.items()}
     rows = len(names) > 1 and names[1].isdecimal()
     by_column = {name for name, inside in members.items() if _is_column(name) and inside and inside[0].isdecimal()}
@@ -118,7 +118,7 @@ def _members(head: bytes) -> Iterator[tuple[str, int]]:
 
 
 def _kind_of(names: list[str]) -> tuple[str, int]:
-    """The same by its first names alone."""
+    """Classify an object by its first names alone."""
     if not names:
         return "record", 0
     if names[0] in ENVELOPE and not (len(names) > 1 and names[0] == "index"):

@@ -1,4 +1,4 @@
-"""JSON lines: a record a line, in any of the dialects; the header of OPTIMADE's export is passed over."""
+"""JSON lines: one record per line, in any of the dialects; the header of OPTIMADE's export is skipped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sharding.sources.streams import Stream
 
 
 def split(stream: Stream, stem: str, options: ReadOptions) -> Iterator[Piece | Fault]:
-    """A piece a line."""
+    """Yield one piece per line."""
     for number, (text, last) in enumerate(cut(stream, _line_feed, options.max_record_bytes)):
         position = f"line {number + 1}"
         if text is None:
@@ -41,7 +41,7 @@ def _line_feed(text: bytes, at: int) -> int:
 
 
 def loads(text: bytes) -> Any:
-    """JSON, and what Python writes beyond the standard: NaN and Infinity, which the fast parser refuses."""
+    """Parse JSON, including Python's non-standard NaN and Infinity, which the fast parser rejects."""
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:

@@ -1,4 +1,4 @@
-"""Cutting JSON text into values without parsing them: a cursor that holds no more than one value at a time."""
+"""Cut JSON text into values without parsing them, with a cursor that holds no more than one value at a time."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sharding.sources.streams import CHUNK, DamagedError, Stream, TooLargeError
 BLANK: Final = re.compile(rb"[ \t\r\n]*")
 BLANKS: Final = (b"", b" ", b"\t", b"\r", b"\n")
 SCALAR: Final = re.compile(rb"[^ \t\r\n,:\]}\[{\"]+")
-FIRST: Final = re.compile(rb'\{\s*"((?:[^"\\]|\\.)*)"\s*:\s*')  # an object and its first name
-HEAD: Final = 2**16  # bytes looked at for it
+FIRST: Final = re.compile(rb'\{\s*"((?:[^"\\]|\\.)*)"\s*:\s*')  # the beginning of an object, up to its first name
+HEAD: Final = 2**16  # bytes searched for it
 QUOTE, BACKSLASH, OPEN, CLOSE = ord('"'), ord("\\"), ord("{"), ord("}")
 
 
@@ -56,13 +56,13 @@ class Cursor:
     """A place in a JSON text that moves forward, value by value."""
 
     def __init__(self, stream: Stream, limit: int) -> None:
-        """Begin at the start of ``stream``. Values over ``limit`` bytes are passed over."""
+        """Begin at the start of ``stream``. Values over ``limit`` bytes are skipped."""
         self._stream = stream
         self._limit = limit
         self._text = b""  # a window on the document
         self._bytes = np.frombuffer(self._text, np.uint8)  # the same
         self._at = 0  # the cursor in the window
-        self._start = 0  # the last value in the window; the window is never moved beyond it, see ``_recover``
+        self._start = 0  # the last value in the window, which is kept there for ``_recover``
         self._before = 0  # bytes of the document before the window
 
     @property
@@ -71,7 +71,7 @@ class Cursor:
         return self._before + self._at
 
     def peek(self) -> bytes:
-        """The next byte that is not blank, which is not consumed; none at the end of the document."""
+        """Return the next non-blank byte without consuming it; empty at the end of the document."""
         while (byte := self._text[self._at : self._at + 1]) in BLANKS:
             self._at = BLANK.match(self._text, self._at).end()  # type: ignore[union-attr]
             if self._at == len(self._text) and not self._more():
@@ -92,7 +92,7 @@ class Cursor:
             raise DamagedError(f"the JSON text has {what} at byte {self.offset:,}")
 
     def look(self, n: int) -> bytes:
-        """The next bytes from one that is not blank, up to n, which are not consumed."""
+        """Return up to n bytes, from the next non-blank one on, without consuming them."""
         self.peek()
         while len(self._text) - self._at < n and self._more():
             pass
@@ -102,8 +102,8 @@ class Cursor:
         """Consume the next value and return its text.
 
         Raises:
-            DamagedError: where there is none, or the document ends inside it.
-            TooLargeError: where it is larger than the limit; it is consumed.
+            DamagedError: if there is none, or the document ends inside it.
+            TooLargeError: if it is larger than the limit; it is consumed.
         """
         first = self.peek()
         self._start = self._at
@@ -123,13 +123,13 @@ class Cursor:
         return self._text[self._start : end]
 
     def elements(self, after: tuple[bytes, ...] = (b"",)) -> Iterator[bytes | DamagedError | TooLargeError]:
-        """Consume an array; the text of each element, or what is wrong with it.
+        """Consume an array; yield the text of each element, or what is wrong with it.
 
-        Where quotes or brackets of an element do not match, the reading goes on at the next place that looks like the
-        beginning of an element: like what two have in common.
+        If the quotes or brackets of an element do not match, reading resumes at the next place that looks like the
+        beginning of an element, that is, like the beginning that two elements have in common.
 
         Args:
-            after: the bytes that may follow the array; where another one does, its end was none.
+            after: the bytes that may follow the array; if another byte does, the closing bracket was not its end.
         """
         self.take(b"[")
         if self.accept(b"]"):
@@ -162,7 +162,7 @@ class Cursor:
                     earlier = text
 
     def members(self) -> Iterator[str]:
-        """Consume an object; each name, after which the caller must consume its value."""
+        """Consume an object; yield each name, after which the caller must consume its value."""
         self.take(b"{")
         if self.accept(b"}"):
             return
@@ -192,7 +192,7 @@ class Cursor:
         """Consume the rest of a value that is too large, and forget it.
 
         Raises:
-            TooLargeError: when that is done.
+            TooLargeError: always, once that is done.
         """
         end = -1
         while end < 0:
@@ -204,7 +204,7 @@ class Cursor:
         raise TooLargeError(f"is larger than {self._limit:,} bytes")
 
     def _recover(self, pattern: re.Pattern[bytes] | None) -> bool:
-        """Move to the next beginning of an element after that of the last value; whether there is one."""
+        """Move to the next beginning of an element after that of the last value; return whether there is one."""
         match = pattern.search(self._text, self._start + 1) if pattern else None
         if match is None:
             return False
@@ -212,7 +212,7 @@ class Cursor:
         return True
 
     def _more(self) -> bool:
-        """Read on, and drop what lies before the last value; whether there was more."""
+        """Read on, and drop what lies before the last value; return whether there was more to read."""
         chunk = self._stream.exactly(max(CHUNK, len(self._text) - self._start))
         self._text = self._text[self._start :] + chunk
         self._bytes = np.frombuffer(self._text, np.uint8)
@@ -223,7 +223,7 @@ class Cursor:
 
 
 def _beginning(text: bytes) -> re.Pattern[bytes]:
-    """The beginning of an element, after what should be the end of another."""
+    """A pattern for the beginning of an element, after what should be the end of another."""
     return re.compile(rb"(,[ \t\r\n]*|\}.[ \t\r\n]*)" + re.escape(text))
 
 

@@ -1,8 +1,8 @@
 """The Materials Project, through its client mp-api: ``mp:`` for all of it, ``mp:Li-Fe-O`` for one chemical system.
 
-The client reads the key from the variable MP_API_KEY. Structures of the GNoME set, which have another licence, are not
-asked for. The list of ids is fetched first, and then structures in its order, so that no more than a few hundred are
-held at a time.
+The client reads the API key from the variable MP_API_KEY. Structures of the GNoME set, which have another licence, are
+not requested. The list of ids is fetched first, then the structures in that order, so that no more than a few hundred
+are held at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sharding.sources import ReadOptions, Record, Source, SourceError
 from sharding.sources.json_lines import parse
 from sharding.sources.pieces import Fault, Piece, batched, parsed
 
-AT_ONCE: Final = 250  # structures a request
+AT_ONCE: Final = 250  # structures per request
 UNITS: Final = {
     "band_gap": "eV",
     "density": "g/cm³",
@@ -36,7 +36,7 @@ def open_source(spec: str, options: ReadOptions) -> Source:
     """Open the Materials Project.
 
     Raises:
-        SourceError: where mp-api is not installed.
+        SourceError: if mp-api is not installed.
     """
     _client_class()
     return Source(
@@ -85,7 +85,7 @@ def _pieces(spec: str, options: ReadOptions) -> Generator[Piece | Fault]:
                     yield _piece(key, documents.get(key), fields)
     except SourceError:
         raise
-    except Exception as why:  # the client's own errors, and those of what it stands on
+    except Exception as why:  # errors of the client and of its dependencies
         raise SourceError(f"{spec}: the Materials Project gives no answer ({type(why).__name__}: {why})") from None
 
 
@@ -97,7 +97,7 @@ def _piece(key: str, document: Any, fields: list[str]) -> Piece | Fault:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no form for: structures, models, numbers of other libraries."""
+    """Convert what JSON cannot represent: structures, models, numbers of other libraries."""
     for name in ("as_dict", "model_dump"):
         if hasattr(value, name):
             return getattr(value, name)()

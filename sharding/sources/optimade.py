@@ -1,9 +1,9 @@
 """Parquet tables in OPTIMADE property names, as LeMat-Bulk and others ship them.
 
 Columns: ``id`` (or another of ``KEYS``), ``lattice_vectors``, ``cartesian_site_positions``, ``species_at_sites``, and
-``species`` where sites may be disordered; any numeric column may be a label. Carried into the manifest are ``licence``
-and ``cite`` from the schema metadata, and the unit of a label from its field's metadata or from the JSON object
-``units`` in the schema's.
+``species`` where sites may be disordered; any numeric column may be a label. The manifest records
+``licence`` and ``cite`` from the schema metadata, and the unit of a label from the metadata of its field or from the
+JSON object ``units`` in the schema metadata.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VECTORS: Final = pa.list_(pa.list_(pa.float64()))
 
 
 def open_source(spec: str, options: ReadOptions) -> Source:
-    """Open one Parquet file; it is streamed, a slice of rows a record."""
+    """Open one Parquet file; it is streamed, one slice of rows per record."""
     try:
         with opened(spec) as file:
             schema = pq.read_schema(file)
@@ -44,10 +44,10 @@ def open_source(spec: str, options: ReadOptions) -> Source:
         raise SourceError(f"{redacted(spec)}: no column {', '.join(missing)}; it has {', '.join(there[:40])}")
     key = next((name for name in KEYS if name in there), None)
     if key is None:
-        raise SourceError(f"{redacted(spec)}: no column of ids, which would be {', '.join(KEYS)}")
+        raise SourceError(f"{redacted(spec)}: no column of ids; expected one of {', '.join(KEYS)}")
     for column, (right, wanted) in (_TYPES | {key: (_is_id, "text or whole numbers")}).items():
         if column in there and not right(kind := schema.field(column).type):
-            raise SourceError(f"{redacted(spec)}: column {column} holds {kind}, and must hold {wanted}")
+            raise SourceError(f"{redacted(spec)}: column {column} holds {kind}, but must hold {wanted}")
     species = ["species"] if "species" in there else []
     columns = list(dict.fromkeys([key, *SITES, *species, *options.labels.values()]))
     about = {k.decode(): v.decode("utf-8", "replace") for k, v in (schema.metadata or {}).items()}
@@ -87,7 +87,7 @@ def _is_species(kind: pa.DataType) -> bool:
     return fields >= {"name", "chemical_symbols", "concentration"}
 
 
-_TYPES: Final = {  # of columns, as OPTIMADE has them
+_TYPES: Final = {  # of columns, as OPTIMADE defines them
     "lattice_vectors": (_is_list_of(_is_list_of(_is_number)), "lists of three vectors"),
     "cartesian_site_positions": (_is_list_of(_is_list_of(_is_number)), "lists of vectors"),
     "species_at_sites": (_is_list_of(_is_text), "lists of texts"),
@@ -163,7 +163,7 @@ def _parse(source: str, key: str, options: ReadOptions, record: Record) -> Itera
 
 
 def _ordered(batch: pa.RecordBatch) -> bool:
-    """Whether every species of every row is one element, under its own name: then the names at sites say it all."""
+    """Whether every species of every row is one element, under its own name, so that site names suffice."""
     if "species" not in batch.schema.names:
         return True
     species = batch.column("species").flatten()

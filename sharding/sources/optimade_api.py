@@ -1,8 +1,8 @@
 """Databases behind an OPTIMADE endpoint: ``optimade:https://host/path``, with ``?filter=…`` to choose structures.
 
-Pages come in the server's order, as many as it links. Links and redirections are followed to the same origin only, so
-that no server can make this process ask another one. When the server stays away for longer than the patience below,
-the reading ends with an error: a rerun goes through the same pages in the same order.
+Pages are read in the order in which the server links them. Links and redirections are followed to the same origin only,
+so that no server can make this process query another. If the server does not answer within the limits of ``Patience``,
+reading ends with an error; a rerun goes through the same pages in the same order.
 
 https://specification.optimade.org
 """
@@ -31,15 +31,15 @@ from sharding.sources.streams import redacted
 
 FIELDS: Final = ("lattice_vectors", "cartesian_site_positions", "species_at_sites", "species", "nperiodic_dimensions")
 PAGE: Final = 100  # structures; servers differ in how many they allow
-PASSING: Final = (408, 425, 429, 500, 502, 503, 504)  # HTTP states that may pass
+PASSING: Final = (408, 425, 429, 500, 502, 503, 504)  # HTTP status codes of errors that may pass
 
 
 @dataclass(frozen=True)
 class Patience:
     """How long to wait for a server, in seconds."""
 
-    silence: float = 30.0  # without a byte
-    page: float = 300.0  # for one page in all
+    silence: float = 30.0  # without receiving a byte
+    page: float = 300.0  # for a whole page
     pause: float = 1.0  # before the first retry; doubled before each further one
     longest_pause: float = 120.0
     retries: int = 6
@@ -52,7 +52,7 @@ def open_source(spec: str, options: ReadOptions) -> Source:
     """Open an endpoint. Asks it for its licence, and for the units of the labels.
 
     Raises:
-        SourceError: where no OPTIMADE endpoint answers, or it has no such property.
+        SourceError: if no OPTIMADE endpoint answers, or it lacks a property.
     """
     url = urlsplit(spec.removeprefix("optimade:"))
     if url.scheme not in ("http", "https") or not url.hostname:
@@ -112,7 +112,7 @@ def _next(response: dict[str, Any], url: str) -> str:
         return ""
     here, there = urlsplit(url), urlsplit(urljoin(url, link))
     if (here.scheme, there.scheme) == ("https", "http") and here.netloc == there.netloc:
-        there = there._replace(scheme="https")  # servers behind a proxy do not know that they are
+        there = there._replace(scheme="https")  # a server behind a TLS proxy may write its own links with http
     if _origin(there) != _origin(here):
         raise SourceError(
             f"{url}: the next page is said to be at {there.geturl()[:200]}, on another server: not followed"
@@ -124,7 +124,7 @@ def _get(url: str, limit: int) -> dict[str, Any]:
     """A response in JSON.
 
     Raises:
-        SourceError: where there is none after all retries, or it is larger than ``limit``.
+        SourceError: if there is none after all retries, or it is larger than ``limit``.
     """
     pause = PATIENCE.pause
     for attempt in range(PATIENCE.retries + 1):
@@ -141,13 +141,13 @@ def _get(url: str, limit: int) -> dict[str, Any]:
             wait = error.headers.get("Retry-After", "")
             pause = max(pause, float(wait) if wait.isdecimal() else 0.0)
             why: object = error
-        except (OSError, http.client.HTTPException, orjson.JSONDecodeError) as error:  # no, half or broken responses
+        except (OSError, http.client.HTTPException, orjson.JSONDecodeError) as error:  # missing or broken responses
             why = error
         else:
             if not isinstance(response, dict):
                 raise SourceError(f"{redacted(url)}: the response is no JSON object")
             return response
-    raise SourceError(f"{redacted(url)}: no response after {PATIENCE.retries + 1} attempts ({why}); run again to go on")
+    raise SourceError(f"{redacted(url)}: no response after {PATIENCE.retries + 1} attempts ({why}); rerun to continue")
 
 
 def _read(url: str, limit: int) -> bytes:

@@ -1,7 +1,7 @@
-"""Pieces: what a reader cuts a source into, so that the parsing can be done elsewhere, many pieces at a time.
+"""Pieces: what a reader cuts a source into, so that workers can do the parsing, many pieces at a time.
 
-``split`` of a format runs in the process that reads; it cuts and does not look inside. ``parse`` runs in the workers.
-Both meet anything: damage costs the piece it is in, and every loss is a refusal.
+The ``split`` of a format runs in the reading process and does not look inside pieces; ``parse`` runs in the workers.
+Both must expect any input: damage costs only the piece it is in, and every loss is recorded as a refusal.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sharding.sources import ReadOptions, Record
 from sharding.sources.streams import CHUNK, DamagedError, Stream
 
 PIECES_PER_RECORD: Final = 512
-BYTES_PER_RECORD: Final = 2**20  # a record travels to another process
+BYTES_PER_RECORD: Final = 2**20  # a record is sent to another process
 MISSING: Final = ("", "nan", "na", "n/a", "<na>", "null", "none")  # words for a value that is not known
 IDS: Final = ("id", "material_id", "mat_id", "jid", "entry_id", "structure_id", "mp_id", "index")
 
@@ -25,14 +25,14 @@ IDS: Final = ("id", "material_id", "mat_id", "jid", "entry_id", "structure_id", 
 class Piece(NamedTuple):
     """One crystal, not parsed yet (a CIF file may hold several)."""
 
-    key: str  # where the text does not name itself
+    key: str  # used if the text holds no id
     position: str  # where in the source
-    text: Any  # bytes; of a table of a database, a tuple
-    stem: str  # of the file's name: what an id that is a mere number is put behind
-    named: bool = False  # the key is an id, and not a place in the file
+    text: Any  # bytes, or a tuple for a row of a database
+    stem: str  # of the file name; prefixed to ids that are only numbers
+    named: bool = False  # whether the key is an id rather than a place in the file
     columns: tuple[str, ...] = ()  # of a table
     format: str = ""  # the module that parses it
-    last: bool = False  # the file ends with it: what is not whole may have been cut off
+    last: bool = False  # whether the file ends with it, so that it may have been cut off
 
 
 class Fault(NamedTuple):
@@ -48,7 +48,7 @@ Parse = Callable[[Piece, ReadOptions], Iterable[Crystal | Fault]]
 
 
 def batched(pieces: Iterator[Piece | Fault], name: str, options: ReadOptions) -> Iterator[Record]:
-    """Pieces in records that are worth sending to another process; stops after ``options.limit`` pieces."""
+    """Group pieces into records large enough to send to another process; stop after ``options.limit`` pieces."""
     left = math.inf if options.limit is None else options.limit
     batch: list[Piece | Refusal] = []
     position, size = "", 0
@@ -72,10 +72,10 @@ def parsed(
 ) -> Iterator[Crystal | Refusal]:
     """The crystals of some pieces, and a refusal for each piece that has none."""
     found: list[Crystal | Refusal] = []
-    with np.errstate(all="ignore"):  # what comes of infinite numbers is refused by ``crystal.check``
+    with np.errstate(all="ignore"):  # infinite numbers are refused by ``crystal.check``
         for piece in pieces:
             found += [piece] if isinstance(piece, Refusal) else _parsed(parse, name, options, piece)
-    yield from found  # not inside: what goes on between would ignore errors, too
+    yield from found  # outside the ``with``, which would also silence the consumer's errors
 
 
 def _parsed(parse: Parse, name: str, options: ReadOptions, piece: Piece) -> Iterator[Crystal | Refusal]:
@@ -116,7 +116,7 @@ def cut(stream: Stream, find: Callable[[bytes, int], int], limit: int) -> Iterat
         The text, None where it is over the limit, and whether it is the last one of the file.
 
     Raises:
-        DamagedError: when every whole piece before the damage was yielded.
+        DamagedError: after every complete piece before the damage has been yielded.
     """
     text, seen, too_large = b"", 0, False
     while True:
@@ -183,7 +183,7 @@ def number(value: Any) -> float | None:
 
 
 def key_of(record: Mapping[str, Any], stem: str) -> str | None:
-    """The id that a record states. A mere number, which another database may use as well, gets the file's name."""
+    """The id of a record. A plain number, which another database may use as well, is prefixed with the stem."""
     for name in IDS:
         value = record.get(name)
         if isinstance(value, str) and value and not value.isdecimal():

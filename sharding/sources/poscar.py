@@ -1,4 +1,4 @@
-"""VASP's POSCAR and CONTCAR. The file of VASP 4 has no line of elements: its comment must name them."""
+"""VASP's POSCAR and CONTCAR. VASP 4 writes no line of elements: the comment must then name them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What several readers share about cells and sites: cell parameters and disorder."""
+"""Shared by several readers: cell parameters and site disorder."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sharding.sources import ReadOptions
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
-SAME: Final = 0.1  # Å; positions closer than that are one site, written with rounding
-EXCLUSIVE: Final = 0.7  # Å; of two partly occupied sites that close, one is occupied at a time
-FULL: Final = 1e-3  # an occupancy that near to 1 is 1
+SAME: Final = 0.1  # Å; positions closer than this are one site, but for rounding
+EXCLUSIVE: Final = 0.7  # Å; of two partly occupied sites this close, only one is occupied at a time
+FULL: Final = 1e-3  # an occupancy this close to 1 counts as 1
 
 
 def lattice_of(a: float, b: float, c: float, alpha: float, beta: float, gamma: float) -> Floats:
-    """Cell vectors of cell parameters, rows in Å: a along x, b in the xy plane.
+    """Cell vectors from cell parameters, rows in Å: a along x, b in the xy plane.
 
     Raises:
         RefusedError: ``singular_cell`` where there is no such cell.
@@ -64,10 +64,10 @@ def check_occupancy(occupancy: Floats, options: ReadOptions) -> bool:
 
 
 def majority(fractional: Floats, lattice: Floats, occupancy: Floats) -> Indices:
-    """The sites to keep of a disordered crystal.
+    """Choose the sites to keep in a disordered crystal.
 
-    At each place the species with the largest share, unless the place is more often empty than not; of places too
-    close to be occupied together the one with the larger share. The first one listed where they are equal.
+    At each place, keep the species with the largest share, unless the place is more often empty than not; of places too
+    close to be occupied together, keep the one with the larger share. Ties go to the first one listed.
     """
     kept = occupancy >= 1 - FULL
     for i in np.argsort(-occupancy, kind="stable"):

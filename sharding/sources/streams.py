@@ -1,4 +1,4 @@
-"""Bytes read forward: from a path or a URL, decompressed by ending, with one error for every kind of damage."""
+"""Forward-only streams of bytes from a path or a URL, decompressed by extension, with one error for all damage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHUNK: Final = 2**20  # bytes; what a reader asks for at once
 
 
 class DamagedError(Exception):
-    """The bytes end, or stop making sense, before their time."""
+    """The data is truncated or corrupt."""
 
 
 class TooLargeError(Exception):
@@ -40,7 +40,7 @@ class Stream:
         """At least one and at most n bytes; none at the end.
 
         Raises:
-            DamagedError: where the file or a compressed stream is cut or broken; again at every later call.
+            DamagedError: if the file or a compressed stream is truncated or corrupt; again at every later call.
         """
         if self._damage is not None:
             raise self._damage
@@ -68,8 +68,8 @@ class Stream:
         """Everything up to the end.
 
         Raises:
-            TooLargeError: where that is more than ``limit`` bytes; no more than these are held.
-            DamagedError: where the end was not reached.
+            TooLargeError: if that is more than ``limit`` bytes; no more than that is held in memory.
+            DamagedError: if the end was not reached.
         """
         text = self.exactly(limit + 1)
         if len(text) > limit:
@@ -101,9 +101,9 @@ class Stream:
 
 
 def decompressed(stream: Stream, path: str) -> Stream:
-    """The stream behind a compression that the ending of the path names; the stream itself where it names none."""
+    """Decompress a stream by the extension of its path; return it unchanged if that names no compression."""
     ending = os.path.splitext(path.lower())[1]
-    # read1 and not read: what came before the damage is handed out before the error is
+    # read1, not read: it returns the data before the damage, and only then raises
     if ending in (".gz", ".tgz"):
         return Stream(gzip.GzipFile(fileobj=cast(Any, stream), mode="rb").read1)
     if ending in (".bz2", ".tbz2"):
@@ -114,7 +114,7 @@ def decompressed(stream: Stream, path: str) -> Stream:
         import pyarrow as pa
 
         unpacked = pa.CompressedInputStream(pa.PythonFile(_File(stream), mode="r"), "zstd")
-        # small steps: an error swallows the step it happens in
+        # small reads: an error loses the whole read in which it happens
         return Stream(lambda n: unpacked.read(min(n, 2**13)))
     return stream
 
@@ -134,8 +134,8 @@ class _File:
 def stream_of(file: Any, spec: str) -> Stream:
     """The bytes of an open file.
 
-    A disk or a network that fails is not a damaged file: it raises ``SourceError``, so that no rest of a source is
-    taken for its end.
+    A disk or a network that fails is not a damaged file: it raises ``SourceError``, so that the source is not taken to
+    end there.
     """
 
     def read(n: int) -> bytes:
@@ -149,20 +149,20 @@ def stream_of(file: Any, spec: str) -> Stream:
 
 @contextlib.contextmanager
 def opened(spec: str, *, forward: bool = False) -> Iterator[Any]:
-    """A binary file of a path or a URL.
+    """Open a path or a URL as a binary file.
 
     Args:
         spec: the path or URL.
-        forward: the file is read from front to back; otherwise it can be sought in.
+        forward: the file will only be read from front to back; otherwise it must be seekable.
 
     Raises:
-        SourceError: where it cannot be opened.
+        SourceError: if it cannot be opened.
     """
     with contextlib.ExitStack() as stack:
         try:
             if "://" in spec:
                 system, path = filesystem(spec)
-                # in one request: many a web server cannot give a part of a file
+                # in one request: many web servers do not support range requests
                 whole = {"block_size": 0} if forward and spec.startswith("http") else {}
                 file = stack.enter_context(system.open(path, "rb", **whole))
             else:
@@ -183,7 +183,7 @@ def filesystem(url: str) -> tuple[Any, str]:
         if url.startswith("http"):
             import aiohttp
 
-            # the default ends any download after five minutes
+            # the default timeout ends any download after five minutes
             options = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}}
         return fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as why:  # fsspec's ImportError names the package to install

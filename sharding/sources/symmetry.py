@@ -32,7 +32,7 @@ class DoubtError(Exception):
 
 
 def unknown(value: str | None) -> bool:
-    """Whether a CIF says nothing about something."""
+    """Whether a CIF value is missing or unknown."""
     return value in (None, "", "?", ".")
 
 
@@ -40,13 +40,13 @@ def operations_of(block: gemmi.cif.Block, *, alpha: float, gamma: float) -> Oper
     """The symmetry operations of a CIF; None where there is only the identity.
 
     Args:
-        block: of the CIF.
+        block: the block of the CIF.
         alpha: angle of the cell, in degrees: a rhombohedral group has two settings.
         gamma: angle of the cell, in degrees.
 
     Raises:
-        DoubtError: where they are not certain.
-        RuntimeError: where gemmi cannot read them.
+        DoubtError: if they are ambiguous, unknown or magnetic.
+        RuntimeError: if gemmi cannot read them.
     """
     for tag in OPERATIONS:
         listed = block.find_values(tag)
@@ -93,7 +93,7 @@ def expand(
 
     Args:
         fractional: (n, 3), the sites of the asymmetric unit.
-        numbers: (n,), their species, with which sites that are images of another are left out; None to leave them.
+        numbers: (n,), their species, to drop sites that are images of another site; None to keep all sites.
         lattice: (3, 3), rows in Å.
         rotations: (m, 3, 3), of the symmetry operations.
         translations: (m, 3).
@@ -111,7 +111,7 @@ def expand(
     # the mean over these operations lies on the special position exactly: 0.3333 becomes 1/3
     fractional = fractional + np.einsum("nm,nmi->ni", fixed, shift) / np.maximum(fixed.sum(axis=1), 1)[:, None]
     images = (np.einsum("mij,nj->nmi", rotations, fractional) + translations) % 1
-    first = np.ones(images.shape[:2], bool)  # (n, m): images that are not there yet
+    first = np.ones(images.shape[:2], bool)  # (n, m): images that do not repeat an earlier one
     multiplicity = fixed.sum(axis=1)  # (n,): how often each image comes
     for i in np.flatnonzero(multiplicity > 1):
         first[i] = _first(images[i], lattice, len(rotations) // multiplicity[i])
@@ -122,14 +122,14 @@ def expand(
 
 
 def _first(images: Floats, lattice: Floats, expected: int) -> NDArray[np.bool_]:
-    """Which of some positions (m, 3) have not come before."""
+    """Mask of the positions (m, 3) that do not repeat an earlier one."""
     cells = np.rint(images * 10**6).astype(np.int64) % 10**6
     _, index = np.unique(cells @ np.array([1, 10**6, 10**12]), return_index=True)
     if len(index) == expected:
         first = np.zeros(len(images), bool)
         first[index] = True
         return first
-    # two roundings of one position, or operations that are no group: compare all with all
+    # two roundings of one position, or operations that do not form a group: compare all pairs
     same = distances(images[:, None], images, lattice) < SAME
     return same.argmax(axis=1) == np.arange(len(same))
 

@@ -18,10 +18,10 @@ CIF: Final = "cif"
 
 
 def check(stream: Stream, name: str, options: ReadOptions) -> None:
-    """Look at the header.
+    """Check that the header has the columns needed.
 
     Raises:
-        SourceError: where a column is missing.
+        SourceError: if a column is missing.
     """
     try:
         columns, _ = _header(stream)
@@ -33,7 +33,7 @@ def check(stream: Stream, name: str, options: ReadOptions) -> None:
 
 
 def split(stream: Stream, stem: str, options: ReadOptions) -> Iterator[Piece | Fault]:
-    """A piece a row."""
+    """Yield one piece per row."""
     columns, rest = _header(stream)
     if CIF not in columns:
         yield Fault("", "unparsable", f"no column {CIF}; the columns are {', '.join(columns[:20])}")
@@ -47,7 +47,7 @@ def split(stream: Stream, stem: str, options: ReadOptions) -> Iterator[Piece | F
 
 
 def parse(piece: Piece, options: ReadOptions) -> Iterator[Crystal | Fault]:
-    """The crystals of a row, and of those behind it that do not look like the beginning of one."""
+    """The crystals of a row, and of rows after it whose beginning was not recognized (see ``_row_finder``)."""
     for number, row in enumerate(_rows(piece.text.decode("utf-8", "replace"))):
         key = f"{piece.key}.{number}" if number else piece.key
         try:
@@ -74,10 +74,10 @@ def _rows(text: str) -> Iterator[list[str]]:
 
 
 def _row_finder(before: int) -> Callable[[bytes, int], int]:
-    """Finds where a row begins: at a line with so many fields, then a quote, and text that is quoted.
+    """Make a function that finds where a row begins: at a line with ``before`` fields, followed by a quoted text.
 
-    Inside of a quoted text every quote is doubled, so no line of a CIF looks like this, whatever it holds. A row that
-    does not look like this (its CIF is empty, a field before it has several lines) stays behind the one before it.
+    Inside quoted text every quote is doubled, so no line of a CIF looks like this, whatever it holds. A row that does
+    not look like this (its CIF is empty, or an earlier field has several lines) stays attached to the row before it.
     """
     field = rb'(?:"(?:[^"\r\n]|"")*"|[^",\r\n]*),'
     start = re.compile(rb'\n(?:%s){%d}"[^",\r\n]' % (field, before))
@@ -103,7 +103,7 @@ def _header(stream: Stream) -> tuple[tuple[str, ...], Stream]:
         raise DamagedError("there is no line with names of columns")
     line = text[:end].decode("utf-8-sig").rstrip("\r")
     columns = tuple(next(csv.reader([line], strict=True), []))
-    rest = text[end:]  # with its line feed, before which a row may begin
+    rest = text[end:]  # including the line feed, after which a row may begin
 
     def read(n: int) -> bytes:
         nonlocal rest

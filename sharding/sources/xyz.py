@@ -1,6 +1,6 @@
-"""Extended XYZ: frames of a number of atoms, a comment with ``Lattice="…"`` and ``Properties=…``, and one atom a line.
+"""Extended XYZ: each frame has the number of atoms, a comment (``Lattice="…" Properties=…``), and one line per atom.
 
-Labels are the values of the comment (``energy=-1.5``).
+Labels are values in the comment (``energy=-1.5``).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from sharding.sources import ReadOptions
 from sharding.sources.pieces import Fault, Piece, cut, key_of, labels_of
 from sharding.sources.streams import Stream
 
-# No line of an atom is one integer, so that a frame begins wherever such a line is, whatever came before
+# No line of an atom is a single integer, so a frame begins wherever such a line is, whatever came before
 FRAME: Final = re.compile(rb"\n(?=[ \t]*\d+[ \t]*\r?\n)")
 PAIR: Final = re.compile(r"""([^\s="']+)\s*=\s*(?:"([^"]*)"|'([^']*)'|\{([^}]*)\}|(\S+))""")
 PLAIN: Final = "species:S:1:pos:R:3"
 
 
 def split(stream: Stream, stem: str, options: ReadOptions) -> Iterator[Piece | Fault]:
-    """A piece a frame."""
+    """Yield one piece per frame."""
     for number, (text, last) in enumerate(cut(stream, _frame, options.max_record_bytes)):
         position = f"frame {number}"
         if text is None:
