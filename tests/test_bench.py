@@ -251,6 +251,6 @@ def test_what_people_do_with_an_encoder_is_measured(capsys: pytest.CaptureFixtur
 def test_wrong_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["graph", "--repeat", "0"])
-    assert "--repeat must be 1" in capsys.readouterr().err.splitlines()[-1]
+    assert "--repeat must be at least 1" in capsys.readouterr().err.splitlines()[-1]
     assert main(["scaling", "--packs", "2", "--ranks", "4"]) != 0
-    assert "no multiple of 4 ranks" in capsys.readouterr().err
+    assert "not a multiple of 4 ranks" in capsys.readouterr().err

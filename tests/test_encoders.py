@@ -319,25 +319,25 @@ def test_finetune_to_classes_with_labels_that_lie_elsewhere(home: Path, folder: 
         ("--target kind", "label 'kind' is 'dense', which is not a number"),
         ("--target volume kind", "label 'kind' is 'dense', which is not a number"),
         ("--target kind volume --classify", "one target"),
-        ("--target volume --classify", "nothing to classify"),
-        ("--target volume --per-atom total", "--per-atom total: no target"),
-        ("--target volume --log total", "--log total: no target"),
-        ("--target volume signed --log signed", "5 of 58 labels are not above 0, the smallest -2"),
-        ("--target volume --register a/b", "'a/b' is no name for a model"),
-        ("--target volume --members 0", "one network at least"),
+        ("--target volume --classify", "not usable as classes"),
+        ("--target volume --per-atom total", "--per-atom total: not among the targets, volume"),
+        ("--target volume --log total", "--log total: not among the targets, volume"),
+        ("--target volume signed --log signed", "5 of 58 labels are not above 0 (the smallest is -2)"),
+        ("--target volume --register a/b", "'a/b' is not a valid name for a model"),
+        ("--target volume --members 0", "at least one is needed"),
         ("--target volume --members 3 --readout linear", "all of them would be the same"),
-        ("--target volume --folds 3 --val 1", "a share of 1 to validate with"),
+        ("--target volume --folds 3 --val 1", "validation share 1:"),
         ("--target volume sparse --folds 5 --no-scratch", ": no training crystal has a label of sparse"),
         ("--target volume --folds 0", "0 folds"),
-        ("--target computed:density --classify", "names no classes"),
-        ("--target kind --classify --log kind", "classes have no --log"),
-        ("--target volume --split-column part --test-value train", "those who train cannot test"),
+        ("--target computed:density --classify", "not a class label"),
+        ("--target kind --classify --log kind", "--classify does not go with --log"),
+        ("--target volume --split-column part --test-value train", "training crystals cannot be test crystals"),
         ("--target volume --fold-column flod", "did you mean 'fold'?"),
-        ("--target volume --split-column part --test-value nowhere", "'nowhere' must be there"),
-        ("--target volume --folds 3 --fold-column fold", "exclude one another"),
+        ("--target volume --split-column part --test-value nowhere", "'train' and 'nowhere' are needed"),
+        ("--target volume --folds 3 --fold-column fold", "mutually exclusive"),
         ("--target volume --keys absent.txt", "absent.txt"),
         ("--target volume --freeze 9", "3 stages"),
-        ("--target volume --unit A eV", "2 units of 1 targets"),
+        ("--target volume --unit A eV", "2 units for 1 targets"),
         ("--target kind", "label 'kind' is 'dense', which is not a number"),
         ("--target volume --where n_atoms<3", "not a data set of shards"),
         ("--target volume --encoder models:/nobody@champion", "does not exist"),
@@ -386,7 +386,7 @@ def test_a_server_that_takes_no_record_costs_a_line(
     tune = ["finetune", "--encoder", "models:/crystals@champion", "--data", str(table), "--target", "volume"]
     assert cdssl([*tune, "--epochs", "1", "--no-scratch", "--out", "tuned"]) == 0
     said = capsys.readouterr().err
-    assert "mlflow: " in said and "did not take the record of this work (nobody is there)" in said
+    assert "mlflow: this work could not be recorded at " in said and "(nobody is there)" in said
     assert "report.html: not written (ZeroDivisionError" in said
     assert (home / "tuned" / "results.json").exists() and not (home / "tuned" / "report.html").exists()
 
@@ -556,8 +556,8 @@ def test_vectors_of_others_are_probed(
         ("few=few.parquet", "no vector for 2 of "),
         ("none=none.parquet", "no Parquet with key and embedding"),
         ("gone=gone.parquet", "no Parquet with key and embedding"),
-        ("encoder=own.parquet", "a name that is not one of encoder"),
-        ("own.parquet", "say NAME=FILE"),
+        ("encoder=own.parquet", "where NAME is not one of encoder"),
+        ("own.parquet", "must be NAME=FILE"),
     ):
         assert cdssl([*command, "--vectors", said]) == 2
         assert why in capsys.readouterr().err

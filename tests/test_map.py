@@ -78,7 +78,7 @@ def test_without_umap_nothing_else_is_taken_silently(
 ) -> None:
     monkeypatch.setitem(sys.modules, "umap", None)
     assert cdssl(["map", str(vectors), "--out", str(tmp_path / "out"), "--method", "umap"]) == 2
-    assert "pip install umap-learn, or take --method tsne" in capsys.readouterr().err
+    assert "pip install umap-learn, or use --method tsne" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -113,8 +113,8 @@ def test_what_cannot_be_mapped(vectors: Path, tmp_path: Path, capsys: pytest.Cap
     pq.write_table(pq.read_table(vectors).slice(0, 5), few)
     for arguments, said in (
         ([str(few)], "too few"),
-        ([str(vectors), "--color", "key"], "no column of numbers 'key'; there are density, n_atoms"),
-        ([str(tmp_path / "none.parquet")], "no Parquet file"),
+        ([str(vectors), "--color", "key"], "no numeric column 'key'; there are density, n_atoms"),
+        ([str(tmp_path / "none.parquet")], "not a readable Parquet file"),
     ):
         assert cdssl(["map", *arguments, "--out", str(tmp_path / "out")]) == 2
         assert said in capsys.readouterr().err

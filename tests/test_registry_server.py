@@ -127,7 +127,7 @@ def test_a_lock_whose_holder_died_is_taken_over(tmp_path: Path, mlflow_store: Pa
     client = connect(uri)
     client.create_registered_model("crystals")
     client.create_registered_model("crystals.lock", description="of a job that was killed")
-    with pytest.raises(RegistryError, match="other jobs hold"):
+    with pytest.raises(RegistryError, match="other jobs have held"):
         with registry_store.exclusive(client, "crystals", patience=0.5, stale=100):
             pass
     held = False

@@ -99,7 +99,7 @@ def test_the_report_in_a_browser(run: Path, tuned: Path, mapped: Path, tmp_path:
     assert cdssl(["report", str(run), *more, "--out", str(out)]) == 0
     said = act(out, ACT + POINT, tmp_path)
     assert said["at"] == "train/loss 0.04 at step 100"
-    charts = ["Loss", "Skill beyond each distance alone, where above −½", "Gradient norm, with what the guard did"]
+    charts = ["Loss", "Skill beyond each distance alone (values above −½)", "Gradient norm, and actions of the guard"]
     assert said["charts"] == [*charts, "Lowest validation error so far, eV"]
     assert (said["marks"], said["dots"], said["images"]) == (3, 2, 0)
     assert re.findall(r"(\d+)\s+workers failed", said["text"]) == ["0", "70"]  # the last step before each
@@ -128,13 +128,13 @@ def test_on_paper(run: Path, tuned: Path, mapped: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_reported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert cdssl(["report", str(tmp_path / "empty")]) == 2
-    assert "is it the folder of a run?" in capsys.readouterr().err
+    assert "is this the folder of a run?" in capsys.readouterr().err
     assert cdssl(["report", str(run), "--finetune", str(tmp_path / "empty")]) == 2
     assert "no results.json" in capsys.readouterr().err
     assert cdssl(["report", str(run), "--map", str(tmp_path / "empty")]) == 2
-    assert "no table of cdssl map" in capsys.readouterr().err
+    assert "not a readable table of cdssl map" in capsys.readouterr().err
     assert cdssl(["report", str(run), "--upload"]) == 2
-    assert "no pretraining or study with a run in MLflow" in capsys.readouterr().err
+    assert "not a run that was tracked in MLflow" in capsys.readouterr().err
     assert cdssl(["report", str(run)]) == 0 and (run / "report.html").exists()
 
 

@@ -180,7 +180,7 @@ def test_a_study_from_end_to_end(
 ) -> None:
     out = tmp_path / "study"
     assert study.main(arguments(toy, encoder, out, "--dry-run")) == 0
-    assert "16 cells of sweeps and 46 that are reported; 62 are missing" in capsys.readouterr().out
+    assert "16 cells of sweeps and 46 reported cells; 62 are missing" in capsys.readouterr().out
     assert study.main(arguments(toy, encoder, out)) == 0
     rows = [row for row in table(out) if row["kind"] != "sweep"]
     assert len(rows) == 2 * 2 * 2 * 6 + 2 - 4
@@ -249,7 +249,7 @@ def test_the_best_rates_run_on_further_seeds(
     changes["arms"] = {arm: about | {"rates": rates} for arm, about in SMALL["arms"].items()}
     changes["sweep"] = {"seeds": [7, 8, 9], "sizes": [20], "evaluate": 25}
     assert study.main(arguments(toy, encoder, out, "--dry-run", **changes)) == 0
-    assert f"{2 * (4 + 2 * 2)} cells of sweeps and 4 that are reported; 20 are" in capsys.readouterr().out
+    assert f"{2 * (4 + 2 * 2)} cells of sweeps and 4 reported cells; 20 are" in capsys.readouterr().out
     assert study.main(arguments(toy, encoder, out, **changes)) == 0
     rows = table(out)
     for arm in changes["arms"]:
@@ -443,7 +443,7 @@ def test_probes_learn_from_the_same_labels(
     assert set(ids) == used
 
     text = (tmp_path / "study" / "table.md").read_text()
-    assert "## Beside ridge" in text and "a ridge on all.parquet" in text and "beside the composition" in text
+    assert "## Compared with ridge" in text and "a ridge on all.parquet" in text and "with the composition" in text
     cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "study" / "cells").iterdir()}
     columns["embedding"] = [[2.0 * x + 1 for x in row[:4]] for row in columns["embedding"]]
     pq.write_table(pa.table(columns), tmp_path / "all.parquet")  # other vectors: the probes are computed again
@@ -585,7 +585,7 @@ def test_matbench_folds(toy: Path, aflow: list[Crystal], tmp_path: Path, encoder
     plan = plan_of(path, encoder, tmp_path, **every | {"arms": arms})
     assert plan.sweeps() == [] and {c.lr for c in plan.with_rates({}) if c.arm in arms} == {0.01}
 
-    with pytest.raises(DataSetError, match="30 rows are announced"):
+    with pytest.raises(DataSetError, match="row numbers below 30"):
         plan_of(
             path, encoder, tmp_path, **changes | {"data": {"toy": {"column": "_y_{target}", "split": {"rows": 30}}}}
         )
@@ -658,28 +658,28 @@ def test_what_cannot_be_is_said(toy: Path, encoder: Path, tmp_path: Path, capsys
     wrong("arms.scratch.rate: unknown key; did you mean 'rates'", "arms.scratch.rate=1")
     wrong("sweep.sise: unknown key; did you mean 'sizes'", "sweep.sise=1")
     wrong("predict.target: unknown key; did you mean 'targets'", "predict.target=1")
-    wrong("rates must be chosen on other seeds", "sweep.seeds=[1]")
-    wrong("an arm that may choose among more is favoured", "arms.scratch.rates=[0.1]")
+    wrong("rates must be chosen on others", "sweep.seeds=[1]")
+    wrong("an arm with more rates to choose from has an advantage", "arms.scratch.rates=[0.1]")
     wrong("no arm 'nobody'", "reference=nobody")
     wrong("linear is solved and has no rates", "arms.scratch.readout=linear")
-    wrong("probes.scratch: the name of an arm, too", "probes.scratch.vectors=x.parquet")
-    wrong("ridge: the name of a baseline", "probes.ridge.vectors=x.parquet")
+    wrong("probes.scratch: an arm has the same name", "probes.scratch.vectors=x.parquet")
+    wrong("ridge: this name is reserved for a baseline", "probes.ridge.vectors=x.parquet")
     wrong("x.parquet: no Parquet with key and embedding", "probes.mine.vectors=x.parquet")
-    wrong("200 labels to learn from are asked for, and", "targets.mass.sizes=[200]")
+    wrong("a size of 200 labels is asked for, but only", "targets.mass.sizes=[200]")
     wrong("no rate can be chosen", "sweep.sizes=[90]")
     wrong(
-        "targets.signed: its logarithm is to be learned, and 6 labels are not above 0",
+        "targets.signed: its logarithm is to be learned, but 6 labels are not above 0",
         *signed,
         "targets.signed.log=true",
     )
     wrong("label '_split_mass' is 'train', which is not a number", "targets.mass.column=_split_mass")
     wrong("must be NAME=PATH", "--data", "other=x")
-    wrong("unseen_only wants --pretraining-shards", "unseen_only=true")
+    wrong("unseen_only needs --pretraining-shards", "unseen_only=true")
     wrong("no column _z_mass, _z_volume", "data.toy.column=_z_{target}")
-    wrong("one is never in column", "data.toy.split.train=training")
-    wrong("must be three values, not 'train', 'test' and 'test'", "data.toy.split.evaluate=test")
+    wrong("must contain both 'training' and 'val'", "data.toy.split.train=training")
+    wrong("must be three different values, not 'train', 'test' and 'test'", "data.toy.split.evaluate=test")
     other = write_encoder_to(tmp_path / "other", cutoff=5.0)
-    wrong("encoders with cutoffs of [4.0, 5.0]", f"arms.scratch.encoder={other}")
+    wrong("encoders with different cutoffs, [4.0, 5.0]", f"arms.scratch.encoder={other}")
     nameless = [a for a in arguments(toy, encoder, tmp_path / "study") if a != "--data" and not a.startswith("toy=")]
     assert study.main(nameless) == 2
-    assert "where does data set 'toy' lie? say --data toy=PATH, or CDSSL_DATA_TOY=PATH" in capsys.readouterr().err
+    assert "data set 'toy' has no path: give --data toy=PATH, or set CDSSL_DATA_TOY" in capsys.readouterr().err

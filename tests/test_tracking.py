@@ -305,7 +305,7 @@ def test_a_server_that_is_down_at_first(home: Path, capsys: pytest.CaptureFixtur
     said = capsys.readouterr().err
     assert "20 lines of metrics are spooled" in said
     assert registry.pull("models:/encoder@latest", uri, home / "cache") == pulled
-    assert "using what it was" in capsys.readouterr().err
+    assert "which was pulled on" in capsys.readouterr().err
     assert "MLFLOW_TRACKING_URI" not in os.environ and "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
 
 

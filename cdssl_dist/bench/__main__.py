@@ -11,14 +11,14 @@ from typing import Final
 from cdssl_dist.bench.common import machine
 from sharding.commands import Parser, command
 
-# what → its module, imported when it is asked for: on a machine with a GPU there may be no Ray and no pymatgen
+# name → module and title; imported only when asked for, as a GPU machine may have neither Ray nor pymatgen
 BENCHMARKS: Final = {
     "graph": ("cdssl_dist.bench.graph", "databases → shards: structures per second, growth of time and memory"),
     "loader": ("cdssl_dist.bench.loader", "shards → tensors: crystals and edges per second, padding, balance, memory"),
-    "step": ("cdssl_dist.bench.step", "one training step, eager and compiled, beside matgl: edges per second"),
+    "step": ("cdssl_dist.bench.step", "one training step, eager and compiled, compared with matgl: edges per second"),
     "growth": ("cdssl_dist.bench.growth", "how a step's cost grows with pack, width, depth, Gaussians and cutoff"),
-    "gpu": ("cdssl_dist.bench.gpu", "what only a GPU can show: kernels checked, timed, and held against their bounds"),
-    "kernels": ("cdssl_dist.bench.kernels", "kernels compiled for a GPU that is not there: registers, shared memory"),
+    "gpu": ("cdssl_dist.bench.gpu", "what only a GPU can show: kernels checked, timed, and compared with their bounds"),
+    "kernels": ("cdssl_dist.bench.kernels", "kernels compiled for an absent GPU: registers, shared memory, spills"),
     "overhead": ("cdssl_dist.bench.overhead", "what engine, guard, metrics and checkpoints add to a plain torch loop"),
     "scaling": (
         "cdssl_dist.bench.scaling",
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices = parser.add_subparsers(metavar="WHAT", required=True)
         for name, (_, title) in BENCHMARKS.items():
             choices.add_parser(name, help=title)
-        parser.parse_args([what])  # says what there is, and exits
+        parser.parse_args([what])  # prints the choices and exits
     module, title = BENCHMARKS[what]
     benchmark = importlib.import_module(module)
     parser = Parser(f"cdssl bench {what}", title)

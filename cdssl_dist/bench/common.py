@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-# What only benchmarks need, of `make bench`, in the folder where it was run.
+# Python of the environment that `make bench` creates in the current folder, with packages that only benchmarks need.
 PYTHON: Final = Path(".bench-venv/bin/python")
 
 Figures = dict[str, Any]
@@ -25,17 +25,17 @@ K = TypeVar("K")
 
 
 class BenchError(ValueError):
-    """What is asked for cannot be measured."""
+    """A measurement that is not possible here, or that failed."""
 
 
 def elsewhere(script: str, *arguments: object) -> Any:
     """Run a script of this package in the environment of ``make bench``, in one thread.
 
     Returns:
-        What its last line says, which is JSON; None where there is no such environment.
+        The JSON of its last line of output; None if there is no such environment.
 
     Raises:
-        BenchError: where the script fails.
+        BenchError: if the script fails.
     """
     if not PYTHON.exists():
         return None
@@ -45,10 +45,10 @@ def elsewhere(script: str, *arguments: object) -> Any:
 
 
 def output_of(command: list[str], env: Mapping[str, str] | None = None) -> str:
-    """What a process prints.
+    """Run a command and return its output.
 
     Raises:
-        BenchError: where it fails, with its last words.
+        BenchError: if it fails; the message ends with the end of its stderr.
     """
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     if done.returncode:
@@ -57,7 +57,7 @@ def output_of(command: list[str], env: Mapping[str, str] | None = None) -> str:
 
 
 def failed(what: str, code: int, stderr: str) -> BenchError:
-    """The error of a process that failed, with its last words."""
+    """The error for a process that failed, with the end of its stderr."""
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
     return BenchError(f"{what[:200]} {how}" + (f":\n{text[-2000:]}" if (text := stderr.strip()) else ""))
 
@@ -70,13 +70,13 @@ def free_port() -> int:
 
 
 def median(repeat: int, measure: Callable[[], float]) -> float:
-    """The median of some runs, after one that loads and compiles."""
+    """The median of ``repeat`` runs, after a warm-up run."""
     measure()
     return statistics.median(measure() for _ in range(repeat))
 
 
 def turns(repeat: int, measures: Mapping[K, Callable[[], float]]) -> dict[K, list[float]]:
-    """All values of each measure, taken in turns: a busy machine is busy for all. The first round is not counted."""
+    """All values of each measure, taken in turns, so that load affects all alike; the first round is a warm-up."""
     found: dict[K, list[float]] = {name: [] for name in measures}
     for i in range(repeat + 1):
         for name, measure in measures.items():
@@ -92,12 +92,12 @@ def in_turns(repeat: int, measures: Mapping[K, Callable[[], float]]) -> dict[K, 
 
 
 def add_repeat(parser: ArgumentParser, default: int = 5) -> None:
-    """The option of benchmarks that are repeated."""
-    parser.add_argument("--repeat", type=int, default=default, help="runs of each, of which the median is taken")
+    """Add the option ``--repeat``."""
+    parser.add_argument("--repeat", type=int, default=default, help="runs of each measure; the median is reported")
 
 
 def machine() -> Figures:
-    """What the figures were measured on."""
+    """Describe the machine on which figures are measured."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
@@ -110,7 +110,7 @@ def machine() -> Figures:
 
 @contextlib.contextmanager
 def data_folder(given: str | None) -> Iterator[str]:
-    """The data set that was given; else one that is made for now."""
+    """Yield the given data set, or else a temporary one."""
     if given:
         yield given
         return

@@ -1,4 +1,4 @@
-"""The same model as it is usually written: every edge update on the concatenation, for each edge by itself."""
+"""The same model as it is usually written: every edge update works on a concatenation, separately for each edge."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ConcatenatingUpdate(EdgeUpdate):
 
 
 def concatenating(model: PretextModel) -> PretextModel:
-    """Change the edge updates of a model, in place."""
+    """Replace the edge updates of a model in place; return the model."""
     for module in model.modules():
         if type(module) is EdgeUpdate:
             module.__class__ = ConcatenatingUpdate

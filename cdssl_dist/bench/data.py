@@ -1,4 +1,4 @@
-"""What the benchmarks read: databases as text, from the shared data where it lies beside the checkout, else made."""
+"""Inputs of the benchmarks: databases as text, from shared data beside the checkout if present, else generated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from sharding.crystal import SYMBOLS, Crystal
 from sharding.sources import open_source
 
-SHARED: Final = Path("../shared/data")  # beside the checkout in which it is run
+SHARED: Final = Path("../shared/data")  # relative to the checkout, in which benchmarks are run
 
 
 def json_records(count: int) -> Iterator[dict[str, Any]]:
@@ -30,12 +30,12 @@ def json_records(count: int) -> Iterator[dict[str, Any]]:
 
 
 def write_json(path: Path, count: int) -> None:
-    """A JSON list."""
+    """Write ``json_records`` as a JSON list."""
     path.write_text(json.dumps(list(json_records(count))))
 
 
 def write_csv(path: Path, count: int) -> None:
-    """A CSV with a ``cif`` column: carbon_24, repeated under other ids, else ``aflow:`` as CIF in P1."""
+    """Write a CSV with a ``cif`` column: carbon_24, repeated under new ids, else ``aflow:`` as CIFs in P1."""
     source = SHARED / "raw" / "carbon_24-val.csv"
     if source.exists():
         with open(source, newline="") as file:

@@ -1,7 +1,8 @@
-"""``cdssl bench encode``: what people do with an encoder, on one core: embedding, one answer, fine-tuning.
+"""``cdssl bench encode``: typical uses of an encoder, on one core: embedding, latency of one crystal, fine-tuning.
 
-The encoder has the paper's size and random weights, which take as long as any. Rates are of CPU time; latency is by the
-clock. Beside stands matgl's MEGNet with ``predict_structure`` on the same CIFs, where ``make bench`` has installed it.
+The encoder has the paper's size and random weights, which are as fast as trained ones. Rates are per second of CPU
+time; latency is wall time. matgl's MEGNet, if ``make bench`` has installed it, is timed for comparison, with
+``predict_structure`` on the same CIFs.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from sharding.sources import open_source
 CUTOFF: Final = 5.0  # Å
 EXPANSION: Final = GaussianExpansion(100, CUTOFF + 1.0, 0.5)
 
-# Says at its end how much it held at most, in kB: what the kernel tells a parent counts the parent itself, at the fork.
+# Prints its own peak memory, in kB: what the kernel reports to a parent includes the parent's own memory at the fork.
 EMBED: Final = """
 import sys
 from cdssl_dist.look.embed import main
@@ -53,15 +54,15 @@ sys.exit(code)
 def add_arguments(parser: ArgumentParser) -> None:
     """See ``cdssl_dist.bench``."""
     add_repeat(parser)
-    parser.add_argument("--crystals", type=int, default=1000, help="to embed; 100 at least")
-    parser.add_argument("--epochs", type=int, default=100, help="of fine-tuning on 500 crystals")
-    parser.add_argument("--times", type=int, default=10, help="as many crystals, to see whether memory grows")
+    parser.add_argument("--crystals", type=int, default=1000, help="crystals to embed; at least 100")
+    parser.add_argument("--epochs", type=int, default=100, help="epochs of fine-tuning on 500 crystals")
+    parser.add_argument("--times", type=int, default=10, help="repeat with so many times the crystals, for memory")
 
 
 def measure(args: Namespace) -> Figures:
     """All figures, on one thread."""
     if args.crystals < 100 or min(args.epochs, args.times) < 1:
-        raise BenchError("--crystals must be 100 at least, --epochs and --times 1")
+        raise BenchError("--crystals must be at least 100, --epochs and --times at least 1")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     encoder = MEGNet(edge_features=100).eval().requires_grad_(False)
@@ -122,7 +123,7 @@ def _fine_tuning(encoder: MEGNet, graphs: Multigraphs, epochs: int) -> float:
 
 
 def _memory(encoder: MEGNet, folder: Path, crystals: int, times: int) -> Figures:
-    """The most that ``cdssl embed`` holds, for so many crystals and for some times as many."""
+    """Peak memory of ``cdssl embed``, for a number of crystals and for ``times`` as many."""
     card = EncoderCard(
         cutoff=CUTOFF,
         centers=EXPANSION.centers,
@@ -146,12 +147,12 @@ def _memory(encoder: MEGNet, folder: Path, crystals: int, times: int) -> Figures
         command += ["--data", str(folder / "more.csv"), "--out", str(folder / "vectors.parquet")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise BenchError(f"cdssl embed fails:\n{done.stderr.strip()[-2000:]}")
+            raise BenchError(f"cdssl embed failed:\n{done.stderr.strip()[-2000:]}")
         found[f"memory of cdssl embed, {count:,} crystals, MB"] = int(done.stdout.splitlines()[-1]) / 1024
     return found
 
 
 def _matgl(path: Path, limit: int, repeat: int) -> float | None:
-    """None where it is not installed."""
+    """Rate of matgl; None if it is not installed."""
     rates = elsewhere("matgl_encode.py", path, limit, repeat)
     return float(statistics.median(rates)) if rates else None

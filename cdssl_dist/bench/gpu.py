@@ -1,7 +1,8 @@
-"""``cdssl bench gpu``: what only a GPU can show, in one table and some minutes.
+"""``cdssl bench gpu``: what only a GPU can show, in one report and a few minutes.
 
-Whether the kernels are right there (against f64), whether two runs give the same bits, what a step costs in each way
-through the edges; of each kernel bytes and FLOPs by hand, its time, and the share of the bound that it reaches.
+Whether the kernels are correct on the GPU (against f64), whether two runs agree bit for bit, and what a step costs with
+each implementation; for each kernel, its bytes and FLOPs (from a formula), its time, and the share of the bound that it
+reaches.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from cdssl_dist.model.edges import GaussianExpansion
 from cdssl_dist.model.megnet import PretextModel
 from cdssl_dist.model.pretext import Denoising
 
-CHECKED_EDGES: Final = 65_536  # of a pack that is checked: in f64 it must fit as well
+CHECKED_EDGES: Final = 65_536  # of the pack for checks, which must fit into memory in f64, too
 PROFILED: Final = 10  # steps
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """See ``cdssl_dist.bench``."""
     add_repeat(parser)
-    parser.add_argument("--data", help="a data set; what is shared, or aflow:, is sharded else")
+    parser.add_argument("--data", help="data set; if omitted, shared data or aflow: is sharded")
     parser.add_argument("--edges", type=int, default=2**20, help="directed edges of a timed pack")
-    parser.add_argument("--eager", action="store_true", help="nothing compiled by torch: that takes minutes")
+    parser.add_argument("--eager", action="store_true", help="skip torch.compile, which takes minutes")
 
 
 def measure(args: Namespace) -> Figures:
@@ -62,7 +63,7 @@ def measure(args: Namespace) -> Figures:
         figures["kernels"] = _profiled(packs, expansion, figures["bound"], device)
         common = {"data": folder, "device": "cuda", "threads": 1, "repeat": args.repeat}
         figures["steps"] = {}
-        for size, edges in (("small", args.edges), ("wide", args.edges // 4)):  # a wide edge keeps nine times as much
+        for size, edges in (("small", args.edges), ("wide", args.edges // 4)):  # wide edges need nine times the memory
             given = Namespace(**common, size=size, edges=edges, dtype=["bf16"], engine="plain", eager=args.eager)
             try:
                 figures["steps"][size] = bench_step.measure(given)
@@ -72,13 +73,13 @@ def measure(args: Namespace) -> Figures:
 
 
 def check(batch: GraphBatch, expansion: GaussianExpansion, dtype: torch.dtype) -> dict[str, float | bool]:
-    """Loss and all gradients in one dtype beside the reference in f64, and whether two runs agree to the bit.
+    """Compare loss and gradients in one dtype with a reference in f64, and check that two runs agree bit for bit.
 
     Returns:
-        Relative differences: of the loss, and the norm of the difference of all gradients, of the kernels and of plain
-        torch in the same dtype.
+        For the kernels and for plain torch in the same dtype, the relative errors of the loss and of all gradients
+        (norm of the difference); and whether two runs of the kernels agree.
     """
-    from cdssl_dist.model.kernels.model import FusedDenoising, FusedPretextModel  # Triton is where a GPU is
+    from cdssl_dist.model.kernels.model import FusedDenoising, FusedPretextModel  # needs Triton
 
     device = batch.positions.device
     torch.manual_seed(0)
@@ -110,7 +111,7 @@ def _loss(model: nn.Module, task: Denoising, batch: GraphBatch) -> Tensor:
 
 
 def _in_f64(model: nn.Module, task: Denoising, batch: GraphBatch) -> Tensor:
-    """The reference by its own formula; distances and embeddings are made in f32 by all."""
+    """The reference, by a formula of its own; distances and their expansions are in f32 for all."""
     noisy, clean = task.distances(batch)
     assert isinstance(model, PretextModel)
     guess = model.out(model.head(*model.encoder(task.expand(noisy).double(), batch), batch))
@@ -121,7 +122,7 @@ def _in_f64(model: nn.Module, task: Denoising, batch: GraphBatch) -> Tensor:
 def _gradient(
     loss: Callable[[nn.Module, Denoising, GraphBatch], Tensor], model: nn.Module, task: Denoising, batch: GraphBatch
 ) -> tuple[float, Tensor]:
-    """Loss per scored edge and its gradient, f64, all weights in a row."""
+    """Loss per scored edge, and its gradient for all weights, concatenated, in f64."""
     model.zero_grad()
     value = loss(model, task, batch) / batch.scored.sum().clamp(min=1)
     torch.autograd.backward(value)
@@ -130,9 +131,9 @@ def _gradient(
 
 
 def by_hand(centers: int, width: int, hidden: int, blocks: int) -> dict[str, tuple[float, float]]:
-    """Bytes and FLOPs of each kernel for a directed edge, all its launches of a step together, in bf16.
+    """Bytes and FLOPs of each kernel per directed edge, summed over its launches in a step, in bf16, from a formula.
 
-    Gathered rows of atoms are counted as if they came from memory each time. Backward passes compute all again.
+    Gathered rows of atoms are counted as if read from memory each time. Backward passes recompute the forward pass.
     """
     m, w, h = centers, width, hidden
     dense, update = 2 * w * h, 2 * w * h + h * h
@@ -156,7 +157,7 @@ def by_hand(centers: int, width: int, hidden: int, blocks: int) -> dict[str, tup
 def _profiled(
     packs: bench_step.Packs, expansion: GaussianExpansion, bound: dict[str, float], device: torch.device
 ) -> list[dict[str, Any]]:
-    """Where the time of the small model's step in bf16 goes, the longest first."""
+    """Time of each kernel in a step of the small model in bf16, the longest first."""
     from cdssl_dist.model.kernels.model import FusedDenoising, FusedPretextModel
 
     torch.manual_seed(0)
@@ -184,7 +185,7 @@ def _profiled(
 
 
 def _bandwidth(device: torch.device) -> float:
-    """Bytes/s of a copy in the device's memory, read and written, the best of five."""
+    """Bytes/s, read plus written, of a copy within the device's memory; the best of five."""
     source = torch.empty(2**30, dtype=torch.uint8, device=device)
     target, best = torch.empty_like(source), float("inf")
     for _ in range(5):
@@ -202,7 +203,7 @@ def table(figures: Figures) -> str:
     lines[0] += f", {figures['bound']['bytes/s'] / 1e12:.2f} TB/s of a copy"
     for dtype, found in figures["checks"].items():
         shown = (f"{name} {value if isinstance(value, bool) else f'{value:.1e}'}" for name, value in found.items())
-        lines.append(f"beside f64, {dtype}: " + ", ".join(shown))
+        lines.append(f"compared with f64, {dtype}: " + ", ".join(shown))
     for found in figures["steps"].values():
         lines += ["", found["error"] if "error" in found else bench_step.table(found)]
     lines += ["", f"{'kernel, small, bf16':60}  launches  ps/edge  bytes/edge  FLOPs/edge  of the bound"]

@@ -1,7 +1,7 @@
 """``cdssl bench graph``: how fast databases become shards, per core, and how time and memory grow with the data.
 
-Rates are of CPU time, in one process and thread, so that a busy machine counts less; growth and the complete run are
-``cdssl shard`` in processes of their own, by the clock.
+Rates are per second of CPU time, in one process and thread, so that a busy machine matters less; growth and the
+complete run are wall times of ``cdssl shard`` in processes of its own.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ GROWTH: Final = (1, 2, 4, 8)
 def add_arguments(parser: ArgumentParser) -> None:
     """See ``cdssl_dist.bench``."""
     add_repeat(parser)
-    parser.add_argument("--crystals", type=int, default=16_000, help="in the largest text that is read; 64 at least")
+    parser.add_argument("--crystals", type=int, default=16_000, help="crystals in the largest input file; at least 64")
 
 
 def measure(args: Namespace) -> Figures:
     """All figures: structures per second and core, unless named otherwise."""
     if args.crystals < 64:
-        raise BenchError("--crystals must be 64 at least")
+        raise BenchError("--crystals must be at least 64")
     with tempfile.TemporaryDirectory(prefix="cdssl-bench-") as folder:
         return _figures(Path(folder), args.crystals, args.repeat)
 
@@ -87,7 +87,7 @@ def _sharding(source: Source, fingerprints: bool) -> float:
 
 
 def _searches(source: Source, repeat: int) -> Figures:
-    """Ours, batched as in sharding, beside pymatgen's compiled search, called for each crystal; edges must agree."""
+    """Our search, batched as in sharding, and pymatgen's compiled one, called per crystal, with the edges of both."""
     from pymatgen.optimization.neighbors import find_points_in_spheres
 
     items = [item for record in source.records() for item in source.parse(record)]
@@ -118,12 +118,12 @@ def _searches(source: Source, repeat: int) -> Figures:
 
 
 def _run(arguments: list[str]) -> Figures:
-    """``cdssl shard`` in a process of its own: seconds, and the memory of it and its workers together."""
+    """Run ``cdssl shard`` in a process: its wall time, and the peak memory of it and its workers together."""
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(tempfile.TemporaryDirectory(prefix="cdssl-bench-"))
         begin = time.perf_counter()
         command = [sys.executable, "-m", "sharding", *arguments, "--out", f"{out}/d"]
-        said = stack.enter_context(tempfile.TemporaryFile("w+"))  # a pipe would fill
+        said = stack.enter_context(tempfile.TemporaryFile("w+"))  # a pipe that nobody reads would fill up
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
         peak = 0.0
         while process.poll() is None:
@@ -140,7 +140,7 @@ def _run(arguments: list[str]) -> Figures:
 
 
 def _family(pid: int) -> list[int]:
-    """A process and all that descend from it."""
+    """The ids of a process and all its descendants."""
     children = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -149,7 +149,7 @@ def _family(pid: int) -> list[int]:
 
 
 def _memory(pid: int) -> float:
-    """MiB of a process; what it shares counts in part (PSS)."""
+    """Memory of a process in MiB; shared pages count proportionally (PSS)."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("Pss:")).split()[1]) / 1024

@@ -1,7 +1,7 @@
 """``cdssl bench growth``: how the cost of a training step grows with pack, model and cutoff, on one CPU core.
 
-One thing is changed at a time, from the small model at 5 Å. Beside each time stands that of a model with three terms,
-fitted to all of them: so many seconds a FLOP of matrix products, a byte kept for the backward pass, and a step.
+One thing is varied at a time, starting from the small model at 5 Å. Each time is compared with a cost model that is
+fitted to all of them, with three terms: seconds per FLOP of matrix products, per byte saved for backward, and per step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sharding.sources import open_source, parse_records
 
 @dataclass(frozen=True)
 class Point:
-    """What is measured."""
+    """A configuration to measure."""
 
     edges: int = 16_384  # directed, of a pack, at most
     width: int = 32
@@ -43,7 +43,7 @@ class Point:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Of the model."""
+        """Size of the model, as arguments of ``model.cost``."""
         return {"centers": self.centers, "width": self.width, "hidden": self.hidden, "blocks": self.blocks}
 
 
@@ -54,14 +54,14 @@ SERIES: Final[dict[str, list[dict[str, Any]]]] = {
     "Gaussians": [{"centers": n} for n in (20, 40, 100, 200)],
     "cutoff, Å, of the same crystals": [{"cutoff": r} for r in (4.0, 5.0, 6.0, 8.0)],
 }
-CRYSTALS: Final = 4_000  # that packs are cut from
+CRYSTALS: Final = 4_000  # from which packs are taken
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """See ``cdssl_dist.bench``."""
     add_repeat(parser)
-    parser.add_argument("--plot", type=Path, help="a picture to draw")
-    parser.add_argument("--only", choices=[name.split()[0].strip(",") for name in SERIES], help="one of the series")
+    parser.add_argument("--plot", type=Path, help="file to draw a figure to")
+    parser.add_argument("--only", choices=[name.split()[0].strip(",") for name in SERIES], help="only this series")
 
 
 def measure(args: Namespace) -> Figures:
@@ -94,7 +94,7 @@ def measure(args: Namespace) -> Figures:
 
 
 def first_crystals(count: int) -> list[Crystal]:
-    """Of the shared Materials Project, else of ``aflow:``."""
+    """The first crystals of the shared Materials Project data, else of ``aflow:``."""
     shared = SHARED / "mp2025.parquet"
     source = open_source(str(shared) if shared.exists() else f"aflow:{count}")
     return next(in_batches(parse_records(source, source.records()), count))[0]
@@ -106,7 +106,7 @@ def _model(point: Point) -> PretextModel:
 
 
 def pack(crystals: list[Crystal], point: Point) -> Packs:
-    """One pack; with another cutoff, of the crystals that the first point has."""
+    """One pack; with another cutoff, it has the same crystals as with the default one."""
     graphs, _ = build(crystals, Point.cutoff)
     count = int(np.searchsorted(np.cumsum(2 * graphs.n_edges.astype(np.int64)), point.edges, side="right"))
     graphs = graphs.take(np.arange(max(count, 1)))
@@ -121,7 +121,7 @@ def _shape(graphs: Multigraphs) -> PackShape:
 
 
 def fit(seconds: dict[Point, float], edges: dict[Point, int]) -> tuple[dict[str, float], dict[Point, float]]:
-    """Least squares of the relative errors, no term below zero."""
+    """Fit the terms by least squares of the relative errors, none below zero; also return the fitted seconds."""
     names = ("FLOP", "saved byte", "step")
     rows = [
         (edges[p] * flops_per_edge(**p.sizes), edges[p] * saved_per_edge(bf16=False, **p.sizes), 1.0) for p in seconds
@@ -134,7 +134,7 @@ def fit(seconds: dict[Point, float], edges: dict[Point, int]) -> tuple[dict[str,
 
 
 def draw(path: Path, figures: Figures) -> None:
-    """A panel for each series: measured, and the model."""
+    """Plot each series in a panel: measured times and the cost model."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -150,14 +150,14 @@ def draw(path: Path, figures: Figures) -> None:
         panel.set_xticks(x, [f"{v:g}" for v in x], rotation=30)
         panel.minorticks_off()
         panel.set_xlabel(name)
-    panels[0, 0].set_ylabel("s of CPU a step")
+    panels[0, 0].set_ylabel("CPU s per step")
     panels[0, 0].legend()
     picture.savefig(path, dpi=120)
     plt.close(picture)
 
 
 def _varied(rows: list[dict[str, Any]]) -> str:
-    """The field that differs in a series, the first where two go together."""
+    """The field that varies in a series; the first one if two vary together."""
     return next(f.name for f in fields(Point) if len({row[f.name] for row in rows}) > 1)
 
 

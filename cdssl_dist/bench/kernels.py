@@ -1,8 +1,8 @@
-"""``cdssl bench kernels``: all launches of a training step, compiled for a GPU that is not there.
+"""``cdssl bench kernels``: compile all kernel launches of a training step for a GPU that need not be present.
 
-Nothing runs: Triton compiles each kernel for the arguments that the step gives it, in every shape that would be tried
-on the device, down to machine code. So what no interpreter sees is seen without a GPU: what Triton refuses, shared
-memory that there is not, and registers that spill.
+Nothing is executed: Triton compiles each kernel for its arguments in the step, in every configuration that would be
+tried on the device, down to machine code. So problems that an interpreter cannot show appear without a GPU: code that
+Triton rejects, too much shared memory, and register spills.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cdssl_dist.data.batch import PackShape, collate, widen
 from cdssl_dist.model.edges import GaussianExpansion
 
 SHARED: Final = {80: 163, 90: 227, 100: 227}  # KiB that a program may use: CUDA C++ Programming Guide, table 30
-SHAPE: Final = PackShape(8, 64, 1024)  # of a pack; what it holds makes no difference
+SHAPE: Final = PackShape(8, 64, 1024)  # of a pack; its content makes no difference
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -34,21 +34,21 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=32, help="of the model")
     parser.add_argument("--hidden", type=int, default=64, help="of the model")
     parser.add_argument("--dtype", choices=bench_step.DTYPES, default="bf16", help="precision of the weights")
-    parser.add_argument("--first", action="store_true", help="of the shapes of each kernel the first alone")
+    parser.add_argument("--first", action="store_true", help="compile only the first configuration of each kernel")
 
 
 def measure(args: Namespace) -> Figures:
-    """What each kernel takes in each shape.
+    """Resources of each kernel in each configuration.
 
     Raises:
-        BenchError: where there is no Triton, it interprets, or the kernels do not take such a size.
+        BenchError: if Triton is missing or in interpreter mode, or the kernels do not support the size.
     """
     try:
         import triton
     except ImportError:
         raise BenchError("this needs triton, which comes with torch for CUDA") from None
     if triton.knobs.runtime.interpret:
-        raise BenchError("TRITON_INTERPRET=1 asks for no compilation; unset it")
+        raise BenchError("TRITON_INTERPRET=1 prevents compilation; unset it")
     from cdssl_dist.model.kernels.model import FusedPretextModel
 
     expansion = GaussianExpansion(bench_step.CENTERS, 5.0, 0.5)
@@ -67,14 +67,14 @@ def measure(args: Namespace) -> Figures:
 
 @contextmanager
 def _compiled(capability: int, first: bool) -> Iterator[list[dict[str, Any]]]:
-    """Compile what is launched meanwhile, and launch nothing; tensors keep what was in them."""
+    """Compile the kernels that the body launches, but run none; tensors keep their contents."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
     class Absent:
-        """What Triton asks of a driver before it compiles."""
+        """Stands for a driver: answers what Triton asks before it compiles."""
 
         def get_current_target(self) -> Any:
             return GPUTarget("cuda", capability, 32)
@@ -107,7 +107,7 @@ def _compiled(capability: int, first: bool) -> Iterator[list[dict[str, Any]]]:
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
-    """Registers of a thread, and bytes of what did not fit into them."""
+    """Registers per thread, and bytes of registers that were spilled."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

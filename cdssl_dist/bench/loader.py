@@ -1,7 +1,7 @@
-"""``cdssl bench loader``: from shards to what travels to the device, per core, beside what others use.
+"""``cdssl bench loader``: from shards to the tensors sent to the device, per core, compared with other loaders.
 
-Rates are of CPU time, so that a busy machine counts less. With ``--data`` it runs where torch, numpy, pyarrow,
-safetensors and xxhash are; what stands beside us is measured where it is installed.
+Rates are per second of CPU time, so that a busy machine matters less. With ``--data``, it needs only torch, numpy,
+pyarrow, safetensors and xxhash; other loaders are measured if they are installed.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     """See ``cdssl_dist.bench``."""
     add_repeat(parser)
     parser.add_argument(
-        "--data", help="a data set; the shared one of the Materials Project, or aflow:, is sharded else"
+        "--data", help="a data set; if omitted, the shared one of the Materials Project, or aflow:, is sharded"
     )
-    parser.add_argument("--crystals", type=int, default=8_000, help="that rates are measured on; the rest on all")
+    parser.add_argument("--crystals", type=int, default=8_000, help="crystals for rates; other figures use all")
 
 
 def measure(args: Namespace) -> Figures:
-    """All figures; rates are medians, per second of CPU time but for those of the device."""
+    """All figures; rates are medians, per second of CPU time, except those to the device (wall time)."""
     torch.set_num_threads(1)
     with data_folder(args.data) as folder, DataSet(folder) as data:
         plan, shape = EpochPlan(data.table("train"), 0, 1, 8), data.shape("train", 1)
@@ -75,18 +75,18 @@ def _rates(crystals: int, edges: int, seconds: float) -> Figures:
 
 
 def _packs(data: DataSet, plan: EpochPlan, crystals: int) -> list[tuple[int, int]]:
-    """(step, lane) of the first packs of a plan, of whole steps, with so many crystals."""
+    """(step, lane) of the packs in the first steps of a plan that hold at least this many crystals."""
     found, steps = 0, 0
     while found < crystals and steps < plan.steps_before(1):
         blocks = [int(plan.table.block[e.index]) for pack in plan.step(steps) for e in pack]
         found, steps = found + int(data.blocks["graphs"][blocks].sum()), steps + 1
     if not steps:
-        raise BenchError(f"{data.name}: too small to be measured; 8 blocks are wanted at least")
+        raise BenchError(f"{data.name}: too small to be measured; it needs at least 8 blocks")
     return [(step, lane) for step in range(steps) for lane in range(plan.packs_per_step)]
 
 
 def _deliver(data: DataSet, plan: EpochPlan, shape: PackShape, packs: list[tuple[int, int]]) -> float:
-    """Seconds of CPU, in one thread: plan, read, check, join, pad."""
+    """CPU seconds, in one thread, to plan, read, check, join and pad packs."""
     begin = time.process_time()
     for step, lane in packs:
         data.pack(plan.pack(step, lane), plan.table, shape)
@@ -94,7 +94,7 @@ def _deliver(data: DataSet, plan: EpochPlan, shape: PackShape, packs: list[tuple
 
 
 def _ahead(data: DataSet, plan: EpochPlan, shape: PackShape, steps: int) -> float:
-    """The same as training takes them: from a thread; seconds of CPU of both threads."""
+    """The same with the loader's thread, as in training: CPU seconds of both threads."""
     begin = time.process_time()
     with Loader(data, plan, shape, rank=0, world_size=1, first=0, end=steps, prefetch=16) as found:
         for _ in found:
@@ -118,7 +118,7 @@ def _to_device(
     crystals: int,
     repeat: int,
 ) -> Figures:
-    """Wall time as training takes packs: read ahead, pinned, copied and widened on the device, a GPU where there is."""
+    """Wall time as in training: packs are read ahead, pinned, copied and widened on the device, a GPU if present."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     ready = [one.pin() for one in raw] if gpu else raw
@@ -157,16 +157,16 @@ def _to_device(
 
 
 def _padding(data: DataSet, shape: PackShape) -> Figures:
-    """Share of what travels that is padding, over an epoch of the training split."""
+    """Share of padding in what is sent to the device, over an epoch of the training split."""
     mine = data.blocks["split"] == 0
     room = {"graphs": shape.graphs, "atoms": shape.atoms, "edges": 2 * shape.half_edges}
     return {name: 1 - float(data.blocks[name][mine].mean()) / size for name, size in room.items()}
 
 
 def _imbalance(data: DataSet, plan: EpochPlan) -> list[Figures]:
-    """Largest over mean work of the ranks of a step, in directed edges that are no padding, over an epoch.
+    """Largest over mean work among the ranks of a step, in real (not padding) directed edges, over an epoch.
 
-    ``fixed count`` deals the same crystals, shuffled, in batches of as many as our packs have on average.
+    ``fixed count`` has the same crystals, shuffled, in batches of a fixed number: the average of our packs.
     """
     blocks = plan.table.block.tolist()
     edges = 2 * np.concatenate([decode_arrays(data.read(b))["n_edges"] for b in blocks]).astype(np.int64)
@@ -198,13 +198,13 @@ def _spread(values: NDArray[np.float64]) -> Figures:
 
 
 def _memory(folder: str) -> Figures:
-    """See ``memory``; in a process of its own."""
+    """Run ``memory`` in a process of its own."""
     found: Figures = json.loads(output_of([sys.executable, "-c", MEMORY, folder]))
     return found
 
 
 def memory(folder: str) -> Figures:
-    """Resident memory while a rank of one goes through an epoch, MiB."""
+    """Resident memory of a single rank over an epoch, MiB."""
     data = DataSet(folder)
     plan, shape = EpochPlan(data.table("train"), 0, 1, 8), data.shape("train", 1)
     imported, steps, seen, size = _resident(), plan.steps_before(1), list[float](), 0

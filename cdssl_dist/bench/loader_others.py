@@ -1,4 +1,4 @@
-"""What stands beside our loader: webdataset with a sample for each graph, torch_geometric's loader, matgl's collate."""
+"""Loaders to compare ours with: webdataset with a sample for each graph, torch_geometric's loader, matgl's collate."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ARRAYS = ("lattice", "atomic_numbers", "positions", "edge_src", "edge_dst", "edg
 
 @contextlib.contextmanager
 def contestants(data: DataSet, blocks: list[int], count: int) -> Iterator[Contestants]:
-    """Those that are installed, on the crystals of some blocks, in batches of ``count``."""
+    """Yield the contestants that are installed, on the crystals of some blocks, in batches of ``count``."""
     found: Contestants = {}
     with tempfile.TemporaryDirectory(prefix="cdssl-bench-") as folder:
         if importlib.util.find_spec("webdataset"):
@@ -46,7 +46,7 @@ def _graphs(data: DataSet, blocks: list[int]) -> Iterator[Multigraphs]:
 
 
 def _webdataset(data: DataSet, blocks: list[int], count: int, path: Path) -> Callable[[], float]:
-    """Half lists as we store them, in safetensors, the fastest member that we know; joined with numpy, not padded."""
+    """Samples are half lists as we store them, in safetensors (the fastest we know); joined with numpy, not padded."""
     import webdataset as wds
 
     with wds.TarWriter(str(path)) as tar:
@@ -72,7 +72,7 @@ def _webdataset(data: DataSet, blocks: list[int], count: int, path: Path) -> Cal
 
 
 def _pyg(data: DataSet, blocks: list[int], count: int) -> Callable[[], float]:
-    """Nothing is read or checked: directed graphs are in memory."""
+    """The directed graphs are in memory: nothing is read or checked."""
     from torch_geometric.loader import DataLoader
 
     graphs = [
@@ -91,7 +91,7 @@ def _pyg(data: DataSet, blocks: list[int], count: int) -> Callable[[], float]:
 
 
 def matgl(data: DataSet, blocks: list[int], count: int, repeat: int) -> Figures:
-    """The collate of matgl, graphs in memory, in its environment; empty where there is none."""
+    """Rates of matgl's collate, with graphs in memory, in its own environment; empty if there is none."""
     if not PYTHON.exists():
         return {}
     graphs = list(_graphs(data, blocks))

@@ -1,7 +1,7 @@
 """matgl's collate of crystals, in an environment of its own: ``python matgl_collate.py FILE COUNT REPEATS``.
 
 Reads the crystals that ``cdssl bench loader`` wrote, makes matgl's graphs of them, and times nothing but
-``collate_fn_graph`` on batches of them: reading and building are in its favour not counted.
+``collate_fn_graph`` on batches of them: reading and building are not counted, in its favour.
 """
 
 from __future__ import annotations

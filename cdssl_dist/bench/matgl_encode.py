@@ -1,7 +1,7 @@
 """matgl's MEGNet on CIFs, timed in an environment of its own: ``.bench-venv/bin/python matgl_encode.py CSV N REPEATS``.
 
-Random weights of its default size, which is the paper's, with our cutoff; one crystal a call, as ``predict_structure``
-takes them.
+The model has its default size, which is the paper's, random weights and our cutoff; each call takes one crystal, as
+``predict_structure`` requires.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def structures(path: str, limit: int) -> list[Structure]:
 
 path, limit, repeats = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 converter = Structure2Graph(element_types=DEFAULT_ELEMENTS, cutoff=5.0)
-converter.get_graph(structures(path, 1)[0])  # what is loaded or compiled once
+converter.get_graph(structures(path, 1)[0])  # warm-up: loads and compiles
 rates = []
 for _ in range(repeats):
     begin = time.process_time()

@@ -22,9 +22,9 @@ class Matgl:
     """A process that trains matgl's MEGNet on the same crystals in the same packs, one step at a time.
 
     Args:
-        packs: the crystals of each.
+        packs: the crystals of each pack.
         size: width, hidden, blocks.
-        threads: of torch.
+        threads: CPU threads of torch.
     """
 
     def __init__(self, packs: list[Multigraphs], size: dict[str, int], threads: int) -> None:

@@ -1,8 +1,8 @@
 """``cdssl bench overhead``: what the engine, the guard, metrics and checkpoints add to a plain torch loop.
 
-The same packs, the same initial weights, in turns. On CPU the time is that of the process, which other processes hardly
-change; on a GPU it is that of the clock. ``--engine plain`` needs torch and a data set: neither DeepSpeed nor Ray,
-pydantic or pymatgen.
+All variants take the same packs and initial weights, in turns. On CPU, process time is measured, which other processes
+hardly affect; on a GPU, wall time. ``--engine plain`` needs only torch and a data set, not DeepSpeed, Ray, pydantic or
+pymatgen.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ CHECKPOINT_EVERY: Final = 500
 CLIP: Final = 1.0
 RATE: Final = 1e-3
 
-Run = Callable[[int], None]  # some steps
+Run = Callable[[int], None]  # runs this many steps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of the command line."""
+    """See ``cdssl_dist.bench``."""
     add_repeat(parser)
-    parser.add_argument("--data", help="a data set; what is shared, or aflow:, is sharded else")
+    parser.add_argument("--data", help="data set; if omitted, shared data or aflow: is sharded")
     parser.add_argument("--engine", choices=("plain", "deepspeed", "both"), default="both", help="what is measured")
     parser.add_argument("--size", choices=tuple(SIZES), default="small", help="64/32 units × 3 blocks, or 256 × 6")
-    parser.add_argument("--dtype", choices=("f32", "bf16"), default="f32", help="of weights and activations")
+    parser.add_argument("--dtype", choices=("f32", "bf16"), default="f32", help="type of weights and activations")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=1, help="ZeRO")
-    parser.add_argument("--steps", type=int, default=20, help="of each turn")
+    parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=1, help="ZeRO stage")
+    parser.add_argument("--steps", type=int, default=20, help="steps of each turn")
     parser.add_argument("--packs", type=int, default=4, help="different packs, which steps take in turn")
 
 
 def measure(args: argparse.Namespace) -> Figures:
-    """See the module."""
+    """All figures; see the module's docstring."""
     with tempfile.TemporaryDirectory(prefix="cdssl-bench-") as made, data_folder(args.data) as folder:
         device = torch.device(args.device)
         if device.type == "cpu":
@@ -99,7 +99,7 @@ def _model(args: argparse.Namespace) -> nn.Module:
 
 
 def _plain(task: Denoising, packs: list[RawPack], args: argparse.Namespace, device: torch.device) -> Run:
-    """What one would write without this project."""
+    """A plain torch loop, as one would write it without this project."""
     model = _model(args).to(device)
     twin = bf16_twin(model) if args.dtype == "bf16" else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=device.type == "cuda")
@@ -121,7 +121,7 @@ def _plain(task: Denoising, packs: list[RawPack], args: argparse.Namespace, devi
 def _engine(
     task: Denoising, packs: list[RawPack], args: argparse.Namespace, device: torch.device
 ) -> tuple[Any, dict[str, Run]]:
-    """One engine, with a gate that is always open, and with guard and metrics as in the training loop."""
+    """One engine and two ways to run it: with a gate that is always open, and with guard and metrics as in training."""
     import torch.distributed as dist
 
     from cdssl_dist.config import GuardConfig
@@ -175,12 +175,12 @@ def _timed(run: Run, steps: int, device: torch.device) -> float:
 
 
 def _over(seconds: dict[str, list[float]], one: str, other: str) -> float:
-    """How much longer one takes than the other: the median of the rounds."""
+    """The relative extra time of one over the other: the median over rounds."""
     return statistics.median(a / b for a, b in zip(seconds[one], seconds[other], strict=True)) - 1.0
 
 
 def _checkpoint(engine: Any, root: Path, repeat: int, step: float) -> Figures:
-    """How long training stands still for a checkpoint, and what share of the time that is at the default cadence."""
+    """How long a checkpoint stalls training, and the share of the time that this takes at the default interval."""
     from cdssl_dist.train.checkpoint import Progress, Retention, save
     from cdssl_dist.train.guard import GuardState
     from cdssl_dist.train.ledger import Ledger
@@ -197,7 +197,7 @@ def _checkpoint(engine: Any, root: Path, repeat: int, step: float) -> Figures:
 
 
 def _restart(data: str, run: Path, args: argparse.Namespace) -> float:
-    """Seconds from SIGKILL of one rank under a bare launcher to the first step of the next life."""
+    """Seconds from the SIGKILL of a single rank, started without Ray, to its first step after a restart."""
     from cdssl_dist.config import parse
 
     content = {

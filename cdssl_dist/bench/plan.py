@@ -1,6 +1,6 @@
 """``cdssl bench plan``: what a configuration costs, from the configuration alone: parameters, memory, arithmetic.
 
-The time is a bound, all matrix products at the speed of a large one on this machine; nothing is trained.
+The time is a lower bound: all matrix products at the speed of a large one on this machine. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from cdssl_dist.model.cost import flops_per_edge, matmul_flops, parameters, save
 
 def add_arguments(parser: ArgumentParser) -> None:
     """See ``cdssl_dist.bench``."""
-    parser.add_argument("configs", nargs="*", default=["small", "base", "large", "xl"], help="of configs/pretrain")
+    parser.add_argument(
+        "configs", nargs="*", default=["small", "base", "large", "xl"], help="YAML files, or names in configs/pretrain"
+    )
     parser.add_argument("--edges", type=int, default=65_536, help="directed edges of a pack")
-    parser.add_argument("--ranks", type=int, default=8, help="that share the optimizer's state (ZeRO-1 and up)")
+    parser.add_argument("--ranks", type=int, default=8, help="ranks that share the optimizer's state (ZeRO-1 and up)")
 
 
 def measure(args: Namespace) -> Figures:

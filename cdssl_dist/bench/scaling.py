@@ -1,8 +1,7 @@
-"""``cdssl bench scaling``: the training loop on one rank and on more of this machine, and a model of many GPUs.
+"""``cdssl bench scaling``: the training loop on one rank and on several of this machine, and a cost model of many GPUs.
 
-What is measured here are the terms of the model that a machine without a network can tell: bytes that are reduced and
-saved, and what more ranks lose and to what (``lost``). What a GPU and a network do is told it (``--rate``,
-``--between``, …).
+Measured are the terms of the model that a single machine can show: bytes reduced and saved, and how much time more
+ranks lose, and to what (``lost``). The speeds of GPU, network and storage must be given (``--rate``, ``--between``, …).
 """
 
 from __future__ import annotations
@@ -30,19 +29,19 @@ from cdssl_dist.data.plan import EpochPlan
 GPUS: Final = (1, 8, 64, 512, 4096)
 PER_NODE: Final = 8
 WARM: Final = 5  # steps that are not counted
-SAVED: Final = 12  # bytes a parameter in a checkpoint: weight and two moments, f32
+SAVED: Final = 12  # bytes per parameter in a checkpoint: weight and two moments, f32
 RANK: Final = "import sys; from cdssl_dist.bench.scaling import rank; rank(sys.argv[1])"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the model is told. Rates are of one GPU, bandwidths bytes per second."""
+    """Given parameters of the cost model. The rate is that of one GPU; bandwidths are in bytes per second."""
 
     rate: float  # directed edges per second in the training step
-    inside: float  # of the all-reduce among the GPUs of a node
-    between: float  # of each GPU's share of the network between nodes
-    latency: float  # s of one hop
-    storage: float  # of the shared storage that checkpoints go to, all writers together
+    inside: float  # bandwidth of the all-reduce among the GPUs of a node
+    between: float  # bandwidth of each GPU's share of the network between nodes
+    latency: float  # s per hop
+    storage: float  # bandwidth of the shared storage for checkpoints, all writers together
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,9 @@ class Job:
 
 
 def step_seconds(gpus: int, machine: Machine, job: Job) -> dict[str, float]:
-    """The terms of one step, s; nothing overlaps, which is what the engine does today but for reading.
+    """The terms of one step, s. Nothing overlaps, as in the engine today (except for reading).
 
-    A ring in two levels: each GPU sends and receives 2 (n − 1)/n of the gradient in its node, and of its 1/n-th between
+    A two-level ring: each GPU sends and receives 2 (n − 1)/n of the gradient in its node, and of its 1/n-th between
     nodes (Thakur, Rabenseifner and Gropp 2005), with a hop of latency for each partner.
     """
     inside, nodes = min(gpus, PER_NODE), math.ceil(gpus / PER_NODE)
@@ -72,7 +71,7 @@ def step_seconds(gpus: int, machine: Machine, job: Job) -> dict[str, float]:
     return {
         "compute": job.packs * job.edges / machine.rate,
         "all-reduce": ring(inside, size, machine.inside) + ring(nodes, size / inside, machine.between),
-        "latency": 2.0 * hops * machine.latency,  # the gradient's, and the question of the guard
+        "latency": 2.0 * hops * machine.latency,  # of the gradient's all-reduce, and of the guard's
         "checkpoint": job.parameters * SAVED / machine.storage / job.checkpoint_every,
     }
 
@@ -80,11 +79,11 @@ def step_seconds(gpus: int, machine: Machine, job: Job) -> dict[str, float]:
 def add_arguments(parser: ArgumentParser) -> None:
     """See ``cdssl_dist.bench``."""
     add_repeat(parser, default=1)
-    parser.add_argument("--data", help="a data set; what is shared, or aflow:, is sharded else")
+    parser.add_argument("--data", help="data set; if omitted, shared data or aflow: is sharded")
     parser.add_argument("--size", choices=SIZES, default="small", help="of the model: 64/32 × 3 blocks, 256 × 6")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2], help="on this machine, beside one")
-    parser.add_argument("--steps", type=int, default=40, help="that are counted")
-    parser.add_argument("--packs", type=int, default=4, help="of a step, and of a GPU's step in the model")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2], help="numbers of ranks to compare with one")
+    parser.add_argument("--steps", type=int, default=40, help="steps that are timed")
+    parser.add_argument("--packs", type=int, default=4, help="packs per step; in the model, per GPU")
     parser.add_argument("--rate", type=float, default=1e8, help="model: directed edges/s of a GPU")
     parser.add_argument("--inside", type=float, default=2e11, help="model: B/s among the GPUs of a node")
     parser.add_argument("--between", type=float, default=2.5e10, help="model: B/s of a GPU's share between nodes")
@@ -95,7 +94,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def measure(args: Namespace) -> Figures:
     """All figures."""
     if wrong := [ranks for ranks in args.ranks if args.packs % ranks]:
-        raise BenchError(f"--packs {args.packs} is no multiple of {wrong[0]} ranks, which would not have equal work")
+        raise BenchError(f"--packs {args.packs} is not a multiple of {wrong[0]} ranks, whose work would be unequal")
     with data_folder(args.data) as folder:
         with DataSet(folder) as data:
             table = data.table("train")
@@ -115,7 +114,7 @@ def measure(args: Namespace) -> Figures:
         "checkpoint, bytes": parameters * SAVED,
         "edges of a pack": room,
         "fill": fill,
-        # Packs are of one shape, so ranks compute alike; this is what they would differ by if only real edges counted.
+        # Packs have one shape, so ranks do equal work; this is how unequal it would be if only real edges counted.
         "fullest pack over mean": statistics.mean(max(packs) / statistics.mean(packs) for packs in filled),
         "measured": measured,
         "modelled": {str(n): step_seconds(n, machine, job) for n in GPUS},
@@ -124,18 +123,18 @@ def measure(args: Namespace) -> Figures:
 
 
 def lost(whole: float, part: float, beside: float, together: float, ranks: int) -> dict[str, float]:
-    """How much of the time of ranks together is lost, and to what.
+    """How much of the time of several ranks is lost, and to what.
 
     Args:
-        whole: s of a step on one rank.
-        part: s of a step of a rank's share of the packs, alone on the machine.
-        beside: the same, while as many processes as there are ranks do that, each for itself.
-        together: s of a step on the ranks.
-        ranks: their number.
+        whole: s per step of one rank with all packs.
+        part: s per step of one rank with a rank's share of the packs, alone on the machine.
+        beside: the same, while ``ranks`` independent processes do so at the same time.
+        together: s per step of all ranks training together.
+        ranks: number of ranks.
 
     Returns:
-        Shares of ``together``: the efficiency, what a step costs besides its packs and is not divided, what processes
-        take from one another on one machine, and reducing and waiting. They add up to 1.
+        Shares of ``together``, which add up to 1: the efficiency; the fixed cost of a step, which is not divided among
+        ranks; the slowdown of processes that share a machine; and reducing and waiting.
     """
     return {
         "efficiency": whole / ranks / together,
@@ -146,7 +145,7 @@ def lost(whole: float, part: float, beside: float, together: float, ranks: int) 
 
 
 def _measured(folder: str, ranks: int, args: Namespace) -> Figures:
-    """The step of one rank and of so many, and what lies between."""
+    """The time of a step on one rank and on ``ranks``, and where the difference goes."""
     share = args.packs // ranks
     whole, part = _step(folder, [1], args.packs, args), _step(folder, [1], share, args)
     beside, together = _step(folder, [1] * ranks, share, args), _step(folder, [ranks], args.packs, args)
@@ -158,7 +157,7 @@ def _measured(folder: str, ranks: int, args: Namespace) -> Figures:
 
 
 def _step(folder: str, groups: Sequence[int], packs: int, args: Namespace) -> dict[str, float]:
-    """A step's seconds by the clock, and of CPU in a rank, where groups of so many ranks train at the same time."""
+    """Wall and CPU seconds of a rank's step, while groups of these numbers of ranks train at the same time."""
     found = [_once(folder, groups, packs, args) for _ in range(args.repeat)]
     return {name: statistics.median(once[name] for once in found) for name in found[0]}
 
@@ -184,7 +183,7 @@ def _once(folder: str, groups: Sequence[int], packs: int, args: Namespace) -> di
         answers = [process.communicate() for process in found]
     for process, (_, said) in zip(found, answers, strict=True):
         if process.returncode:
-            raise failed(f"a rank of {len(found)}", process.returncode, said)
+            raise failed(f"one of {len(found)} ranks", process.returncode, said)
     each = [json.loads(out.splitlines()[-1]) for out, _ in answers]
     return {name: statistics.mean(rank[name] for rank in each) for name in each[0]}
 
@@ -206,7 +205,7 @@ def _config(run: str, folder: str, packs: int, args: Namespace) -> Config:
 
 
 def rank(content: str) -> None:
-    """One rank: train, and print its medians of a step, by the clock and in CPU time."""
+    """Train as one rank, and print the median wall and CPU time of its steps."""
     from cdssl_dist.train.loop import train
 
     at: list[tuple[float, float]] = []
@@ -236,7 +235,7 @@ def table(figures: Figures) -> str:
             widths = (11, 18, 12, 21)
             text = "".join(f"{value:{width}.1%}" for value, width in zip(shares, widths, strict=True))
             lines.append(f"{ranks:>5}  {name:5} {m['one rank']:11.3f} {m['together']:12.3f} {text}")
-    lines += ["", f"modelled, not measured, from what was told ({figures['told']}): ms of a step"]
+    lines += ["", f"modelled, not measured, for {figures['told']}: ms of a step"]
     lines.append(" GPUs  " + "  ".join(f"{name:>10}" for name in _terms(figures)) + "  efficiency")
     for gpus, terms in figures["modelled"].items():
         values = "  ".join(f"{1e3 * v:10.3f}" for v in terms.values())

@@ -1,8 +1,8 @@
-"""``cdssl bench step``: one training step (forward, backward, AdamW) on packs of real crystals, beside what others use.
+"""``cdssl bench step``: one training step (forward, backward, AdamW) on packs of real crystals, and of alternatives.
 
-On CPU rates are of CPU time, so that a busy machine counts less; on a GPU of the clock, the device waited for. With
-``--data`` it runs where torch, numpy, pyarrow, safetensors and xxhash are. On CPU each step begins with the arrays of
-decoded blocks and collates them, as matgl's begins with its graphs; on a GPU packs lie ready in pinned memory.
+On CPU, rates are per second of CPU time, so that a busy machine matters less; on a GPU, of wall time, synchronised with
+the device. With ``--data``, it needs only torch, numpy, pyarrow, safetensors and xxhash. On CPU, each step begins with
+collating the arrays of decoded blocks, as matgl's begins with its graphs; on a GPU, packs wait in pinned memory.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Engine(Protocol):
 
 
 class Plain:
-    """AdamW by hand: weights in the precision of the step, masters and moments in f32."""
+    """AdamW without DeepSpeed: weights in the precision of the step, master weights and moments in f32."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.module = model.to(dtype)
@@ -87,7 +87,7 @@ ENGINES: Final[dict[str, Callable[[nn.Module, torch.dtype, torch.device], Engine
 
 @dataclass(frozen=True)
 class Packs:
-    """What is stepped over, cycled: crystals of the training split, cut to packs of one size."""
+    """Packs that steps cycle through: crystals of the training split, in packs of one shape."""
 
     graphs: list[Multigraphs]
     arrays: list[dict[str, Any]]
@@ -102,14 +102,14 @@ class Packs:
 def add_arguments(parser: ArgumentParser) -> None:
     """See ``cdssl_dist.bench``."""
     add_repeat(parser)
-    parser.add_argument("--data", help="a data set; what is shared, or aflow:, is sharded else")
+    parser.add_argument("--data", help="data set; if omitted, shared data or aflow: is sharded")
     parser.add_argument("--size", choices=SIZES, default="small", help="of the model: 64/32 × 3 blocks, 256 × 6")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="precision of the weights")
     parser.add_argument("--engine", choices=ENGINES, default="plain", help="what updates the weights")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--edges", type=int, help="directed edges of a pack; 32,768 (CPU) or 1,048,576 where left out")
-    parser.add_argument("--threads", type=int, default=1, help="of torch, on CPU")
-    parser.add_argument("--eager", action="store_true", help="only that: compiling takes minutes")
+    parser.add_argument("--edges", type=int, help="directed edges of a pack; by default 32,768, or 1,048,576 on a GPU")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads used by torch")
+    parser.add_argument("--eager", action="store_true", help="skip torch.compile, which takes minutes")
 
 
 def measure(args: Namespace) -> Figures:
@@ -131,7 +131,7 @@ def measure(args: Namespace) -> Figures:
             kind = CompiledDenoising if name.endswith("compiled") else Denoising
             steps[f"{name}, {dtype}"] = Step(engine, kind(expansion, (0.3, 0.3), 0), packs, device)
         if device.type == "cuda" and args.size == "small":
-            # Triton is where torch for CUDA is.
+            # Triton comes with torch for CUDA.
             from cdssl_dist.model.kernels.model import FusedDenoising, FusedPretextModel
 
             torch.manual_seed(0)
@@ -161,7 +161,7 @@ def measure(args: Namespace) -> Figures:
 
 
 def fresh(size: str) -> PretextModel:
-    """The model with the same first weights each time."""
+    """A model with the same initial weights each time."""
     torch.manual_seed(0)
     return PretextModel(edge_features=CENTERS, **SIZES[size])
 
@@ -175,7 +175,7 @@ CONTESTANTS: Final[dict[str, Callable[[PretextModel], PretextModel]]] = {
 
 
 def packs_of(data: DataSet, edges: int) -> Packs:
-    """The first crystals of an epoch, in packs of at most so many directed edges and all of one shape."""
+    """The first crystals of an epoch, in packs of one shape with at most this many directed edges."""
     plan = EpochPlan(data.table("train"), 0, 1, 1)
     order = plan.order(0)
     crystals = _crystals(data, [int(plan.table.block[i]) for i in order])
@@ -190,14 +190,14 @@ def packs_of(data: DataSet, edges: int) -> Packs:
 
 
 def _crystals(data: DataSet, blocks: Sequence[int]) -> Iterator[Multigraphs]:
-    """Blocks of crystals, around and around."""
+    """Decoded blocks, over and over."""
     while True:
         for block in blocks:
             yield decode(data.read(block))
 
 
 def _filled(blocks: Iterator[Multigraphs], edges: int) -> Iterator[Multigraphs]:
-    """Crystals of consecutive blocks up to a number of directed edges."""
+    """Packs of crystals from consecutive blocks, each with at most this many directed edges."""
     while True:
         parts: list[Multigraphs] = []
         left = edges // 2
@@ -210,12 +210,12 @@ def _filled(blocks: Iterator[Multigraphs], edges: int) -> Iterator[Multigraphs]:
             if count < len(block):
                 break
         if not parts:
-            raise BenchError(f"--edges {edges} has not room for one crystal; give more")
+            raise BenchError(f"--edges {edges} has no room for even one crystal; give more")
         yield concatenate(parts)
 
 
 class Step:
-    """One contestant: its model, and where in the packs it is."""
+    """One contestant: its engine and task, and its position in the packs."""
 
     def __init__(self, engine: Engine, task: Denoising, packs: Packs, device: torch.device) -> None:
         self.engine, self.task, self.packs, self.device = engine, task, packs, device

@@ -1,8 +1,8 @@
-"""Fine-tune a pretrained encoder on labeled crystals, beside the same network from scratch on the same split.
+"""Fine-tune a pretrained encoder on labeled crystals, and train the same network from scratch on the same split.
 
     cdssl finetune --encoder models:/cdssl-encoder@champion --data FILE --target COLUMN
 
-A plain torch loop: neither Ray nor DeepSpeed is started, but with ``--ray``, which gives each training to a Ray task.
+The training loop is plain torch and starts neither Ray nor DeepSpeed; with ``--ray``, each training is a Ray task.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from sharding.progress import Progress
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Pull an encoder, fine-tune it, compare, write what came out, record and register it where asked."""
+    """Pull an encoder, fine-tune it, compare it with the baselines, write the results, and register it if asked."""
     args = parser().parse_args(argv)
     began = time.time()
     uri = tracking_uri(args.registry, RUNS)
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.leave(
         out,
         lambda drawn: report.of_tuning(out, drawn),
-        lambda: map_of(CrystalEncoder(encoder, card), data.graphs, "its crystals, by the encoder as pulled", colors),
+        lambda: map_of(CrystalEncoder(encoder, card), data.graphs, "its crystals, by the pretrained encoder", colors),
     )
     print(told(results, outcome, args.out))
     run_id = None
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def on_ray(args: argparse.Namespace, trainings: int) -> Iterator[Map | None]:
-    """The trainings as tasks of a Ray cluster, where asked."""
+    """Yield a map that runs the trainings as Ray tasks, or None if Ray was not asked for."""
     if not (args.ray or args.address):
         yield None
         return
@@ -128,10 +128,10 @@ def on_ray(args: argparse.Namespace, trainings: int) -> Iterator[Map | None]:
 
 
 def parser() -> Parser:
-    """What can be said on the command line."""
+    """Build the command-line parser."""
     default = FineTuning()
     p = Parser(
-        "cdssl finetune", "Fine-tune a pretrained encoder on labeled crystals, beside the same network from scratch."
+        "cdssl finetune", "Fine-tune a pretrained encoder and compare it with the same network trained from scratch."
     )
     p.add_argument("--encoder", default=CHAMPION, help="models:/NAME@ALIAS, or a folder")
     p.add_argument("--registry", help="MLflow URI; if omitted, MLFLOW_TRACKING_URI, else runs/mlflow.db")
@@ -143,11 +143,11 @@ def parser() -> Parser:
     g.add_argument("--data", required=True, help="a data set of shards, or a file or source that cdssl shard reads")
     g.add_argument("--labels", metavar="FILE", help="CSV or Parquet with ids, to read targets and columns from")
     computed = ", ".join(COMPUTED)
-    g.add_argument("--target", required=True, nargs="+", help=f"labels or columns, or any of {computed}; may have gaps")
+    g.add_argument("--target", required=True, nargs="+", help=f"labels or columns, or any of {computed}; gaps allowed")
     g.add_argument("--unit", nargs="+", help="unit of each target, if the data do not state it")
-    g.add_argument("--per-atom", nargs="+", default=[], metavar="TARGET", help="targets that grow with the cell")
-    g.add_argument("--log", nargs="+", default=[], metavar="TARGET", help="positive targets with a long tail")
-    g.add_argument("--classify", action="store_true", help="treat the target as classes: numbers or text")
+    g.add_argument("--per-atom", nargs="+", default=[], metavar="TARGET", help="extensive targets, learned per atom")
+    g.add_argument("--log", nargs="+", default=[], metavar="TARGET", help="long-tailed targets, learned as logarithms")
+    g.add_argument("--classify", action="store_true", help="treat the values of the target as classes, not numbers")
     g.add_argument("--split", choices=("train", "val", "test"), help="use this split of a data set of shards only")
     g.add_argument("--where", metavar="CONDITION", help="filter a data set of shards, as in 'n_atoms <= 20'")
     g.add_argument("--keys", metavar="FILE", help="use only the crystals with these ids, one per line")
@@ -155,54 +155,54 @@ def parser() -> Parser:
     g = p.add_argument_group("split")
     g.add_argument("--train", type=float, default=0.8, help="share of the crystals to train on, by whole groups")
     g.add_argument("--val", type=float, default=0.1, help="share for early stopping; with folds, of the training part")
-    g.add_argument("--folds", type=int, metavar="K", help="each crystal tests once, in one of K folds")
-    g.add_argument("--fold-column", metavar="COLUMN", help="a fold for each value of a column")
+    g.add_argument("--folds", type=int, metavar="K", help="K-fold cross-validation: each crystal is tested once")
+    g.add_argument("--fold-column", metavar="COLUMN", help="use each value of this column as a fold")
     g.add_argument("--split-column", metavar="COLUMN", help="a column with the values train, val and test")
     g.add_argument("--test-value", default="test", help="the value of --split-column that marks test crystals")
 
     g = p.add_argument_group("training")
     g.add_argument("--members", type=int, default=1, help="networks in an ensemble, each with its own seed")
-    g.add_argument("--epochs", type=int, default=default.epochs, help="most epochs")
+    g.add_argument("--epochs", type=int, default=default.epochs, help="maximum number of epochs")
     g.add_argument("--patience", type=int, default=default.patience, help="epochs without improvement before stopping")
     g.add_argument("--batch-size", type=int, default=default.batch_size, help="crystals per batch")
     g.add_argument("--lr", type=float, default=default.lr, help="learning rate of the pretrained network")
     g.add_argument(
-        "--scratch-lr", type=float, default=3e-3, help="learning rate from scratch, which needs a higher one"
+        "--scratch-lr", type=float, default=3e-3, help="learning rate of the network from scratch, which needs more"
     )
-    g.add_argument("--no-scratch", action="store_true", help="leave out the network from scratch")
-    g.add_argument("--warmup", type=int, default=default.warmup, help="epochs in which the readout alone learns")
-    g.add_argument("--freeze", type=int, default=default.freeze, help="stages kept: 1 input layers, 2 first block, …")
+    g.add_argument("--no-scratch", action="store_true", help="do not train a network from scratch")
+    g.add_argument("--warmup", type=int, default=default.warmup, help="first epochs, which train only the readout")
+    g.add_argument("--freeze", type=int, default=default.freeze, help="frozen stages: 1 input layers, 2 first block, …")
     g.add_argument("--layer-decay", type=float, default=default.layer_decay, help="rate relative to the next stage")
     g.add_argument(
         "--readout",
         choices=READOUTS,
         default=default.readout,
-        help="Set2Set over the crystal, a sum over atoms, or a ridge on vectors",
+        help="Set2Set over the crystal, a mean over atoms, or a ridge on vectors",
     )
     g.add_argument("--weight-decay", type=float, default=default.weight_decay, help="weight decay of AdamW")
-    g.add_argument("--seed", type=natural, default=default.seed, help="seed of the split, the readout and the order")
-    g.add_argument("--threads", type=int, default=default.threads, help="threads of torch, on CPU")
-    g.add_argument("--compile", action="store_true", help="use torch.compile: faster steps, after a minute or so")
+    g.add_argument("--seed", type=natural, default=default.seed, help="seed of the split, the readout and the batches")
+    g.add_argument("--threads", type=int, default=default.threads, help="CPU threads used by torch")
+    g.add_argument("--compile", action="store_true", help="use torch.compile: takes a minute, then steps are faster")
 
     g = p.add_argument_group(
-        "on Ray", "Each training of a fold, a member and an arm is a task; the results are the same."
+        "on Ray", "Each training (of one fold, member and arm) is a task; the results are the same."
     )
-    g.add_argument("--ray", action="store_true", help="train on a Ray cluster; on all cores of this machine if none")
+    g.add_argument("--ray", action="store_true", help="train on a Ray cluster, or if there is none, on all cores here")
     g.add_argument("--address", help="Ray cluster, e.g. ray://HEAD:10001 or auto; if omitted, RAY_ADDRESS")
     g.add_argument("--gpus", type=float, default=0.0, help="GPUs per task; may be a fraction")
     return p
 
 
 def read_data(args: argparse.Namespace, card: EncoderCard) -> Labeled:
-    """The labeled crystals that the arguments name."""
+    """Load the labeled crystals that the arguments select."""
     check_members(args.members, args.readout)
     if args.classify:
         if len(args.target) > 1:
             raise TuningError("--classify takes one target")
         if args.target[0] in COMPUTED:
-            raise TuningError(f"--classify: {args.target[0]} is a number, and names no classes")
+            raise TuningError(f"--classify: {args.target[0]} is a computed number, not a class label")
         if unfit := [option for option in ("per_atom", "log", "unit") if getattr(args, option)]:
-            raise TuningError(f"--classify: classes have no --{unfit[0].replace('_', '-')}")
+            raise TuningError(f"--classify does not go with --{unfit[0].replace('_', '-')}")
     keys = None
     if args.keys:
         try:
@@ -223,25 +223,25 @@ def read_data(args: argparse.Namespace, card: EncoderCard) -> Labeled:
 
 
 def task_of(args: argparse.Namespace, data: Labeled) -> Task:
-    """What is learned."""
+    """Build the task from the arguments and the labels."""
     for option, named in (("--per-atom", args.per_atom), ("--log", args.log)):
         if strange := set(named) - set(args.target):
-            raise TuningError(f"{option} {' '.join(sorted(strange))}: no target; those are {' '.join(args.target)}")
+            raise TuningError(f"{option} {' '.join(sorted(strange))}: not among the targets, {' '.join(args.target)}")
     if args.unit and len(args.unit) != len(data.names):
-        raise TuningError(f"--unit says {len(args.unit)} units of {len(data.names)} targets")
+        raise TuningError(f"--unit gives {len(args.unit)} units for {len(data.names)} targets")
     names = zip(data.names, args.unit or data.units, strict=True)
     if not args.classify:
         return Task(tuple(Target(name, unit, name in args.per_atom, name in args.log) for name, unit in names))
     classes = class_names(data.columns[args.target[0]])
     if len(classes) < 2 or len(classes) > len(data) / 2:
         raise TuningError(
-            f"{args.target[0]!r} names {len(classes)} classes in {len(data)} crystals: nothing to classify"
+            f"{args.target[0]!r} has {len(classes)} different values in {len(data)} crystals: not usable as classes"
         )
     return Task((Target(args.target[0]),), classes)
 
 
 def check_labels(task: Task, data: Labeled, splits: Sequence[Split]) -> None:
-    """What would end the training of some fold is said before the first."""
+    """Fail before the first training if the labels of any fold cannot be learned."""
     parts = [("", np.arange(len(data)))] + [(f"fold {i + 1}: ", split.train) for i, split in enumerate(splits)]
     for where, part in parts:
         try:
@@ -251,9 +251,9 @@ def check_labels(task: Task, data: Labeled, splits: Sequence[Split]) -> None:
 
 
 def splits_of(args: argparse.Namespace, data: Labeled) -> list[Split]:
-    """Who trains and who tests."""
+    """Build the splits that the arguments ask for."""
     if sum(map(bool, (args.folds, args.fold_column, args.split_column))) > 1:
-        raise TuningError("--folds, --fold-column and --split-column exclude one another")
+        raise TuningError("--folds, --fold-column and --split-column are mutually exclusive")
     if args.folds is not None:
         return k_folds(data.groups, args.folds, args.val, args.seed)
     if args.fold_column:
@@ -265,12 +265,12 @@ def splits_of(args: argparse.Namespace, data: Labeled) -> list[Split]:
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
-    """Settings beside those of the training."""
+    """Settings to record in addition to those of the training."""
     return {name: getattr(args, name) for name in ("scratch_lr", "members", "folds")} | {"data": Path(args.data).name}
 
 
 def record_tuning(uri: str, experiment: str, out: Path, card: PropertyCard, began: float) -> str | None:
-    """The MLflow run of a fine-tuning that is done."""
+    """Record a finished fine-tuning in MLflow; return the run's id, or None if it could not be created."""
     params = card.settings | {"encoder": card.encoder["ref"], "targets": [t["name"] for t in card.task["targets"]]}
     tags = {"encoder": card.encoder["ref"], "data_digest": card.data_digest, "code_version": card.code_version}
     files = [p for p in out.iterdir() if p.is_file()]

@@ -1,4 +1,4 @@
-"""What needs no network, and stands beside every result: the median, and a linear model on element fractions."""
+"""Baselines reported with every result: the median (or class frequencies), and a linear model on element fractions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from cdssl_dist.finetune.targets import Array, Task
 from cdssl_dist.model.megnet import N_ELEMENTS
 from sharding.graph import Multigraphs
 
-ALPHAS = np.logspace(-4, 2, 13)  # of fractions, which lie between 0 and 1
-UNSEEN = 0.01  # of a classifier's probability goes to the frequencies, classes without a training crystal included
+ALPHAS = np.logspace(-4, 2, 13)  # ridge penalties for element fractions, which lie between 0 and 1
+UNSEEN = 0.01  # share of a classifier's probability given to the class frequencies, so that no class has none
 
 
 def element_fractions(graphs: Multigraphs) -> Array:
@@ -37,7 +37,7 @@ def vector_ridge() -> Pipeline:
 
 
 def baselines(task: Task, graphs: Multigraphs, targets: Array, split: Split) -> dict[str, Array]:
-    """Name → predictions for all crystals in the units of the targets, (n, T), or probabilities, (n, C)."""
+    """Predict all crystals by every baseline: name → (n, T) in the units of the targets, or (n, C) probabilities."""
     fractions = element_fractions(graphs)
     if task.classes:
         return _of_classes(task, fractions, targets, split)
@@ -47,7 +47,7 @@ def baselines(task: Task, graphs: Multigraphs, targets: Array, split: Split) -> 
         known = _known(split.train, values)
         found = np.full(len(graphs), np.median(values[known]))
         median[:, t] = target.restored(found, graphs.n_atoms)
-        if len(known) >= 3:  # else too few to choose a penalty with
+        if len(known) >= 3:  # with fewer, no penalty can be chosen, and the ridge is the median
             found = RidgeCV(alphas=ALPHAS).fit(fractions[known], values[known]).predict(fractions)
         ridge[:, t] = target.restored(found, graphs.n_atoms)
     return {"median": median, "ridge on composition": ridge}
@@ -61,7 +61,7 @@ def _of_classes(task: Task, fractions: Array, targets: Array, split: Split) -> d
     linear = frequent.copy()
     if len(np.unique(right)) > 1:
         model = LogisticRegression(C=100.0, max_iter=2000).fit(fractions[known], right)
-        linear *= UNSEEN  # what no training crystal is may still be
+        linear *= UNSEEN  # classes without training crystals keep some probability
         linear[:, model.classes_] += (1 - UNSEEN) * model.predict_proba(fractions)
     return {"frequencies": frequent, "logistic on composition": linear}
 

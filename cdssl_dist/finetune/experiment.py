@@ -23,20 +23,20 @@ from cdssl_dist.model.megnet import MEGNet
 from sharding.graph import Multigraphs
 
 PRETRAINED, SCRATCH, LINEAR = "pretrained", "from scratch", "linear on frozen vectors"
-Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]  # as the builtin; ``Executor.map`` is one
+Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]  # like the builtin ``map``, or ``Executor.map``
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out. Only crystals that test have predictions: rows of the others are NaN."""
+    """Results of an experiment. Only test crystals have predictions; the rows of all others are NaN."""
 
     predictions: dict[str, Array]  # arm → (n, T) or (n, C): the mean of its members
-    deviations: dict[str, Array]  # arm with several members → the same shape
-    fold: NDArray[np.int64]  # (n,): the split in which a crystal tests, −1 for none
-    errors: dict[str, dict[str, float]]  # arm → metric → over all test crystals
-    fold_errors: list[dict[str, dict[str, float]]]  # the same of each split
+    deviations: dict[str, Array]  # arm with several members → standard deviation between them, same shape
+    fold: NDArray[np.int64]  # (n,): the split in which a crystal is tested, −1 for none
+    errors: dict[str, dict[str, float]]  # arm → metric → value over all test crystals
+    fold_errors: list[dict[str, dict[str, float]]]  # the same for each split
     members: dict[str, list[Member]]  # arm → its networks, over all splits
-    uncertainty: dict[str, Uncertainty] = field(default_factory=dict)  # of an ensemble, by target
+    uncertainty: dict[str, Uncertainty] = field(default_factory=dict)  # target → calibration; of an ensemble only
 
     def spread(self, arm: str, metric: str) -> float:
         """Standard error of the mean of a metric over the splits; NaN for one split."""
@@ -46,7 +46,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Problem:
-    """What all trainings of an experiment share; each of them is a call of ``train``, here or elsewhere."""
+    """What all trainings of an experiment share; each is one call of ``train``, in this process or another."""
 
     encoder: MEGNet
     card: EncoderCard
@@ -64,7 +64,7 @@ class Problem:
             tick: called after each epoch.
 
         Returns:
-            The network, and its predictions for the validation crystals of the split, then for those that test.
+            The network, and its predictions for the validation crystals of the split, then for its test crystals.
         """
         number, arm, i = which
         split, settings = self.splits[number], self.arms[arm]
@@ -97,23 +97,24 @@ def compare(
         encoder, card: the pretrained network.
         graphs, targets: see ``tuning.fit``.
         task: what is learned.
-        splits: one, or folds; a crystal tests in one of them at most.
-        how: the training of the pretrained network; member i takes the seed ``how.seed + i``.
-        scratch: that of the same network from scratch; None leaves it out.
-        members: networks of an arm on each split, which differ by their seed.
+        splits: one split, or folds; no crystal may be tested in two of them.
+        how: settings of the pretrained network; member i uses the seed ``how.seed + i``.
+        scratch: settings of the same network trained from scratch; None leaves it out.
+        members: networks per arm and split, which differ only in their seed.
         tick: called after each epoch.
-        elsewhere: a map that trains in other processes, to the same result; one after the other here where left out.
+        elsewhere: a map that trains in other processes, with the same results; by default, networks are trained here
+            one after the other.
 
     Raises:
-        ValueError: where a crystal tests in two splits.
-        TuningError: where a training fails; says which arm's.
+        ValueError: if a crystal is tested in two splits.
+        TuningError: if a training fails; the message names the arm.
     """
     check_members(members, how.readout)
     arms = {PRETRAINED: how} | ({SCRATCH: scratch} if scratch else {})
     fold = np.full(len(graphs), -1, np.int64)
     for number, split in enumerate(splits):
         if (fold[split.test] >= 0).any():
-            raise ValueError("a crystal tests in two splits")
+            raise ValueError("a crystal is tested in two splits")
         fold[split.test] = number
     problem = Problem(encoder, card, graphs, targets, task, tuple(splits), arms)
     which = [(number, arm, i) for number in range(len(splits)) for arm in arms for i in range(members)]
@@ -131,7 +132,7 @@ def compare(
         if members > 1:
             _fill(deviations, arm, split, np.std(each, axis=0)[len(split.val) :], len(graphs))
     for split in splits:
-        if how.readout != "linear":  # which is what stands for itself otherwise
+        if how.readout != "linear":  # otherwise this baseline is the pretrained arm itself
             solved = fit(encoder, card.expansion, graphs, targets, split, task, replace(how, readout="linear"))
             _fill(predictions, LINEAR, split, predict(solved, card, graphs.take(split.test), task), len(graphs))
         for name, values in baselines(task, graphs, targets, split.without_stopping()).items():
@@ -159,11 +160,11 @@ def _trained(
 def _uncertainty(
     task: Task, targets: Array, splits: Sequence[Split], ensembles: Sequence[Sequence[Array]]
 ) -> dict[str, Uncertainty]:
-    """What the deviations of the ensembles, one for each split, are worth."""
+    """Calibrate the deviations of the ensembles (one per split) and check them on test crystals, for each target."""
     found = {}
     for t, target in enumerate(task.targets):
         held: list[tuple[Array, Array]] = []  # errors and deviations of validation crystals
-        tested: list[tuple[Array, Array, Array]] = []  # the same of test crystals, and the factor of their split
+        tested: list[tuple[Array, Array, Array]] = []  # the same for test crystals, with the factor of their split
         for split, each in zip(splits, ensembles, strict=True):
             labels = targets[np.concatenate([split.val, split.test]), t]
             off = np.abs(np.mean(each, axis=0)[:, t] - labels)
@@ -177,14 +178,14 @@ def _uncertainty(
 
 
 def new_encoder(card: EncoderCard, seed: int) -> MEGNet:
-    """A network of the same shape that has learned nothing."""
+    """Create a network of the same shape with random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return MEGNet(edge_features=card.centers, **card.model)
 
 
 def permuted(encoder: MEGNet, seed: int) -> MEGNet:
-    """A network with the weights of another, shuffled inside each tensor: their scale without what they learned."""
+    """Copy a network with the weights shuffled within each tensor: their scale is kept, what they learned is not."""
     shuffled = copy.deepcopy(encoder)
     source = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -194,7 +195,7 @@ def permuted(encoder: MEGNet, seed: int) -> MEGNet:
 
 
 def predict(member: Member, card: EncoderCard, graphs: Multigraphs, task: Task) -> Array:
-    """Predictions of one trained network, in the units of the targets."""
+    """Predict by one trained network, in the units of the targets (or class probabilities)."""
     network: PropertyModel = network_of(card, task.outputs, member.readout)
     network.load_state_dict(member.weights)
     network.to("cuda" if torch.cuda.is_available() else "cpu")

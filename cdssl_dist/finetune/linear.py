@@ -1,6 +1,6 @@
-"""A linear readout, solved in closed form on an encoder that stays as it is: seconds, and no learning rate.
+"""A linear readout, solved on a frozen encoder: it takes seconds and needs no learning rate.
 
-Training is better as a rule; docs/results.md says where not.
+Fine-tuning is usually better; docs/results.md says where it is not.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from cdssl_dist.model.embedding import embed_graphs
 from cdssl_dist.model.heads import LinearReadout, PropertyModel
 from sharding.graph import Multigraphs
 
-ALPHAS: Final = np.logspace(-3, 5, 17)  # penalties that a ridge chooses from, on standardised vectors
+ALPHAS: Final = np.logspace(-3, 5, 17)  # ridge penalties to choose from, for standardised vectors
 INVERSE_PENALTY: Final = 0.1  # of the logistic regression
-UNSEEN: Final = 0.01  # the chance, at most, that is given to a class without a training crystal
+UNSEEN: Final = 0.01  # odds of a class without training crystals against the least likely other one, at the mean vector
 
 
 def solve(model: PropertyModel, graphs: Multigraphs, wanted: Array, classes: int = 0) -> None:
-    """Set the linear readout of a model: a ridge, its penalty chosen by leaving out one crystal at a time, or logistic.
+    """Fit the linear readout of a model: a ridge whose penalty is chosen by leave-one-out, or a logistic regression.
 
     Args:
-        model: its encoder is not changed.
+        model: its readout is set; its encoder is not changed.
         graphs: n training crystals.
-        wanted: (n, T) as the network learns them, NaN where missing; (n, 1) indices of classes.
-        classes: how many there are, where it classifies.
+        wanted: (n, T) standardised targets, NaN where missing, or (n, 1) class indices.
+        classes: number of classes; 0 for regression.
     """
     readout = model.readout
     assert isinstance(readout, LinearReadout)
     vectors = embed_graphs(model.encoder, model.expansion, graphs).astype(np.float64)
     center, spread = vectors.mean(axis=0), vectors.std(axis=0)
-    scale = np.where(spread > 1e-6 * np.abs(center), spread, math.inf)  # what hardly varies tells nothing in f32
+    scale = np.where(spread > 1e-6 * np.abs(center), spread, math.inf)  # what hardly varies is noise in f32
     features = (vectors - center) / scale
     weight, bias = _logistic(features, wanted[:, 0], classes) if classes else _ridges(features, wanted)
     with torch.no_grad():
@@ -50,7 +50,7 @@ def solve(model: PropertyModel, graphs: Multigraphs, wanted: Array, classes: int
 
 def _ridges(features: Array, wanted: Array) -> tuple[Array, Array]:
     """Weights (T, F) and biases (T,)."""
-    from sklearn.linear_model import RidgeCV  # a second of imports, which a list of models does without
+    from sklearn.linear_model import RidgeCV  # a second to import, not needed to list models
 
     weight, bias = np.zeros((wanted.shape[1], features.shape[1])), np.zeros(wanted.shape[1])
     for t, column in enumerate(wanted.T):
@@ -74,7 +74,7 @@ def _logistic(features: Array, wanted: Array, classes: int) -> tuple[Array, Arra
     bias[seen] = 0.0
     if len(seen) > 1:
         model = LogisticRegression(C=INVERSE_PENALTY, max_iter=2000).fit(features[known], right)
-        if len(seen) == 2:  # one row, of the odds of the second
+        if len(seen) == 2:  # one row: log-odds of the second class
             weight[seen[1]], bias[seen[1]] = model.coef_[0], model.intercept_[0]
         else:
             weight[seen], bias[seen] = model.coef_, model.intercept_

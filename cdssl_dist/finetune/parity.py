@@ -1,4 +1,4 @@
-"""Parity plots: what was predicted against what is true."""
+"""Parity plots: predicted against true values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cdssl_dist.finetune.targets import Array, Task
 
 
 def plot_parity(path: Path, task: Task, targets: Array, outcome: Outcome) -> None:
-    """A panel for each target and network, of the test crystals."""
+    """Plot the test crystals, one panel per target and arm."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -35,19 +35,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_out(args.out, args.data)
     pulled = registry.pull_version(args.model, tracking_uri(args.registry, RUNS))
     if kind_of(pulled.folder) is not PROPERTY:
-        raise registry.RegistryError(f"{args.model} is an encoder; cdssl finetune makes a model that predicts")
+        raise registry.RegistryError(f"{args.model} is an encoder; fine-tune it with cdssl finetune to predict")
     model = _model(pulled.folder, read_property_card(pulled.folder).weights_sha256)
     parts = parts_of(args.data, model.card.cutoff, args.split, args.where)
     rows = Rows(args.out, fields(model), {"model": pulled.uri, "task": json.dumps(model.card.task)})
     use = functools.partial(columns, pulled.folder, model.card.weights_sha256)
     refused = write_rows(rows, parts, use, "predict", args.workers, args.threads)
-    more = f"; {refused:,} could not be used, the column `refused` says why" if refused else ""
+    more = f"; {refused:,} could not be used (see the column `refused`)" if refused else ""
     print(f"{args.out}: {rows.rows - refused:,} crystals by {pulled.uri}{more}")
     return 0
 
 
 def fields(model: Predictor) -> list[tuple[str, pa.DataType]]:
-    """Columns: a prediction for each target or class, its uncertainty in an ensemble, and elements never seen."""
+    """Output columns: a prediction per target or class, its uncertainty (ensembles only), and unseen elements."""
     names = model.task.columns
     deviations = [(f"std:{name}", pa.float64()) for name in names] if len(model.networks) > 1 else []
     deviations += [(f"within68:{name}", pa.float64()) for name in model.card.uncertainty]
@@ -57,12 +57,12 @@ def fields(model: Predictor) -> list[tuple[str, pa.DataType]]:
 
 @functools.lru_cache(maxsize=1)
 def _model(folder: Path, digest: str) -> Predictor:
-    """Once in each process."""
+    """Read the model once per process."""
     return read_property(folder)
 
 
 def columns(folder: Path, digest: str, graphs: Multigraphs) -> dict[str, Any]:
-    """The values of ``fields``, by the model in a folder, whose weights have the digest."""
+    """Values of ``fields``, predicted by the model in ``folder``; ``digest``, of its weights, keys the cache."""
     model = _model(folder, digest)
     mean, std = model.predict(graphs)
     names = model.task.columns

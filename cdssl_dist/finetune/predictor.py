@@ -24,8 +24,8 @@ FORMAT: Final = "cdssl-property"
 VERSION: Final = 4
 STEM: Final = "property"
 
-# version → what makes the next one of it. 1 → 2: what the deviation of an ensemble is to be multiplied by. 2 → 3:
-# whether the logarithm of a target is learned. 3 → 4: which readout there is.
+# Version → function that upgrades a card to the next version. New in 2: factors for the deviation of an ensemble; in 3:
+# whether the logarithm of a target is learned; in 4: the readout.
 UPGRADES: Final[dict[int, Upgrade]] = {
     1: lambda content: content | {"uncertainty": {}},
     2: lambda content: content,
@@ -35,7 +35,7 @@ UPGRADES: Final[dict[int, Upgrade]] = {
 
 @dataclass(frozen=True)
 class PropertyCard:
-    """Everything that is needed to predict, and where the weights come from."""
+    """Everything needed to predict, and the provenance of the weights."""
 
     task: dict[str, Any]  # see targets.Task
     scalers: list[dict[str, list[float]]]  # of each member: center, scale
@@ -46,7 +46,7 @@ class PropertyCard:
     model: dict[str, Any]  # of the encoder: width, hidden, blocks
     elements: list[int]  # atomic numbers seen in pretraining or fine-tuning; empty where not known
     encoder: dict[str, Any]  # ref, weights_sha256, data_digest of the encoder
-    data_digest: str  # of the labeled crystals: keys, labels and parts
+    data_digest: str  # of the labeled crystals: keys, labels and test sets
     settings: dict[str, Any]
     metrics: dict[str, float]
     sources: list[dict[str, str]]
@@ -60,20 +60,20 @@ class PropertyCard:
 
 
 class Prediction(NamedTuple):
-    """What an ensemble says."""
+    """Predictions of an ensemble."""
 
     mean: Array  # (n, T) in the units of the targets, or (n, C) probabilities
-    std: Array  # the same shape: deviation between the members, 0 where there is one
+    std: Array  # same shape: standard deviation between members, 0 for a single one
 
 
 class Predictor:
-    """Fine-tuned networks that answer together.
+    """An ensemble of fine-tuned networks.
 
     Args:
-        networks: one or more, all of the same task.
-        scalers: theirs.
+        networks: one or more, all for the same task.
+        scalers: one for each network.
         task: what they predict.
-        card: what is known of them.
+        card: their card.
     """
 
     def __init__(self, networks: Sequence[PropertyModel], scalers: Sequence[Scaler], task: Task, card: PropertyCard):
@@ -88,12 +88,12 @@ class Predictor:
         return Prediction(each.mean(axis=0), each.std(axis=0))
 
     def unseen(self, graphs: Multigraphs) -> list[list[int]]:
-        """Atomic numbers in each crystal that no training has seen: an answer there is a guess."""
+        """Atomic numbers in each crystal that neither pretraining nor fine-tuning has seen: predictions are guesses."""
         return unseen_elements(self.card.elements, graphs)
 
 
 def unseen_elements(seen: Sequence[int], graphs: Multigraphs) -> list[list[int]]:
-    """Atomic numbers in each crystal that are not among those seen; none where it is not known what was seen."""
+    """Atomic numbers in each crystal that are not in ``seen``; no numbers at all if ``seen`` is empty (unknown)."""
     known = np.zeros(256, bool)
     known[list(seen)] = True
     strange = np.full(len(graphs.atomic_numbers), False) if not len(seen) else ~known[graphs.atomic_numbers]
@@ -112,7 +112,7 @@ def network_of(card: EncoderCard | PropertyCard, outputs_: int, readout: Readout
 
 
 def write_property(folder: Path, members: Sequence[Member], card: PropertyCard) -> None:
-    """Write both files; the JSON, which names the digest of the other, last."""
+    """Write both files, the JSON last, as it holds the digest of the weights."""
     weights = {f"{i}.{name}": w for i, member in enumerate(members) for name, w in member.weights.items()}
     write_pair(folder, STEM, weights, asdict(card))
 
@@ -126,16 +126,16 @@ def property_card(
     settings: dict[str, Any],
     **known: Any,
 ) -> PropertyCard:
-    """What is known of networks that were trained from an encoder.
+    """Build the card of networks that were trained from an encoder.
 
     Args:
-        encoder: its card.
-        ref: what it was pulled as.
+        encoder: card of the encoder.
+        ref: reference by which the encoder was pulled.
         members: the networks.
         task: what they predict.
-        graphs: the crystals that they learned from.
-        settings: of the training.
-        known: further fields of the card; where left out, there was no test, and nothing is said of the data.
+        graphs: the crystals they were trained on.
+        settings: settings of the training.
+        known: further fields of the card; without them, it has no metrics and says nothing about the data.
     """
     seen = sorted({*encoder.elements, *np.unique(graphs.atomic_numbers).tolist()}) if encoder.elements else []
     nothing: dict[str, Any] = {"data_digest": "", "metrics": {}, "sources": []}
@@ -160,7 +160,7 @@ def read_property_card(folder: str | Path) -> PropertyCard:
     """Read ``property.json``.
 
     Raises:
-        ExportError: where it is missing, no card, or of a newer version.
+        ExportError: if it is missing, is not such a card, or has a newer version.
     """
     path = Path(folder) / f"{STEM}.json"
     try:
@@ -173,7 +173,7 @@ def read_property(folder: str | Path) -> Predictor:
     """Read a fine-tuned model: safetensors and JSON only, checked against the digest.
 
     Raises:
-        ExportError: where a file is missing, damaged, or does not fit the card.
+        ExportError: if a file is missing or damaged, or does not fit the card.
     """
     card = read_property_card(folder)
     path = Path(folder) / f"{STEM}.safetensors"

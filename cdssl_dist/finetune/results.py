@@ -1,4 +1,4 @@
-"""What a fine-tuning leaves: results, predictions, histories, a parity plot, and a few lines for people."""
+"""Outputs of a fine-tuning: results, predictions, histories, a parity plot, and a short summary."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cdssl_dist.finetune.uncertainty import SHARE, Uncertainty
 def write_results(
     out: Path, data: Labeled, task: Task, splits: Sequence[Split], outcome: Outcome, card: PropertyCard
 ) -> dict[str, Any]:
-    """``predictions.parquet``, ``history.jsonl``, ``results.json`` and ``parity.png``; returns the results."""
+    """Write ``predictions.parquet``, ``history.jsonl``, ``results.json`` and ``parity.png``; return the results."""
     out.mkdir(parents=True, exist_ok=True)
     tested = np.flatnonzero(outcome.fold >= 0)
     table: dict[str, Any] = {"key": [data.graphs.keys[i] for i in tested], "fold": outcome.fold[tested]}
@@ -54,14 +54,14 @@ def write_results(
     if outcome.uncertainty:
         results["uncertainty"] = {name: asdict(u) for name, u in outcome.uncertainty.items()}
     (out / "results.json").write_text(json.dumps(_plain(results), indent=1))
-    (out / "parity.png").unlink(missing_ok=True)  # of an earlier regression into the same folder
+    (out / "parity.png").unlink(missing_ok=True)  # may be left from an earlier regression
     if not task.classes:
         plot_parity(out / "parity.png", task, data.targets, outcome)
     return results
 
 
 def figures(task: Task, outcome: Outcome, targets: Array) -> dict[str, float]:
-    """The figures of the model's card: errors of all arms, the skill that models are compared by, its uncertainty."""
+    """Metrics of the model's card: errors of all arms, the skill to compare models by, coverage of the uncertainty."""
     found = {f"test/{arm}/{name}": value for arm, own in outcome.errors.items() for name, value in own.items()}
     for name, u in outcome.uncertainty.items():
         found[f"test/covered/{name}"] = u.covered
@@ -69,10 +69,10 @@ def figures(task: Task, outcome: Outcome, targets: Array) -> dict[str, float]:
 
 
 def skill(task: Task, outcome: Outcome, targets: Array) -> float:
-    """1 − error / error of who knows nothing, mean over the targets: what models of the same test are compared by.
+    """1 − error / error of a trivial predictor, mean over targets: compares models on the same test crystals.
 
-    Who knows nothing says the median of the test labels, in the unit of the target however it is learned, or the
-    frequencies of the classes.
+    The trivial predictor gives the median of the test labels (in the unit of the target, however it is learned), or
+    the frequencies of the classes.
     """
     ours = outcome.errors[PRETRAINED]
     if task.classes:
@@ -85,7 +85,7 @@ def skill(task: Task, outcome: Outcome, targets: Array) -> float:
 
 
 def told(results: dict[str, Any], outcome: Outcome, out: str) -> str:
-    """The errors as a few lines."""
+    """Summarise the errors in a few lines."""
     sizes, task = results["crystals"], Task.read(results["task"])
     parts = ", ".join(f"{sum(s[n] for s in sizes) // len(sizes)} {n}" for n in ("train", "val", "test"))
     each = f"; {len(sizes)} folds of " if len(sizes) > 1 else "; "
@@ -107,24 +107,24 @@ def told(results: dict[str, Any], outcome: Outcome, out: str) -> str:
 
 
 def digest(data: Labeled, outcome: Outcome) -> str:
-    """What makes errors comparable: the same crystals, labels and test sets."""
+    """Digest of crystals, labels and test sets: errors are comparable where it is the same."""
     return hashlib.sha256(data.digest().encode() + outcome.fold.tobytes()).hexdigest()
 
 
 def describe(u: Uncertainty) -> str:
-    """What the deviation of an ensemble is worth, in a line."""
+    """Summarise the calibration of an ensemble's deviation in one line."""
     if not math.isfinite(u.factor):
         why = "too few validation labels, or members that agree where they are wrong"
-        return f"uncertainty: the deviation cannot be scaled ({why}); as it is, it covers {u.uncalibrated:.0%}"
-    covered = f"cover {u.covered:.0%} of the test labels" if math.isfinite(u.covered) else "there were too few to check"
+        return f"uncertainty: the deviation cannot be scaled ({why}); unscaled, it covers {u.uncalibrated:.0%}"
+    covered = f"cover {u.covered:.0%} of the test labels" if math.isfinite(u.covered) else "could not be checked"
     return (
-        f"uncertainty: ±{u.factor:.3g} deviations of the ensemble were to cover {SHARE:.0%}, and {covered} "
+        f"uncertainty: ±{u.factor:.3g} standard deviations of the ensemble, meant to cover {SHARE:.0%}, {covered} "
         f"(one deviation: {u.uncalibrated:.0%}); rank correlation with the error {u.rank:.2f}"
     )
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: null for what is not a number."""
+    """Replace floats that JSON cannot hold (NaN and infinities) by null."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Who trains, who stops the training, and who tests: by shares, by folds, or as a column says. Groups stay together."""
+"""Splits into training, validation (early stopping) and test: by shares or folds of whole groups, or by a column."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ NAMES: Final = {"train": "train", "val": "val", "valid": "val", "validation": "v
 
 
 class SplitError(ValueError):
-    """Crystals that cannot be divided as asked: said in one line."""
+    """Crystals that cannot be split as requested; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Indices of crystals; ``val`` may be empty where nothing is stopped early."""
+    """Indices of crystals; ``val`` is empty if there is no early stopping."""
 
     train: Indices
     val: Indices
     test: Indices
 
     def without_stopping(self) -> Split:
-        """For what stops nothing early: it learns from the crystals held out for that, too."""
+        """The split for models without early stopping, which also train on the validation crystals."""
         return Split(np.concatenate([self.train, self.val]), self.val[:0], self.test)
 
     def sizes(self) -> dict[str, int]:
-        """Crystals of each part."""
+        """Number of crystals in each part."""
         return {"train": len(self.train), "val": len(self.val), "test": len(self.test)}
 
 
 def split_by_group(groups: Sequence[str], train: float, val: float, seed: int) -> Split:
-    """Shuffle groups, then fill train, validation and test by numbers of crystals; no group is in two of them.
+    """Shuffle groups, then fill train, validation and test by numbers of crystals; no group is divided.
 
-    Groups larger than what is to validate or to test come first, and train.
+    Groups larger than the validation or the test part come first, so they are trained on.
 
     Args:
-        groups: of each crystal.
-        train, val: shares of the crystals; the rest tests.
-        seed: of the shuffle.
+        groups: group of each crystal.
+        train, val: shares of the crystals; the rest is for testing.
+        seed: seed of the shuffle.
 
     Raises:
-        SplitError: where a part is empty.
+        SplitError: if a part is empty.
     """
     if not (train > 0 and val > 0 and train + val < 1):
         raise SplitError(f"train {train:g} and val {val:g}: both must be above 0, and leave something to test on")
     rank, member = _shuffled(groups, seed, large_first=min(val, 1 - train - val))
     before = _share_before(rank)
     trained = float((before < train).mean())
-    # Where large groups leave less than was to validate and to test, these share it.
+    # If large groups leave too little for validation and test, these divide it in proportion.
     until = train + val if trained < train + val else trained + (1 - trained) * val / (1 - train)
     part = np.where(before < train, 0, np.where(before < until, 1, 2))
     split = Split(*(np.flatnonzero(part == p) for p in range(3)))
@@ -66,18 +66,18 @@ def split_by_group(groups: Sequence[str], train: float, val: float, seed: int) -
 
 
 def hold_out(among: Indices, groups: Sequence[str], share: float, seed: int) -> tuple[Indices, Indices]:
-    """A share of some crystals for early stopping, by whole groups; none where there are too few groups.
+    """Hold out a share of some crystals for early stopping, by whole groups; of fewer than three groups, none.
 
-    A group larger than the share trains, unless all are.
+    Groups larger than the share are trained on, unless all are.
 
     Returns:
-        Those to train on, and those to validate with.
+        The crystals to train on, and those to validate with.
 
     Raises:
-        SplitError: where the share is none.
+        SplitError: if the share is not in [0, 1).
     """
     if not 0 <= share < 1:
-        raise SplitError(f"a share of {share:g} to validate with: it must be at least 0, and below 1")
+        raise SplitError(f"validation share {share:g}: it must be at least 0, and below 1")
     rank, _ = _shuffled([groups[i] for i in among], seed, large_last=share)
     if share <= 0 or len(among) == 0 or len(np.unique(rank)) < 3:
         return among, among[:0]
@@ -87,10 +87,10 @@ def hold_out(among: Indices, groups: Sequence[str], share: float, seed: int) -> 
 
 
 def k_folds(groups: Sequence[str], k: int, val: float, seed: int) -> list[Split]:
-    """Each crystal tests once; the others train, less the share ``val`` of them.
+    """k-fold cross-validation by whole groups; each fold holds out a share ``val`` of the rest for early stopping.
 
     Raises:
-        SplitError: where there are fewer groups than folds.
+        SplitError: if there are fewer groups than folds.
     """
     rank, _ = _shuffled(groups, seed)
     n_groups = len(np.unique(rank))
@@ -103,39 +103,39 @@ def k_folds(groups: Sequence[str], k: int, val: float, seed: int) -> list[Split]
 
 
 def folds_of_column(values: Sequence[Any], groups: Sequence[str], val: float, seed: int) -> list[Split]:
-    """A fold for each value of a column; crystals without a value take no part.
+    """One fold for each value of a column; crystals without a value are left out.
 
     Raises:
-        SplitError: where there are fewer than two values.
+        SplitError: if there are fewer than two values.
     """
     names = sorted({v for v in values if not _absent(v)}, key=str)
     if len(names) < 2:
-        raise SplitError(f"the column of folds has {len(names)} different values; two at least are needed")
+        raise SplitError(f"the column of folds has {len(names)} different values; at least two are needed")
     fold = np.array([-1 if _absent(v) else names.index(v) for v in values])
     return _folds(fold, range(len(names)), groups, val, seed)
 
 
 def split_of_column(values: Sequence[Any], groups: Sequence[str], val: float, seed: int, test: str = "test") -> Split:
-    """As a column says that holds train, val (or valid, validation) and test; others take no part.
+    """Split by a column that holds train, val (or valid, validation) and test; other crystals are left out.
 
     Args:
         values: the column.
-        groups, val, seed: to hold crystals out of the training ones where the column names none for validation.
-        test: the value that tests, e.g. "val" where the labels of the test crystals are secret.
+        groups, val, seed: used to hold out some training crystals if the column names none for validation.
+        test: the value that marks test crystals, e.g. "val" if the labels of those marked "test" are secret.
 
     Raises:
-        SplitError: where nothing is left to train or to test with.
+        SplitError: if no crystals are left to train on or to test.
     """
     texts = ["" if _absent(v) else str(v).strip().lower() for v in values]
     said = np.array([NAMES.get(t, t) for t in texts], dtype=object)
     test = NAMES.get(test.lower(), test.lower())
     if test == "train":
-        raise SplitError("--test-value train: those who train cannot test")
+        raise SplitError("--test-value train: training crystals cannot be test crystals, too")
     train, tested = np.flatnonzero(said == "train"), np.flatnonzero(said == test)
     if len(train) == 0 or len(tested) == 0:
         found = ", ".join(f"{name or 'nothing'}: {(said == name).sum()}" for name in sorted(set(said.tolist())))
-        hint = "; --test-value names another value to test with" if len(train) else ""
-        raise SplitError(f"of the labeled crystals the column of splits says {found}; {test!r} must be there{hint}")
+        hint = "; --test-value names another value to test on" if len(train) else ""
+        raise SplitError(f"the labeled crystals have these splits: {found}; 'train' and {test!r} are needed{hint}")
     held = np.flatnonzero(said == "val") if test != "val" else train[:0]
     if len(held) == 0:
         train, held = hold_out(train, groups, val, seed)
@@ -153,10 +153,10 @@ def _folds(fold: Indices, numbers: Sequence[int], groups: Sequence[str], val: fl
 def _shuffled(
     groups: Sequence[str], seed: int, *, large_first: float = 1.0, large_last: float = 1.0
 ) -> tuple[Indices, Indices]:
-    """The place of each crystal's group in a seeded order of the groups, and its number: (n,), (n,).
+    """Rank of each crystal's group in a seeded random order of the groups, and the number of the group: (n,), (n,).
 
-    Groups of more than a share of the crystals are taken out of this order and stand before the others, the largest of
-    them first, or behind, the smallest first.
+    Groups with more than the share ``large_first`` of the crystals are moved to the front, the largest first; those
+    with more than ``large_last`` to the end, the largest last.
     """
     names, member, sizes = np.unique(np.array(groups), return_inverse=True, return_counts=True)
     order = np.random.default_rng(seed).permutation(len(names))
@@ -170,7 +170,7 @@ def _shuffled(
 
 
 def _share_before(rank: Indices) -> NDArray[np.float64]:
-    """Of each crystal, the share of crystals in groups that come earlier: (n,)."""
+    """For each crystal, the share of all crystals that are in earlier groups: (n,)."""
     sizes = np.bincount(rank)
     return (np.concatenate([[0], np.cumsum(sizes)[:-1]]) / len(rank))[rank]
 

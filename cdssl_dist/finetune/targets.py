@@ -1,4 +1,4 @@
-"""What is learned from labels: which targets there are, how they are scaled, and how far a prediction is off.
+"""What is learned from labels: targets and classes, their scaling, and the errors of predictions.
 
 Shapes: n crystals, T targets, C classes. A missing label is NaN.
 """
@@ -17,13 +17,13 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Target:
-    """One thing to predict.
+    """One property to predict.
 
-    A target that grows with the cell (a heat capacity of the whole cell, a total energy) is divided by the number of
-    atoms before it is learned and multiplied again afterwards: what the network pools are means, which do not grow.
-    Of a positive target with a long tail (a dielectric constant) the logarithm is learned: few large labels would
-    otherwise set the scale for all. The median of a logarithm is the logarithm of the median, which an absolute error
-    asks for.
+    An extensive target (a total energy, the heat capacity of a whole cell) is divided by the number of atoms before it
+    is learned and multiplied again afterwards, because the network pools means, which do not grow with the cell. For a
+    positive target with a long tail (a dielectric constant), the logarithm is learned; otherwise, a few large labels
+    would set the scale for all. The absolute error still fits: it is minimised by the median, and the median of the
+    logarithm is the logarithm of the median.
     """
 
     name: str
@@ -32,23 +32,23 @@ class Target:
     log: bool = False
 
     def learned(self, values: Array, n_atoms: NDArray[Any]) -> Array:
-        """What is learned of values in the target's unit: (n,), (n,) → (n,); NaN where there is no logarithm."""
+        """Convert values in the target's unit to what is learned: (n,), (n,) → (n,); NaN if there is no logarithm."""
         values = values / n_atoms if self.per_atom else values
         return np.log(np.where(values > 0, values, np.nan)) if self.log else values
 
     def restored(self, learned: Array, n_atoms: NDArray[Any]) -> Array:
-        """The values again: (n,), (n,) → (n,)."""
-        with np.errstate(over="ignore"):  # what is not finite is found where it is used
+        """Invert ``learned``: (n,), (n,) → (n,)."""
+        with np.errstate(over="ignore"):  # infinite values are noticed where they are used
             values = np.exp(learned) if self.log else learned
         return values * n_atoms if self.per_atom else values
 
 
 @dataclass(frozen=True)
 class Task:
-    """Regression of one or several targets, or classification by one."""
+    """Regression of one or several targets, or classification of one."""
 
     targets: tuple[Target, ...]
-    classes: tuple[str, ...] = ()  # none: regression
+    classes: tuple[str, ...] = ()  # empty: regression
 
     @property
     def outputs(self) -> int:
@@ -57,24 +57,24 @@ class Task:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Their names."""
+        """Names of these columns."""
         return self.classes or tuple(t.name for t in self.targets)
 
     @staticmethod
     def read(content: dict[str, Any]) -> Task:
-        """From what ``dataclasses.asdict`` made of it."""
+        """Restore a task from the result of ``dataclasses.asdict``."""
         return Task(tuple(Target(**t) for t in content["targets"]), tuple(content["classes"]))
 
     def errors(self, true: Array, predicted: Array) -> dict[str, float]:
-        """How far predictions are off, in the units of the targets.
+        """Errors of predictions, in the units of the targets.
 
         Args:
-            true: (n, T), or (n, 1) indices of classes.
+            true: (n, T), or (n, 1) class indices.
             predicted: (n, T), or (n, C) probabilities.
 
         Returns:
             Regression: the mean absolute error by name of target. Classification: ``log_loss`` (nats) and ``accuracy``.
-            NaN where nothing is known, infinite where a prediction is not finite.
+            NaN if there is no label; a mean absolute error is infinite if a prediction is not finite.
         """
         if self.classes:
             known = np.isfinite(true[:, 0])
@@ -94,7 +94,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Scaler:
-    """Between targets in their units and what the network learns: as each target wants it, mean 0, deviation 1."""
+    """Converts between targets in their units and what the network learns: see ``Target``; then mean 0, deviation 1."""
 
     center: Array  # (T,)
     scale: Array  # (T,)
@@ -102,21 +102,21 @@ class Scaler:
 
     @staticmethod
     def fit(task: Task, targets: Array, n_atoms: NDArray[Any]) -> Scaler:
-        """From the labels of the training crystals; a constant target keeps the scale 1.
+        """Fit to the labels of the training crystals; a constant target gets the scale 1.
 
         Raises:
-            ValueError: where a target has no label at all, or one without a logarithm where that is learned.
+            ValueError: if a target has no label at all, or its logarithm is learned and a label is not above 0.
         """
         if task.classes:
             return Scaler(np.zeros(1), np.ones(1), task.targets)
         for target, column in zip(task.targets, targets.T, strict=True):
             known = column[np.isfinite(column)]
             if not len(known):
-                raise ValueError(f"no training crystal has a label of {target.name}: nothing can be learned of it")
+                raise ValueError(f"no training crystal has a label of {target.name}, so it cannot be learned")
             if target.log and not (known > 0).all():
                 raise ValueError(
-                    f"the logarithm of {target.name} is to be learned, and {(known <= 0).sum()} of {len(known)} labels "
-                    f"are not above 0, the smallest {known.min():g}; learn it as it is, or drop these"
+                    f"the logarithm of {target.name} is to be learned, but {(known <= 0).sum()} of {len(known)} labels "
+                    f"are not above 0 (the smallest is {known.min():g}); learn it without logarithm, or drop these"
                 )
         values = _by_target(Target.learned, task.targets, targets, n_atoms)
         center, spread = np.nanmean(values, axis=0), np.nanstd(values, axis=0)

@@ -22,11 +22,11 @@ from cdssl_dist.model.heads import READOUTS, PropertyModel, ReadoutName
 from cdssl_dist.model.megnet import MEGNet
 from sharding.graph import Multigraphs
 
-HALF_EDGES: Final = 65_536  # of one forward pass: a batch of large cells is cut, and its gradients are added
+HALF_EDGES: Final = 65_536  # of one forward pass: a batch of large cells is split, and its gradients are summed
 
 
 class TuningError(ValueError):
-    """Labels that nothing can be learned from, or a training that went wrong: said in one line."""
+    """Labels that cannot be learned, settings that are invalid, or a training that failed; the message is one line."""
 
 
 class DivergedError(TuningError):
@@ -41,17 +41,17 @@ class FineTuning:
     epochs: int = 60  # at most
     batch_size: int = 32  # crystals
     patience: int = 20  # epochs without a better validation error
-    warmup: int = 0  # epochs in which the readout alone learns
-    freeze: int = 0  # stages of the encoder that stay as they are: 1 embedding and input layers, 2 the first block, …
-    layer_decay: float = 1.0  # the rate of a stage is that of the next one times this
+    warmup: int = 0  # first epochs, in which only the readout is trained
+    freeze: int = 0  # frozen stages of the encoder: 1 embedding and input layers, 2 also the first block, …
+    layer_decay: float = 1.0  # the learning rate of a stage is that of the next one times this
     weight_decay: float = 1e-5
-    readout: ReadoutName = "set2set"  # linear: solved on the encoder as it is, and nothing of the above matters
-    compile: bool = False  # by torch, for long trainings: a minute or so at first
+    readout: ReadoutName = "set2set"  # linear: solved on the frozen encoder; the settings above do not apply
+    compile: bool = False  # use torch.compile, for long trainings: it takes about a minute at first
     seed: int = 0
     threads: int = 1  # batches are small: more threads mostly wait for each other
 
     def __post_init__(self) -> None:
-        """Raises TuningError for what cannot be."""
+        """Raise TuningError for values that are out of range."""
         for name in ("lr", "epochs", "batch_size", "patience", "layer_decay", "threads"):
             if not getattr(self, name) > 0:
                 raise TuningError(f"{name} must be above 0, not {getattr(self, name)}")
@@ -62,15 +62,15 @@ class FineTuning:
 
 
 def check_members(members: int, readout: ReadoutName) -> None:
-    """Whether there can be an ensemble of so many networks.
+    """Check that an ensemble can have this many members.
 
     Raises:
-        TuningError: where there can not.
+        TuningError: if it cannot.
     """
     if members < 1:
-        raise TuningError(f"{members} members: one network at least answers")
+        raise TuningError(f"{members} members: at least one is needed")
     if members > 1 and readout == "linear":
-        raise TuningError(f"{members} members: a linear readout is solved, and all of them would be the same")
+        raise TuningError(f"{members} members: a linear readout is solved, so all of them would be the same")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Member:
 
     weights: dict[str, Tensor]
     scaler: Scaler
-    history: list[dict[str, float]]  # a line an epoch: epoch, loss (standardised), val (units of the targets), lr
+    history: list[dict[str, float]]  # one entry per epoch: epoch, loss (standardised), val (see ``stopping_error``), lr
     best: int  # the epoch whose weights these are
     readout: ReadoutName = "set2set"
 
@@ -94,25 +94,26 @@ def fit(
     how: FineTuning,
     tick: Callable[[], None] = lambda: None,
 ) -> Member:
-    """Train an encoder with a new readout; the weights with the best validation error are kept.
+    """Train an encoder with a new readout, and keep the weights with the best validation error.
 
-    The loss is the absolute error of the standardised targets (the cross entropy of classes), over the labels that are
-    there. Early stopping watches the error in the unit of the target; where there are several, the mean
-    error of them as they are learned. Without validation crystals nothing is stopped, and the last weights are kept.
-    A linear readout is solved instead, on the encoder as it is, and has a history of one line; nothing is stopped
-    early, so that the validation crystals train, too.
+    The loss is the mean absolute error of the standardised targets (for classes, the cross entropy) over the labels
+    present. Early stopping watches ``stopping_error``. Without validation crystals, there is no early stopping, and the
+    last weights are kept. A linear readout is solved instead, on the frozen encoder: its history has one entry, and
+    since nothing is stopped early, it learns from the validation crystals, too.
 
     Args:
         encoder: pretrained or new; not changed.
-        expansion: that it was trained with.
+        expansion: expansion of distances that the encoder was trained with.
         graphs: n crystals, built with the encoder's cutoff.
-        targets: (n, T), NaN where missing; (n, 1) indices of classes.
+        targets: (n, T), NaN where missing, or (n, 1) class indices.
         split: only ``train`` and ``val`` are read.
-        task, how: what and how.
+        task: what is learned.
+        how: settings of the training.
         tick: called after each epoch.
 
     Raises:
-        TuningError: where there is no label to learn from; ``DivergedError`` where the loss is no longer finite.
+        TuningError: if there is no label to learn from.
+        DivergedError: if the loss, or every validation error, is not finite.
     """
     train = split.train[np.isfinite(targets[split.train]).any(axis=1)]
     val = split.val[np.isfinite(targets[split.val]).any(axis=1)]
@@ -152,7 +153,7 @@ def fit(
                 loss = _backward(model, graphs, batch, wanted, task)
                 if not math.isfinite(loss):
                     raise DivergedError(
-                        f"the loss is {loss} in epoch {epoch}: a lower learning rate than {how.lr} helps"
+                        f"the loss is {loss} in epoch {epoch}: use a learning rate that is lower than {how.lr}"
                     )
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -178,7 +179,7 @@ def fit(
 def _solved(
     model: PropertyModel, graphs: Multigraphs, targets: Array, train: Indices, scaler: Scaler, task: Task
 ) -> Member:
-    """The member whose readout is solved, with a history of one line."""
+    """Solve the linear readout; return the member, with a history of one entry."""
     n_atoms = graphs.n_atoms.astype(np.float64)
     wanted = scaler.forward(targets[train], n_atoms[train])
     solve(model, graphs.take(train), wanted, len(task.classes))
@@ -193,7 +194,7 @@ def _solved(
 
 
 def stopping_error(task: Task, true: Array, predicted: Array, scaler: Scaler, n_atoms: Array) -> float:
-    """One number for early stopping: the error of the one target in its unit, or the mean of several as learned."""
+    """The error that early stopping watches: of a single target in its unit, or the mean over several as learned."""
     errors = task.errors(true, predicted)
     if task.classes:
         return errors["log_loss"]
@@ -204,7 +205,7 @@ def stopping_error(task: Task, true: Array, predicted: Array, scaler: Scaler, n_
 
 
 def stages_of(model: PropertyModel) -> list[list[nn.Parameter]]:
-    """Weights by how near they are to the input: embedding and input layers, each block, the readout."""
+    """Weights in stages, from input to output: embedding and input layers, each block, the readout."""
     encoder = model.encoder
     blocks = [list(block.parameters()) for block in encoder.blocks]
     later = {id(weight) for block in blocks for weight in block}
@@ -224,7 +225,7 @@ def outputs(model: PropertyModel, graphs: Multigraphs, scaler: Scaler, task: Tas
 
 
 def _backward(model: PropertyModel, graphs: Multigraphs, batch: Indices, wanted: Tensor, task: Task) -> float:
-    """Add the gradients of the mean loss over the labels of a batch; large cells go through in parts."""
+    """Accumulate the gradients of a batch's mean loss over its labels, large batches in parts; return the loss."""
     device = next(model.parameters()).device
     labels = int(torch.isfinite(wanted[batch]).sum())
     chosen = graphs.take(batch)
@@ -245,7 +246,7 @@ def _backward(model: PropertyModel, graphs: Multigraphs, batch: Indices, wanted:
 
 
 def _compile(encoder: MEGNet) -> None:
-    from cdssl_dist.model.compiled import NoCompilerError, compile_encoder  # imports that others do without
+    from cdssl_dist.model.compiled import NoCompilerError, compile_encoder  # imported only if needed
 
     try:
         compile_encoder(encoder)
@@ -272,8 +273,8 @@ def _batches(order: Indices, size: int) -> Iterator[Indices]:
 def _quiet(how: FineTuning) -> Iterator[None]:
     """Seed torch, and leave its generators and threads as they were.
 
-    Denormal numbers are zeros meanwhile: where a network has come to say one number for all, its gradients and their
-    moments fade into them, and a processor takes twice the time for a step.
+    Denormal numbers are flushed to zero meanwhile: once a network predicts the same number for all crystals, its
+    gradients and Adam's moments decay into denormals, and a step takes a CPU twice as long.
     """
     threads = torch.get_num_threads()
     with torch.random.fork_rng():

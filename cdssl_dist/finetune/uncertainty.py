@@ -1,9 +1,9 @@
-"""What the deviation between members of an ensemble says about its errors: scaled on some crystals, checked on others.
+"""Uncertainty from the deviation between members of an ensemble: calibrated on some crystals, checked on others.
 
-Members that agree are not thereby right: the deviation is mostly too small. It is therefore multiplied by the factor
+Members can agree and still be wrong, so the deviation is usually too small. It is therefore multiplied by the factor
 that would have covered 68% of the errors of the validation crystals (a normalised conformal interval: Lei et al. 2018,
-doi:10.1080/01621459.2017.1307116), and the test crystals tell what that covers where nothing was chosen by them. The
-validation crystals have also stopped the training, so that the factor is a little too small rather than too large.
+doi:10.1080/01621459.2017.1307116), and its coverage is measured on the test crystals, by which nothing was chosen. As
+the validation crystals have also stopped the training, the factor tends to be a little too small.
 """
 
 from __future__ import annotations
@@ -16,33 +16,31 @@ import numpy as np
 
 from cdssl_dist.finetune.targets import Array
 
-SHARE: Final = 0.68  # of the errors to cover: what one standard deviation covers of a normal distribution
-FEWEST: Final = 10  # validation labels to take a factor from
-NONE: Final = 1e-9  # of the error: a deviation that is rounding
+SHARE: Final = 0.68  # of the errors to cover, as one standard deviation covers of a normal distribution
+FEWEST: Final = 10  # validation labels needed to choose a factor
+NONE: Final = 1e-9  # relative to the error: a smaller deviation is rounding
 
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """What the deviation is worth for one target; NaN where there were too few labels to tell."""
+    """Calibration of the deviation for one target; NaN where there were too few labels."""
 
-    factor: float  # times the deviation: half-width of an interval that is to cover ``SHARE``
+    factor: float  # times the deviation is the half-width of an interval meant to cover ``SHARE``
     covered: float  # share of the test labels in that interval
     uncalibrated: float  # share of the test labels within one deviation as it is
-    rank: (
-        float  # Spearman's correlation of deviation and absolute error, test crystals: 0 if it does not tell them apart
-    )
+    rank: float  # Spearman's correlation of deviation and absolute error on the test crystals
 
 
 def factor(off: Array, std: Array, share: float = SHARE) -> float:
-    """The smallest factor with which deviations cover a share of errors, with one error to spare for the next crystal.
+    """The smallest factor by which deviations cover a share of the errors, with the conformal correction (n + 1).
 
     Args:
         off: (n,) absolute errors, NaN where there is no label.
         std: (n,) deviations between members.
-        share: to cover.
+        share: share of the errors to cover.
 
     Returns:
-        NaN where there are too few labels, or members agree where they are wrong: no factor would cover the share.
+        The factor; NaN if there are too few labels, or if members agree where they are wrong, so no factor suffices.
     """
     known = np.isfinite(off)
     off, std = off[known], std[known]
@@ -56,13 +54,13 @@ def factor(off: Array, std: Array, share: float = SHARE) -> float:
 
 
 def measured(off: Array, std: Array, factors: Array, overall: float) -> Uncertainty:
-    """The check on test crystals.
+    """Measure the coverage of the scaled deviations on test crystals.
 
     Args:
         off: (n,) absolute errors, NaN where there is no label.
         std: (n,) deviations between members.
-        factors: (n,) of the split in which each crystal tests, from validation crystals of that split alone.
-        overall: the factor from the validation crystals of all splits, which the model will be used with.
+        factors: (n,) factor of the split in which each crystal is tested, from that split's validation crystals alone.
+        overall: the factor from the validation crystals of all splits, with which the model will be used.
     """
     known = np.isfinite(off)
     off, std, factors = off[known], std[known], factors[known]

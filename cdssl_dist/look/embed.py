@@ -1,4 +1,4 @@
-"""Embed any number of crystals: a Parquet file of their representations.
+"""Embed any number of crystals: write their vectors to a Parquet file.
 
 cdssl embed --encoder models:/cdssl-encoder@champion --data FILE --out embeddings.parquet
 """
@@ -55,13 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = parts_of(args.data, encoder.cutoff, args.split, args.where)
     rows = Rows(args.out, FIELDS, about)
     refused = write_rows(rows, parts, use, "embed", args.workers, args.threads)
-    more = f"; {refused:,} could not be used, the column `refused` says why" if refused else ""
+    more = f"; {refused:,} could not be used (see the column `refused`)" if refused else ""
     print(f"{args.out}: {rows.rows - refused:,} vectors of {encoder.dim} numbers{more}")
     return 0
 
 
 def columns(folder: Path, weights: str, seed: int | None, graphs: Multigraphs) -> dict[str, Any]:
-    """The values of ``FIELDS``, by the encoder in a folder, see ``_encoder``."""
+    """Values of ``FIELDS``, computed by the encoder in a folder; see ``_encoder``."""
     encoder = _encoder(folder, weights, seed)
     strange = unseen_elements(encoder.card.elements, graphs)
     return {
@@ -76,7 +76,7 @@ def columns(folder: Path, weights: str, seed: int | None, graphs: Multigraphs) -
 
 @functools.lru_cache(maxsize=1)
 def _encoder(folder: Path, weights: str, seed: int | None) -> CrystalEncoder:
-    """Once in each process: the encoder whose weights have the digest, or with a seed one of its shape."""
+    """Read the encoder once per process; with a seed, an untrained one of its shape. ``weights`` keys the cache."""
     encoder = CrystalEncoder.from_folder(folder)
     return encoder if seed is None else CrystalEncoder(new_encoder(encoder.card, seed), encoder.card)
 

@@ -1,4 +1,4 @@
-"""Maps of crystals by an encoder at hand: what a run shows on its page, without the commands in between."""
+"""Maps of crystals from an encoder in memory, for the page of a run: no ``cdssl embed`` and ``cdssl map`` needed."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def map_of_validation(run: Path, data: str) -> CrystalMap | None:
     """The first validation crystals of a data set, mapped by the encoder of a run."""
     encoder = CrystalEncoder.from_folder(run)
     graphs = _first(MAPPED, (graphs for graphs, _ in stream(data, encoder.cutoff, "val")))
-    return map_of(encoder, graphs, "crystals kept from training")
+    return map_of(encoder, graphs, "crystals held out of training")
 
 
 def map_of(
     encoder: CrystalEncoder, graphs: Multigraphs, name: str, more: dict[str, NDArray[np.float64]] | None = None
 ) -> CrystalMap | None:
-    """A map of crystals, at most ``MAPPED``; None where they are too few.
+    """A map of at most ``MAPPED`` of the crystals; None if there are too few.
 
     Args:
-        encoder: gives their vectors.
+        encoder: computes their vectors.
         graphs: n crystals.
-        name: of what is mapped.
-        more: numbers to colour by, (n,) each, before density, volume and atoms.
+        name: what is mapped.
+        more: numbers to colour by, (n,) each, listed before density, volume and atoms.
     """
     if len(graphs) < FEWEST:
         return None

@@ -1,9 +1,9 @@
-"""A map of crystals: their vectors in two dimensions, coloured by density or any number.
+"""A map of crystals: their vectors in two dimensions, coloured by density or another number.
 
     cdssl embed --data data/mp --out embeddings.parquet
     cdssl map embeddings.parquet --out map
 
-Beside the picture stands a figure for what it is worth: how well a crystal's neighbours on the map tell its value.
+The quality of a map is reported with it: how well a crystal's neighbours on the map predict its value.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from cdssl_dist.look.map_page import page
 from sharding.commands import Parser, command, natural, positive
 
 NEIGHBOURS: Final = 10
-FEWEST: Final = NEIGHBOURS + 2  # crystals of a map
+FEWEST: Final = NEIGHBOURS + 2  # crystals needed for a map
 PLACE: Final = ("map_x", "map_y")  # columns of the coordinates; a table may have an x of its own
 METHODS: Final = ("umap", "tsne", "pca")
 
 
 class MapError(ValueError):
-    """Vectors that cannot be mapped: said in one line."""
+    """Vectors that cannot be mapped; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """How well ten neighbours tell a value: 1 − error / error of the median; 0 is nothing."""
+    """How well ten neighbours predict a value: 1 − error / error of the median; 0 means not at all."""
 
     column: str
     on_map: float
@@ -53,7 +53,7 @@ class CrystalMap:
     place: NDArray[np.float64]  # (n, 2)
     keys: list[str]
     formulas: list[str]
-    columns: dict[str, NDArray[np.float64]]  # name → (n,), NaN where unknown; the first one colours at first
+    columns: dict[str, NDArray[np.float64]]  # name → (n,), NaN where unknown; the first is shown first
     kept: dict[str, Kept]
 
 
@@ -62,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read vectors, map them, draw."""
     p = Parser("cdssl map", "Map the vectors of cdssl embed: a picture, a page that can be explored, and coordinates.")
     p.add_argument("embeddings", help="Parquet of cdssl embed, or one with key, embedding and numbers")
-    p.add_argument("--color", help="a column of numbers; if omitted, density, else the first one")
+    p.add_argument("--color", help="numeric column; if omitted, density, else the first one")
     p.add_argument("--method", choices=METHODS, default="tsne", help="umap needs the package umap-learn")
-    p.add_argument("--sample", type=positive, default=10_000, help="most crystals to draw, chosen at random")
+    p.add_argument("--sample", type=positive, default=10_000, help="maximum number of crystals, chosen at random")
     p.add_argument("--seed", type=natural, default=0, help="seed of the sample and of the map")
     p.add_argument("--out", default="runs/map", help="folder for map.png, map.html and map.parquet")
     args = p.parse_args(argv)
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     columns = numbers(table)
     color = args.color or ("density" if "density" in columns else next(iter(columns), "to colour by"))
     if color not in columns:
-        raise MapError(f"{args.embeddings}: no column of numbers {color!r}; there are {', '.join(columns) or 'none'}")
+        raise MapError(f"{args.embeddings}: no numeric column {color!r}; there are {', '.join(columns) or 'none'}")
     columns = {color: columns[color]} | columns
     names = table["key"].to_pylist()
     formulas = table["formula"].to_pylist() if "formula" in table.column_names else [""] * len(names)
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_map(out / "map.parquet", found, table)
     draw(out / "map.png", found.place, color, columns[color])
     (out / "map.html").write_text(page(found))
-    print(f"{len(names):,} crystals by {args.method}; how well {NEIGHBOURS} neighbours tell (1 all, 0 nothing):")
+    print(f"{len(names):,} crystals by {args.method}; skill of {NEIGHBOURS} neighbours (1 is perfect, 0 none):")
     for k in found.kept.values():
         print(f"  {k.column:20} on the map {k.on_map:.3f}, in the vectors {k.in_vectors:.3f}")
     print(f"  {out}/map.png, map.html, map.parquet")
@@ -99,14 +99,14 @@ def draw_map(
     method: str = "tsne",
     seed: int = 0,
 ) -> CrystalMap:
-    """Reduce standardised vectors (n, d), and see what their neighbourhoods tell of each column."""
+    """Map standardised vectors (n, d), and measure how well neighbours predict each column."""
     place = reduced(vectors, method, seed)
     kept = {column: neighbours_tell(column, values, place, vectors) for column, values in columns.items()}
     return CrystalMap(name, method, place, keys, formulas, columns, kept)
 
 
 def write_map(path: Path, found: CrystalMap, table: pa.Table) -> None:
-    """The table with the coordinates; method and figures go into its metadata."""
+    """Write the table with the coordinates; the method and the skills go into its metadata."""
     for name, column in zip(PLACE, found.place.T, strict=True):
         table = table.append_column(name, pa.array(column))
     about = {"method": found.method, "kept": json.dumps([asdict(k) for k in found.kept.values()])}
@@ -114,10 +114,10 @@ def write_map(path: Path, found: CrystalMap, table: pa.Table) -> None:
 
 
 def read_map(folder: Path) -> CrystalMap:
-    """What ``cdssl map`` left in a folder.
+    """Read the map that ``cdssl map`` wrote to a folder.
 
     Raises:
-        MapError: where that is nothing.
+        MapError: if there is none, or it cannot be read.
     """
     path = folder / "map.parquet"
     try:
@@ -129,7 +129,7 @@ def read_map(folder: Path) -> CrystalMap:
         names = table["key"].to_pylist()
         formulas = table["formula"].to_pylist() if "formula" in table.column_names else [""] * len(names)
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as why:
-        raise MapError(f"{path}: no table of cdssl map that can be read ({why})") from None
+        raise MapError(f"{path}: not a readable table of cdssl map ({why})") from None
     return CrystalMap(
         folder.name, about[b"method"].decode(), place, names, formulas, {c: columns[c] for c in kept}, kept
     )
@@ -140,9 +140,9 @@ def read_vectors(path: str, sample: int, seed: int) -> tuple[pa.Table, NDArray[n
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as why:
-        raise MapError(f"{path}: no Parquet file that can be read ({why})") from None
+        raise MapError(f"{path}: not a readable Parquet file ({why})") from None
     if not {"key", "embedding"} <= set(table.column_names):
-        raise MapError(f"{path}: no columns key and embedding; cdssl embed makes such a file")
+        raise MapError(f"{path}: has no columns key and embedding; cdssl embed writes such a file")
     table = table.filter(pa.compute.is_valid(table["embedding"]))
     if len(table) < FEWEST:
         raise MapError(f"{path}: {len(table)} vectors are too few for a map")
@@ -153,28 +153,28 @@ def read_vectors(path: str, sample: int, seed: int) -> tuple[pa.Table, NDArray[n
     except (TypeError, ValueError):
         vectors = np.empty(0)
     if vectors.ndim != 2 or not np.isfinite(vectors).all():
-        raise MapError(f"{path}: embeddings must be vectors of one length, of finite numbers")
+        raise MapError(f"{path}: embeddings must be vectors of finite numbers, all of the same length")
     others = [name for name in table.column_names if name not in ("embedding", *PLACE)]
     return table.select(others), StandardScaler().fit_transform(vectors)
 
 
 def numbers(table: pa.Table) -> dict[str, NDArray[np.float64]]:
-    """The columns of numbers that are not all the same."""
+    """The numeric columns that are not constant."""
     names = [n for n in table.column_names if pa.types.is_floating(table[n].type) or pa.types.is_integer(table[n].type)]
     columns = {n: np.array(table[n].to_pylist(), np.float64) for n in names}
     return varied({n: np.where(np.isfinite(column), column, np.nan) for n, column in columns.items()})
 
 
 def varied(columns: dict[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
-    """Those that are not all the same."""
+    """The columns that are not constant."""
     return {n: values for n, values in columns.items() if np.unique(values[np.isfinite(values)]).size > 1}
 
 
 def reduced(vectors: NDArray[np.float64], method: str, seed: int) -> NDArray[np.float64]:
-    """(n, d) → (n, 2).
+    """Reduce vectors to two dimensions: (n, d) → (n, 2).
 
     Raises:
-        MapError: where a method is asked for that is not installed.
+        MapError: if the method is not installed.
     """
     if method == "pca":
         from sklearn.decomposition import PCA
@@ -188,14 +188,14 @@ def reduced(vectors: NDArray[np.float64], method: str, seed: int) -> NDArray[np.
     try:
         from umap import UMAP
     except ImportError:
-        raise MapError("umap is not installed: pip install umap-learn, or take --method tsne") from None
+        raise MapError("umap is not installed: pip install umap-learn, or use --method tsne") from None
     return UMAP(n_components=2, random_state=seed, n_jobs=1).fit_transform(vectors).astype(np.float64)
 
 
 def neighbours_tell(
     column: str, values: NDArray[np.float64], place: NDArray[np.float64], vectors: NDArray[np.float64]
 ) -> Kept:
-    """Tell each value by the mean of its neighbours', on the map and in the vectors."""
+    """Predict each value by the mean over its neighbours, on the map and among the vectors."""
     known = np.isfinite(values)
     v = values[known]
     dull = np.abs(v - np.median(v)).mean()
@@ -211,7 +211,7 @@ def neighbours_tell(
 
 
 def draw(path: Path, place: NDArray[np.float64], name: str, values: NDArray[np.float64]) -> None:
-    """The picture; colours span the middle 96% of the values."""
+    """Draw the picture; colours span the middle 96% of the values."""
     import matplotlib
 
     matplotlib.use("Agg")

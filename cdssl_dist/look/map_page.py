@@ -1,4 +1,4 @@
-"""The map as a page of its own, or as part of one: no network. What comes from data travels as JSON, shown as text."""
+"""The map as a page or a section of one, without network access. Data is embedded as JSON and shown as text."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def page(found: CrystalMap) -> str:
 
 
 def section(found: CrystalMap) -> str:
-    """A part of a page that has ``MAP_STYLE``, ``MAP_SCRIPT`` at its end, and no other map."""
+    """A section for a page with ``MAP_STYLE``, with ``MAP_SCRIPT`` at its end, and with no other map."""
     place = found.place
     span = np.ptp(place, axis=0)
     unit = (place - place.min(axis=0)) / np.where(span > 0, span, 1.0)
@@ -110,7 +110,7 @@ def section(found: CrystalMap) -> str:
 
 
 def in_script(content: Any) -> str:
-    """JSON that ends no element and begins none, whatever its strings hold."""
+    """JSON that can neither close nor open an HTML element, whatever its strings hold."""
     return json.dumps(content, allow_nan=False).replace("<", "\\u003c").replace("&", "\\u0026")
 
 
@@ -118,6 +118,6 @@ def _column(values: NDArray[np.float64], kept: Any) -> dict[str, Any]:
     low, high = (float(v) for v in np.nanpercentile(values, [2, 98]))
     rounded = [float(f"{v:.5g}") if np.isfinite(v) else None for v in values.tolist()]
     said = (
-        f"Neighbours on the map tell {kept.column} with skill {kept.on_map:.2f} (in the vectors {kept.in_vectors:.2f})."
+        f"Neighbours on the map predict {kept.column} with skill {kept.on_map:.2f} (by vectors {kept.in_vectors:.2f})."
     )
     return {"values": rounded, "low": low, "high": high, "kept": said}

@@ -1,9 +1,9 @@
-"""Linear probes: what an encoder's vectors tell about a property, beside vectors that were not learned.
+"""Linear probes: how well an encoder's vectors predict a property, compared with vectors that were not learned.
 
     cdssl probe --encoder models:/cdssl-encoder@champion --data FILE --target COLUMN
 
-A ridge on frozen features, with cross-validation over whole groups. Beside the encoder stand the same network with
-random weights, which says what the architecture alone is worth, and element fractions with the volume per atom.
+A ridge on frozen features, with cross-validation over whole groups. The encoder is compared with the same network with
+random weights, which shows what the architecture alone is worth, and with element fractions and the volume per atom.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Probed:
     """How well a ridge on some features predicts, over the folds."""
 
     mae: list[float]  # of each fold, in the unit of the target
-    r2: float  # over all crystals, each predicted by the fold in which it tests
+    r2: float  # over all crystals, each predicted in the fold that tests it
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Embed labeled crystals, probe, print a table."""
-    p = Parser("cdssl probe", "Linear probes with cross-validation, beside a random encoder and simple descriptors.")
+    p = Parser("cdssl probe", "Cross-validated linear probes, compared with a random encoder and simple descriptors.")
     p.add_argument("--encoder", default=CHAMPION, help="models:/NAME@ALIAS, or a folder")
     p.add_argument("--registry", help="MLflow URI; if omitted, MLFLOW_TRACKING_URI, else runs/mlflow.db")
     p.add_argument("--data", required=True, help="a data set of shards, or a file or source that cdssl shard reads")
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="+",
         default=[],
         metavar="NAME=FILE",
-        help="Parquet with key and embedding, as cdssl embed writes it: vectors of something else, probed as well",
+        help="other vectors to probe as well: Parquet with key and embedding, as cdssl embed writes it",
     )
     p.add_argument("--split", choices=("train", "val", "test"), help="use this split of a data set of shards only")
     p.add_argument("--where", metavar="CONDITION", help="filter a data set of shards, as in 'n_atoms <= 20'")
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for said in args.vectors:
         name, equals, path = said.partition("=")
         if not name or not equals or name in every:
-            raise DataSetError(f"--vectors {said}: say NAME=FILE, with a name that is not one of {', '.join(every)}")
+            raise DataSetError(f"--vectors {said}: must be NAME=FILE, where NAME is not one of {', '.join(every)}")
         every[name] = vectors_of(path, data.graphs.keys)
     results = {}
     for t, name in enumerate(data.names):
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def features(encoder: CrystalEncoder, graphs: Multigraphs, seed: int) -> dict[str, Array]:
-    """What is probed: name → (n, features)."""
+    """The features to probe: name → (n, features)."""
     simple = simple_features(graphs)
     found = {"encoder": encoder.embed_graphs(graphs).astype(np.float64)}
     for i in range(RANDOM_SEEDS):
@@ -103,12 +103,12 @@ def features(encoder: CrystalEncoder, graphs: Multigraphs, seed: int) -> dict[st
 
 
 def probe(features: Mapping[str, Array], target: Array, folds: Sequence[Split]) -> dict[str, Probed]:
-    """A ridge on standardised features, its penalty chosen inside the training part.
+    """Cross-validate a ridge on standardised features, its penalty chosen within the training part.
 
     Args:
         features: name → (n, features).
         target: (n,), all finite.
-        folds: each crystal tests once.
+        folds: splits in which each crystal is tested once.
 
     Returns:
         Name → how well it does; the median of the training part comes last.
@@ -130,7 +130,7 @@ def probe(features: Mapping[str, Array], target: Array, folds: Sequence[Split]) 
 
 
 def table(name: str, unit: str, crystals: int, found: dict[str, Probed]) -> str:
-    """The results in lines."""
+    """Format the results as lines of text."""
     folds = len(next(iter(found.values())).mae)
     lines = [f"{name}, {unit or 'no unit given'}: {crystals:,} crystals, {folds} folds; MAE ± standard error, R²"]
     for about, p in found.items():

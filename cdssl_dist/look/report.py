@@ -1,9 +1,9 @@
-"""One self-contained page about a run: what was run, on which data, how it went, and what came of it downstream.
+"""One self-contained page about a run: its configuration and data, how it went, and fine-tunings of its encoder.
 
     cdssl report runs/mp --finetune runs/finetune --map runs/map
     cdssl report runs/finetune
 
-A run makes its page when it ends, and leaves it with MLflow; the command makes it again, with more in it.
+A run writes its page when it ends, and uploads it to MLflow; the command writes it again, if asked with more in it.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ PAGE: Final = "report.html"
 
 
 class ReportError(ValueError):
-    """A folder that nothing can be reported of: said in one line."""
+    """A folder that cannot be reported on, or options that exclude one another; the message is one line."""
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read what a run left, write the page."""
+    """Read the files of a run and write its page."""
     p = Parser("cdssl report", "Write a self-contained HTML page about a run.")
     p.add_argument("run", help="folder of a pretraining run, or of a fine-tuning")
     p.add_argument("--finetune", action="append", default=[], metavar="FOLDER", help="also show this fine-tuning")
@@ -44,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
 
     if args.finetune and (Path(args.run) / "results.json").exists():
-        raise ReportError("--finetune adds to the page of a pretraining, and this folder holds a fine-tuning")
+        raise ReportError("--finetune adds to the page of a pretraining run, but this folder holds a fine-tuning")
     run, drawn = Path(args.run), read_map(Path(args.map)) if args.map else None
     if args.upload and args.out:
-        raise ReportError("--upload takes the page in the folder of the run: leave out --out")
+        raise ReportError("--upload uploads the page in the folder of the run: leave out --out")
     if (run / "results.json").exists():
         text = of_tuning(run, drawn)
     else:
@@ -67,9 +67,9 @@ def of_run(run: Path, finetune: Sequence[Path] = (), drawn: CrystalMap | None = 
     """
     metrics = read_lines(run / "metrics.jsonl")
     if not metrics:
-        raise ReportError(f"{run}: no metrics.jsonl with a line in it; is it the folder of a run?")
+        raise ReportError(f"{run}: metrics.jsonl is missing or empty; is this the folder of a run?")
     lines = (run / "events.jsonl").read_text(errors="replace") if (run / "events.jsonl").exists() else ""
-    events = [e for e in lines_of(redact(lines)) if e.get("event") != "checkpoint"]  # a page is there to be passed on
+    events = [e for e in lines_of(redact(lines)) if e.get("event") != "checkpoint"]  # pages are shared
     config = run / "config.yaml"
     text = redact(config.read_text()) if config.exists() else ""
     status, card = _json(run / "status.json"), _json(run / "encoder.json")
@@ -90,17 +90,17 @@ def leave(
     page: Callable[[CrystalMap | None], str],
     draw: Callable[[], CrystalMap | None] = lambda: None,
 ) -> None:
-    """Write the page of work that has just ended, which no page may spoil: what fails is said.
+    """Write the page of work that has just ended. A failure is printed, never raised: the work itself is done.
 
     Args:
-        folder: of the work.
-        page: makes the page, with a map or without.
-        draw: makes the map; where that fails, there is a page without one.
+        folder: folder of the work.
+        page: makes the page, with or without a map.
+        draw: makes the map; if that fails, the page has none.
     """
     drawn = None
     try:
         drawn = draw()
-    except Exception as why:  # the work is done, whatever a drawing makes of it
+    except Exception as why:  # a failed drawing must not fail the work
         say(f"{folder / PAGE}: has no map ({type(why).__name__}: {one_line(why)})")
     try:
         (folder / PAGE).write_text(page(drawn))
@@ -111,14 +111,14 @@ def leave(
 def _upload(run: Path) -> bool:
     run_id = _json(run / "mlflow-run.json").get("run_id")
     if not run_id:
-        raise ReportError(f"{run}: no pretraining or study with a run in MLflow (there is no mlflow-run.json)")
+        raise ReportError(f"{run}: not a run that was tracked in MLflow (there is no mlflow-run.json)")
     config = run / "config.yaml"
     uri = (yaml.safe_load(config.read_text()) or {}).get("tracking", {}).get("uri") if config.exists() else None
     return attach(tracking_uri(uri, run.resolve().parent), run_id, [run / PAGE])
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """What a file holds; nothing where it is not there yet."""
+    """The content of a JSON file; empty if it does not exist yet."""
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The pages of ``cdssl report``: drawings as SVG, values on pointing, no network; all text from data is escaped."""
+"""The pages of ``cdssl report``: charts as SVG, values on hover, no network access; all text from data is escaped."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ WIDTH, HEIGHT, LEFT, FLOOR, ROOF = 640, 230, 72, 200, 16
 POINTS: Final = 600  # of a line, at most
 CHARTS: Final = (  # title, lines, whether the axis is logarithmic, whether events are marked
     ("Loss", ("train/loss", "val/loss"), True, False),
-    ("Skill beyond each distance alone, where above −½", ("train/skill_edge", "val/skill_edge"), False, False),
-    ("Skill against the noisy edges, where above −½", ("train/skill", "val/skill"), False, False),
-    ("Gradient norm, with what the guard did", ("guard/norm",), True, True),
+    ("Skill beyond each distance alone (values above −½)", ("train/skill_edge", "val/skill_edge"), False, False),
+    ("Skill over the noisy edges (values above −½)", ("train/skill", "val/skill"), False, False),
+    ("Gradient norm, and actions of the guard", ("guard/norm",), True, True),
     ("Directed edges per second", ("perf/edges_s",), False, False),
 )
-LOWEST: Final = {"skill": -0.5, "skill_edge": -0.5}  # the first steps are far below, and would flatten all others
+LOWEST: Final = {"skill": -0.5, "skill_edge": -0.5}  # the first steps are far below, and would flatten the rest
 MORE: Final = """
 .chart svg, .parity svg { width: 100%; height: auto; display: block }
 .chart text, .parity text { font: 12px system-ui, sans-serif; fill: var(--soft) }
@@ -77,7 +77,7 @@ def run_page(
     """The page of a pretraining run.
 
     Args:
-        name: of the run.
+        name: name of the run.
         status, card, config: contents of ``status.json``, ``encoder.json`` and ``config.yaml``, empty where missing.
         metrics, events: lines of ``metrics.jsonl`` and ``events.jsonl``.
         tuned: results, columns of predictions, and lines of the history of each fine-tuning.
@@ -109,7 +109,7 @@ def run_page(
 
 
 def tuning_page(name: str, tuned: Tuned, drawn: CrystalMap | None = None) -> str:
-    """The page of a fine-tuning; arguments as those of ``run_page``."""
+    """The page of a fine-tuning; for the arguments see ``run_page``."""
     results = tuned[0]
     errors, task, settings = results["errors"], results["task"], results.get("settings", {})
     metrics = ["log_loss"] if task["classes"] else [target["name"] for target in task["targets"]]
@@ -118,7 +118,7 @@ def tuning_page(name: str, tuned: Tuned, drawn: CrystalMap | None = None) -> str
     metric = metrics[best[2]]
     sizes = results.get("crystals", [])
     tiles = {
-        "best of all" if len(task["targets"]) == 1 else f"best for {metric}": best[1],
+        "best model" if len(task["targets"]) == 1 else f"best for {metric}": best[1],
         "its error": f"{best[0]:.4g} {'' if task['classes'] else task['targets'][best[2]]['unit']}",
         **({"crystals, train / val / test": " / ".join(f"{n:,}" for n in sizes[0].values())} if sizes else {}),
         **({"folds": str(len(sizes))} if len(sizes) > 1 else {}),
@@ -126,7 +126,7 @@ def tuning_page(name: str, tuned: Tuned, drawn: CrystalMap | None = None) -> str
     }
     parts = [_section("Test crystals", _tuned(tuned))]
     parts += [_map(drawn)] if drawn else []
-    encoder = {"encoder": "ref", "its weights, SHA-256": "weights_sha256", "its data": "data_digest"}
+    encoder = {"encoder": "ref", "weights of the encoder, SHA-256": "weights_sha256", "data of it": "data_digest"}
     origin = [[said, str(results["encoder"].get(key, ""))] for said, key in encoder.items()]
     origin.append(["labels, crystals and split", str(results.get("data_digest", ""))])
     parts.append(_section("Data", _sources(results) + _table(["", ""], origin)))
@@ -170,7 +170,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _placed(event: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """An event of no step, as of workers that died, is put behind the last line that was written before it."""
+    """Give an event without a step, such as the death of a worker, the last step that was logged before it."""
     if event.get("step") is not None:
         return event
     before = [line["step"] for line in metrics if line["time"] <= event["time"]]
@@ -189,7 +189,7 @@ def _chart(
     events: Sequence[Mapping[str, Any]] = (),
     unit: str = "step",
 ) -> str:
-    """Lines over steps, and marks for events; nothing where none was recorded."""
+    """A chart of metrics over steps, with marks for events; empty if no metric was recorded."""
     series: dict[str, list[tuple[float, float]]] = {}
     for name in names:
         found = [(float(m["step"]), float(m[name])) for m in metrics if isinstance(m.get(name), (int, float))]
@@ -241,7 +241,7 @@ def _title(results: Mapping[str, Any]) -> str:
 
 
 def _tuned(tuned: Tuned) -> str:
-    """Errors of a fine-tuning, how it learned, what its uncertainty is worth, and true against predicted."""
+    """A fine-tuning: errors, coverage of the uncertainty, learning curves, and parity plots."""
     results, rows, history = tuned
     errors, task = results["errors"], results["task"]
     names = list(next(iter(errors.values())))
@@ -254,7 +254,7 @@ def _tuned(tuned: Tuned) -> str:
             if (column := f"{arm}:{target['name']}") in rows:
                 pairs = zip(rows[f"true:{target['name']}"], rows[column], strict=True)
                 plots.append(_parity(f"{arm}: {target['name']}, {target['unit']}", [p for p in pairs if _finite(*p)]))
-    about = f"<p class='note'>fine-tuned from {escape(str(results['encoder']['ref']))}; errors of the test crystals</p>"
+    about = f"<p class='note'>fine-tuned from {escape(str(results['encoder']['ref']))}; errors on the test crystals</p>"
     worth = [
         [name, *(_number(u[k]) for k in ("factor", "covered", "uncalibrated", "rank"))]
         for name, u in results.get("uncertainty", {}).items()
@@ -262,8 +262,8 @@ def _tuned(tuned: Tuned) -> str:
     head = [
         "uncertainty",
         "factor of the deviation",
-        "covered (0.68 was asked)",
-        "by one deviation",
+        "coverage (target 0.68)",
+        "coverage of one deviation",
         "rank correlation",
     ]
     unit = next(iter(units.values())) if len(units) == 1 and not task["classes"] else ""
@@ -278,7 +278,10 @@ def _tuned(tuned: Tuned) -> str:
 
 
 def _learning(history: Sequence[Mapping[str, Any]]) -> tuple[list[str], bool, list[dict[str, float]]]:
-    """Arms, and the lowest validation error so far by epoch, mean of all networks: one that has stopped keeps its."""
+    """Arms, whether the axis is logarithmic, and by epoch the lowest validation error so far, mean over networks.
+
+    A network that has stopped keeps its lowest error.
+    """
     best: dict[str, dict[int, dict[int, float]]] = {}  # arm → network → epoch
     for line in history:
         if _finite(line.get("val")):
@@ -312,7 +315,7 @@ def _finite(*values: Any) -> bool:
 
 
 def _parity(title: str, pairs: Sequence[tuple[float, float]]) -> str:
-    """True values go right, predicted ones up, on one scale."""
+    """A parity plot: true values on x, predicted ones on y, on the same scale."""
     if not pairs:
         return ""
     pairs = pairs[:: max(1, math.ceil(len(pairs) / 1500))]

@@ -1,1 +1,1 @@
-"""All that speaks with MLflow: tracking while training, the registry, and the forms that models take there."""
+"""Everything that talks to MLflow: tracking during training, the registry, and the formats of models there."""

@@ -1,4 +1,4 @@
-"""MLflow servers: where they are, how to reach them, and what may be shown of their names."""
+"""MLflow servers: their URIs, clients, time limits, and messages without credentials."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # mlflow takes seconds to import
     from mlflow import MlflowClient
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported, which is not yet
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported, which happens later
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # no tales of new tables
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # hides log lines about new tables
 
 
 def redact(text: str) -> str:
@@ -29,7 +29,7 @@ def redact(text: str) -> str:
 def tracking_uri(config_uri: str | None, home: Path) -> str:
     """Where MLflow is: the config's URI, else MLFLOW_TRACKING_URI, else ``mlflow.db`` in ``home``.
 
-    The path of a SQLite file is made absolute: what is remembered of one project's registry is no other project's.
+    The path of a SQLite file is made absolute, so that what is cached of one project's registry is not used in another.
     """
     uri = config_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home}/mlflow.db"
     file = sqlite_file(uri)
@@ -42,7 +42,7 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client of a server or a SQLite file, which may be new."""
+    """A client for a server, or for a SQLite file, which need not exist yet."""
     from mlflow import MlflowClient
 
     if (file := sqlite_file(uri)) and not file.exists():
@@ -66,7 +66,7 @@ def _create(file: Path) -> None:
 
 
 def experiment(client: MlflowClient, uri: str, name: str) -> str:
-    """The id of an experiment, which is created where there is none; artifacts of a SQLite one lie beside its file."""
+    """The id of an experiment, created if missing; with SQLite, its artifacts are stored beside the file."""
     from mlflow.exceptions import MlflowException
 
     if found := client.get_experiment_by_name(name):
@@ -82,7 +82,7 @@ def experiment(client: MlflowClient, uri: str, name: str) -> str:
 
 @contextlib.contextmanager
 def http_limits(timeout: int, retries: int = 1) -> Iterator[None]:
-    """Fail in seconds where MLflow would block for four minutes; what the user has set stays."""
+    """Fail in seconds where MLflow would block for four minutes; limits that the user has set are kept."""
     limits = {"TIMEOUT": str(timeout), "MAX_RETRIES": str(retries), "BACKOFF_FACTOR": "1"}
     limits = {f"MLFLOW_HTTP_REQUEST_{name}": value for name, value in limits.items()}
     ours = limits.keys() - os.environ.keys()
@@ -95,15 +95,15 @@ def http_limits(timeout: int, retries: int = 1) -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """A line for people."""
+    """Print a line to stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 def one_line(why: BaseException) -> str:
-    """An error of MLflow's for people: its first line, without credentials."""
+    """The first line of an error, without credentials."""
     return redact(str(why).strip().partition("\n")[0])[:200] or type(why).__name__
 
 
 def metric_name(name: str) -> str:
-    """A name that MLflow takes: a target may be called ``band gap (eV)``."""
+    """A metric name that MLflow accepts: a target may be called ``band gap (eV)``."""
     return re.sub(r"[^\w./: -]", "_", name)

@@ -1,4 +1,4 @@
-"""``MODEL_CARD.md``: what a registered model is, for people; made of its JSON card alone."""
+"""``MODEL_CARD.md``: a readable description of a registered model, made from its JSON card alone."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ def _encoder(card: dict[str, Any]) -> str:
     return f"""# A crystal encoder
 
 MEGNet, pretrained by denoising (CDSSL, arXiv 2408.17255): atoms are displaced by Gaussian noise of σ = {sigma} Å, and
-the network recovers the distances of the true crystal{_options(card)}. In: a periodic crystal. Out: vectors of {width}
-numbers for each atom, each edge and the crystal.
+the network recovers the distances of the true crystal{_options(card)}. Input: a periodic crystal. Output: vectors of
+{width} numbers for each atom, each edge and the crystal.
 
 {_shape(card)}
-## Quality, on crystals kept from training
+## Quality, on crystals held out of training
 
 {_table(card["metrics"])}
-`skill_edge` compares with the best function of each distance alone: above 0, the network uses what the neighbours say.
+`skill_edge` compares with the best function of each distance alone: above 0, the network uses information from the
+neighbours.
 
 {_origin(card)}
 ## Use
@@ -46,16 +47,16 @@ numbers for each atom, each edge and the crystal.
 
 ## Limits
 
-Ordered periodic crystals only, no molecules. Elements that pretraining has not seen have embeddings that mean
-nothing{_elements(card)}. Distances beyond {card["cutoff"]:g} Å are
-not seen. The vectors know nothing of charges, spins or temperature.
+Ordered periodic crystals only, no molecules. Embeddings of elements that were not seen in pretraining are
+meaningless{_elements(card)}. Distances beyond {card["cutoff"]:g} Å are
+not seen. The vectors hold no information about charges, spins or temperature.
 """
 
 
 OPTIONS: Final = {
     "strain": "the cell is strained as well",
-    "sigma_in_state": "the state is told σ",
-    "conditioned": "the state is told what the encoder makes of the true crystal",
+    "sigma_in_state": "the state is given σ",
+    "conditioned": "the state is given the encoding of the true crystal",
     "displacement": "displacements of atoms are recovered too",
     "masked": "the elements of some atoms are hidden, and recovered",
 }
@@ -69,8 +70,8 @@ def _options(card: dict[str, Any]) -> str:
 
 READ_OUT: Final = {
     "set2set": "Set2Set on nodes and edges with the state, and a multilayer perceptron",
-    "linear": "a linear function of its mean vectors, solved with the encoder as it is",
-    "atoms": "a multilayer perceptron of each atom with its edges and the state, of which the mean is taken",
+    "linear": "a linear function of its mean vectors, solved with the encoder frozen",
+    "atoms": "the mean over atoms of a multilayer perceptron of each atom, its edges and the state",
 }
 
 
@@ -105,13 +106,13 @@ Fine-tuned from **{card["encoder"]["ref"]}** (weights {card["encoder"]["weights_
 
 ## Limits
 
-As good as its labels: ordered periodic crystals like those it was tested on. Elements that no training has seen are
-marked in the output{_elements(card)}.
+Only as good as its labels, and only for ordered periodic crystals like those it was tested on. Elements that were
+never seen in training are marked in the output{_elements(card)}.
 """
 
 
 def _uncertainty(card: dict[str, Any]) -> str:
-    """What may be made of the deviation between members."""
+    """How to use the deviation between members as an uncertainty."""
     if len(card["scalers"]) < 2:
         return "It gives no uncertainty."
     if not card.get("uncertainty"):
@@ -119,7 +120,7 @@ def _uncertainty(card: dict[str, Any]) -> str:
     factors = ", ".join(f"{factor:.3g} for {_cell(name)}" for name, factor in card["uncertainty"].items())
     return f"""
 `within68` is the deviation between members times a factor ({factors}) that covers 68% of
-the errors of validation crystals; what it covers of the test crystals is below, as `covered`."""
+the errors of validation crystals; its coverage of the test crystals is given below as `covered`."""
 
 
 def _shape(card: dict[str, Any]) -> str:
@@ -150,11 +151,11 @@ def _origin(card: dict[str, Any]) -> str:
 
 def _elements(card: dict[str, Any]) -> str:
     seen = card.get("elements") or []
-    return f"; seen were {', '.join(SYMBOLS[z] for z in seen)}" if seen else "; which those are was not recorded"
+    return f" (seen: {', '.join(SYMBOLS[z] for z in seen)})" if seen else " (which were seen was not recorded)"
 
 
 def _cell(text: Any) -> str:
-    """A cell of a table: no markup of others, no line breaks."""
+    """Text as a cell of a table: markup is escaped, line breaks are removed."""
     clean = " ".join(str(text).split()).replace("\\", "\\\\")
     for character in "|<>[]`*_":
         clean = clean.replace(character, f"\\{character}")

@@ -19,7 +19,7 @@ from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema, TensorS
 
 PYFUNC: Final = Path(__file__).with_name("pyfunc.py")
 ROOT: Final = PYFUNC.parents[2]
-REQUIREMENTS: Final = ("mlflow", "torch", "numpy", "safetensors", "gemmi")  # of whoever loads it
+REQUIREMENTS: Final = ("mlflow", "torch", "numpy", "safetensors", "gemmi")  # to load the pyfunc
 EXAMPLE: Final = {  # caesium chloride
     "lattice": {"a": 4.12, "b": 4.12, "c": 4.12, "alpha": 90, "beta": 90, "gamma": 90},
     "sites": [
@@ -30,7 +30,7 @@ EXAMPLE: Final = {  # caesium chloride
 
 
 def save_data(path: Path, folder: Path, files: Sequence[str]) -> None:
-    """Write a model that is data alone: its files, and no code that MLflow could load."""
+    """Write a model as data only: its files, and no code that MLflow could load."""
     (path / "artifacts").mkdir(parents=True)
     for name in files:
         shutil.copy(folder / name, path / "artifacts" / name)
@@ -40,9 +40,9 @@ def save_model(path: Path, folder: Path, model: Any, run_id: str | None) -> None
     """Write an encoder as an MLflow model: ``pyfunc.py``, the modules that it needs, and the two files of the encoder.
 
     Args:
-        path: the folder to make.
+        path: the folder to create.
         folder: holds ``encoder.safetensors`` and ``encoder.json``.
-        model: the logged model that it becomes.
+        model: MLflow's logged model, of which this folder is the content.
         run_id: the MLflow run that trained it.
     """
     about = Model(
@@ -55,7 +55,7 @@ def save_model(path: Path, folder: Path, model: Any, run_id: str | None) -> None
             copy.parent.mkdir(parents=True, exist_ok=True)
             text = source.read_text()
             if source.name == "__init__.py":
-                # MLflow puts these copies before what is installed, of which the rest must stay importable.
+                # MLflow puts these copies before the installed packages, whose other modules must stay importable.
                 text += "\n__path__ = __import__('pkgutil').extend_path(__path__, __name__)\n"
             copy.write_text(text)
         mlflow.pyfunc.save_model(
@@ -75,7 +75,7 @@ def save_model(path: Path, folder: Path, model: Any, run_id: str | None) -> None
 
 
 def needed_sources() -> list[Path]:
-    """The files of our packages that ``pyfunc.py`` imports, directly or not, wherever in a file the import stands."""
+    """The files of our packages that ``pyfunc.py`` imports, directly or indirectly, imports in functions included."""
     found: set[Path] = set()
     unread = [PYFUNC]
     while unread:
@@ -93,7 +93,7 @@ def needed_sources() -> list[Path]:
 
 
 def _imports(tree: ast.AST) -> Iterator[ast.ImportFrom]:
-    """All of them, but for those that only a type checker sees."""
+    """All ``from`` imports except those that only a type checker sees."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.ImportFrom):
             yield node

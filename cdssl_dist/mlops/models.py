@@ -1,4 +1,4 @@
-"""What can be registered: pretrained encoders and fine-tuned models, as two files each, data and nothing else."""
+"""Models that can be registered: pretrained encoders and fine-tuned models, each as two files of data only."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from cdssl_dist.model import export
 from cdssl_dist.model.export import EncoderCard, ExportError
 from sharding.commands import one_line
 
-CHAMPION: Final = "models:/cdssl-encoder@champion"  # what people pull where they do not say
+CHAMPION: Final = "models:/cdssl-encoder@champion"  # pulled by default
 
 Card = EncoderCard | PropertyCard
 
 
 class RegistryError(ValueError):
-    """What the registry cannot do, and what helps: one line."""
+    """A request that the registry cannot fulfil; the message is one line and says what helps."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Kind:
     read_card: Callable[[str | Path], Card]
     describe: Callable[[Any], dict[str, str]]  # card → tags
     comparable: tuple[str, ...]  # tags that must agree to compare scores
-    score: str  # the tag that makes a champion; higher is better
+    score: str  # the tag by which the champion is chosen; higher is better
 
     @property
     def files(self) -> tuple[str, str]:
@@ -97,20 +97,20 @@ def model_folder(folder: Path) -> Path:
 
 
 def kind_of(folder: Path) -> Kind:
-    """By the files that are there; an encoder where there are none, so that the error names what is missing."""
+    """The kind of model in a folder; an encoder if there is none, so that the error names the missing files."""
     return next((k for k in KINDS if (folder / k.files[1]).exists()), ENCODER)
 
 
 def kind_of_tags(uri: str, tags: dict[str, str]) -> Kind:
-    """By the tag ``format`` of a version.
+    """The kind of a registered version, from its tag ``format``.
 
     Raises:
-        RegistryError: where it is none of ours, or newer than this program.
+        RegistryError: if cdssl did not register it, or it is newer than this program.
     """
     name, _, version = tags.get("format", "").partition(" ")
     kind = next((k for k in KINDS if k.format == name), None)
     if kind is None:
-        raise RegistryError(f"{uri}: no model that cdssl registered: it has no tag 'format', or no weights_sha256")
+        raise RegistryError(f"{uri}: not a model that cdssl registered: its tag 'format' is missing or unknown")
     if version.isdecimal() and int(version) > kind.version:
         text = f"{uri}: format {name} {version}; this program reads up to {kind.version}: update cdssl_dist"
         raise RegistryError(text)
@@ -118,7 +118,7 @@ def kind_of_tags(uri: str, tags: dict[str, str]) -> Kind:
 
 
 def tags_of(folder: Path, kind: Kind) -> dict[str, str]:
-    """What a version says of its model."""
+    """Tags that describe the model of a version."""
     card = kind.read_card(folder)
     return {
         "format": f"{card.format} {json.loads((folder / kind.files[1]).read_text())['version']}",
@@ -135,21 +135,21 @@ def tags_of(folder: Path, kind: Kind) -> dict[str, str]:
 
 
 def _listed(texts: list[str]) -> str:
-    """As a tag: 5,000 characters are MLflow's limit, and those of ASCII all that some databases take."""
+    """A list as a tag: at most 5,000 characters (MLflow's limit), and ASCII, as some databases take nothing else."""
     return json.dumps(texts)[:5000]
 
 
 def checked(folder: Path, kind: Kind) -> Card:
-    """The card of a folder whose weights are safetensors with the card's digest.
+    """Read the card of a folder, and check that its weights are safetensors with the card's digest.
 
     Raises:
-        RegistryError: where they are not.
+        RegistryError: if they are not, or the card cannot be read.
     """
     path = folder / kind.files[0]
     try:
         card = kind.read_card(folder)
         if sha256(path) != card.weights_sha256:
-            raise RegistryError(f"{path}: its SHA-256 is not the one in {kind.files[1]}: damaged; get it again")
+            raise RegistryError(f"{path}: its SHA-256 is not the one in {kind.files[1]}; it is damaged, get it again")
         with safe_open(str(path), "numpy"):
             return card
     except (ExportError, KeyError, TypeError, OSError, SafetensorError) as why:
@@ -162,7 +162,7 @@ def code_digest(*parts: str) -> str:
     """SHA-256 of the Python files of this program: a version number alone does not tell one checkout from another.
 
     Args:
-        parts: files and folders, all of it where left out.
+        parts: files and folders to include; the whole program by default.
     """
     home = Path(__file__).parents[2]
     named = [home / part for part in parts or ("cdssl_dist", "sharding")]
@@ -172,5 +172,5 @@ def code_digest(*parts: str) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Of a file."""
+    """SHA-256 of a file, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

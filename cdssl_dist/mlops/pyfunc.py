@@ -1,8 +1,8 @@
 """The encoder as an MLflow pyfunc: crystals in, vectors out, without this package installed.
 
-MLflow executes this file ("models from code") out of the model's folder, where the modules that it imports lie beside
-it. So neither it nor they import what is compiled, configured or distributed: numpy, torch and safetensors do, and a
-reader of CIF where CIFs come. Whoever needs only the weights takes ``registry.pull``, which executes nothing.
+MLflow executes this file ("models from code") from the model's folder, which also holds copies of the modules that it
+imports. So neither it nor they import anything compiled, configured or distributed: numpy, torch and safetensors are
+enough, plus a CIF reader for CIFs. If you need only the weights, use ``registry.pull``, which executes nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class CdsslEncoder(PythonModel):  # type: ignore[misc]
         """Read the artifacts ``weights`` and ``card``.
 
         Raises:
-            ValueError: where the weights are not those of the card.
+            ValueError: if the weights are not those of the card.
         """
         weights, card = Path(context.artifacts["weights"]), json.loads(Path(context.artifacts["card"]).read_text())
         if hashlib.sha256(weights.read_bytes()).hexdigest() != card["weights_sha256"]:
@@ -45,7 +45,7 @@ class CdsslEncoder(PythonModel):  # type: ignore[misc]
         self.encoder.load_state_dict(load_file(str(weights)))
         self.encoder.to(self.device)
 
-    # MLflow reads the type of the input, and warns in red of those that say more.
+    # MLflow inspects the type of the input, and warns about more specific ones.
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> NDArray[np.float32]:
@@ -54,10 +54,10 @@ class CdsslEncoder(PythonModel):  # type: ignore[misc]
         Args:
             context: not used.
             model_input: a data frame with the column ``structure``, or a list. An item is text: a CIF, or the JSON
-                of a pymatgen ``Structure`` or another dialect that ``sharding`` reads. In a list also such a JSON as
-                a dictionary, a ``Structure``, or ASE ``Atoms``; MLflow's own checks of the input let only text
-                through, so objects go to ``load_model(...).unwrap_python_model().predict(None, [...])``.
-            params: ``refused``: "error", or "nan" to give what is no ordered crystal a row of NaN.
+                of a pymatgen ``Structure`` or another dialect that ``sharding`` reads. A list may also hold such JSON
+                as dictionaries, ``Structure`` objects or ASE ``Atoms``; MLflow's own input checks let only text
+                through, so pass objects to ``load_model(...).unwrap_python_model().predict(None, [...])``.
+            params: ``refused``: "error", or "nan" to give items that are not ordered crystals rows of NaN.
 
         Returns:
             (n, 3W) f32: mean x̂, mean û and ŝ of each crystal.

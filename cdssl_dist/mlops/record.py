@@ -1,4 +1,4 @@
-"""Finished work as an MLflow run: what was set, what came out, and the files. Nothing waits for it while it works."""
+"""Record finished work as an MLflow run: settings, metrics and files. The work itself never waits for a server."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def record(
     files: Sequence[Path],
     began: float,
 ) -> str | None:
-    """Make a run of work that is done. A server that fails costs a line that says why, and nothing else.
+    """Record finished work as a run. If the server fails, a line says why; nothing is raised.
 
     Args:
-        uri: of the MLflow server or SQLite file.
-        where: the experiment, which is made where there is none.
-        name: of the run.
-        params, metrics, tags: of the run.
-        files: that become its artifacts.
-        began: when the work did, s since the epoch.
+        uri: URI of the MLflow server or SQLite file.
+        where: name of the experiment, created if missing.
+        name: name of the run.
+        params, metrics, tags: contents of the run.
+        files: files to upload as its artifacts.
+        began: start of the work, s since the epoch.
 
     Returns:
-        The id of the run; None where it could not be made.
+        The id of the run; None if it could not be created.
     """
     from mlflow.entities import Metric, Param, RunTag
 
@@ -52,18 +52,18 @@ def record(
             client.set_terminated(run_id)
     except Exception as why:  # whatever a client library raises, the work is done
         half = f"; run {run_id} is not complete" if run_id else ""
-        say(f"mlflow: {redact(uri)} did not take the record of this work ({one_line(why)}){half}")
+        say(f"mlflow: this work could not be recorded at {redact(uri)} ({one_line(why)}){half}")
     return run_id
 
 
 def attach(uri: str, run_id: str, files: Sequence[Path]) -> bool:
-    """Add files to a run, or replace those of the same name; says why where that fails."""
+    """Add files to a run, or replace those of the same name; if that fails, say why and return False."""
     try:
         with http_limits(timeout=20):
             _upload(connect(uri), run_id, files)
         return True
     except Exception as why:
-        say(f"mlflow: {redact(uri)} did not take {', '.join(f.name for f in files)} ({one_line(why)})")
+        say(f"mlflow: {', '.join(f.name for f in files)} could not be uploaded to {redact(uri)} ({one_line(why)})")
         return False
 
 

@@ -1,7 +1,7 @@
-"""Models by name: versions in an MLflow registry that other jobs pull, and which of them is the champion.
+"""Models by name: versions in an MLflow registry, which other jobs pull; one of them is the champion.
 
 A version holds ``encoder.safetensors`` and ``encoder.json``, or ``property.safetensors`` and ``property.json``.
-``pull`` takes these two files and nothing else: no code that lies in a registry is executed to use a model.
+``pull`` downloads only these two files: no code from a registry is executed to use a model.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from sharding.manifest import write_atomically
 __all__ = ["Pulled", "Registered", "RegistryError", "Version", "check_free", "delete", "diff", "list_versions"]
 __all__ += ["promote", "pull", "pull_version", "register", "rollback", "show"]
 
-JUDGED: Final = "judged"  # tag of a version that was compared with the champion: that is done once
+JUDGED: Final = "judged"  # tag of a version that was compared with the champion, which is done only once
 
 
 @dataclass(frozen=True)
 class Registered:
-    """What came of a registration."""
+    """The outcome of a registration."""
 
     name: str
     version: int
     aliases: tuple[str, ...]
     uri: str  # what ``pull`` takes
-    created: bool  # False where this very model had been registered before
+    created: bool  # False if these weights had been registered before
     reason: str  # why it is the champion, or not
 
     def __str__(self) -> str:
@@ -69,21 +69,22 @@ class Pulled:
 
 
 def register(folder: Path, name: str, uri: str, run_id: str | None = None, tries: int = 3) -> Registered:
-    """Register a model; it becomes the champion where it is provably better, or there is none.
+    """Register a model; it becomes the champion if there is none, or if its score is comparable and higher.
 
-    The same weights are registered once: a repetition finds their version, and changes no alias that is set. So what
-    a dying server left half done is tried again without harm, and several jobs may register under one name at a time.
+    The same weights are registered only once: a repeated call finds their version, and changes no alias that is set.
+    So a registration that a failing server cut off can be repeated safely, and several jobs may register under one
+    name at the same time.
 
     Args:
         folder: holds ``encoder.safetensors`` and ``encoder.json``, or the two files of a fine-tuned model; or what
             ``cdssl finetune`` left.
-        name: of the registered model.
-        uri: of the MLflow server or SQLite file.
+        name: name of the registered model.
+        uri: URI of the MLflow server or SQLite file.
         run_id: the MLflow run that trained it.
-        tries: how often a registry that does not answer is asked.
+        tries: how often to try a registry that does not answer.
 
     Raises:
-        RegistryError: where the folder holds no sound model, or the registry does not do its part.
+        RegistryError: if the folder holds no valid model, or the registry fails.
     """
     _check_name(name)
     folder = model_folder(folder)
@@ -101,10 +102,10 @@ def register(folder: Path, name: str, uri: str, run_id: str | None = None, tries
 
 
 def check_free(name: str, kind: Kind, uri: str) -> None:
-    """Whether a model of a kind could be registered under a name: to be asked before the work that makes it.
+    """Check that a model of this kind can be registered under a name, before the work of making it.
 
     Raises:
-        RegistryError: where the name is none, holds another kind, or the registry does not answer.
+        RegistryError: if the name is invalid or holds another kind, or the registry does not answer.
     """
     _check_name(name)
     with session(uri, 10, create=True) as client:
@@ -114,12 +115,12 @@ def check_free(name: str, kind: Kind, uri: str) -> None:
 
 def _check_name(name: str) -> None:
     if not REF.fullmatch(f"models:/{name}@latest") or name.endswith(LOCK):
-        raise RegistryError(f"{name!r} is no name for a model: use letters, digits, - and _")
+        raise RegistryError(f"{name!r} is not a valid name for a model: use letters, digits, - and _")
 
 
 def _check_kind(name: str, there: list[Version], kind: Kind) -> None:
     if there and there[0].tags.get("format", kind.format).partition(" ")[0] != kind.format:
-        raise RegistryError(f"{name!r} holds {there[0].tags['format']}, not {kind.format}: take another name")
+        raise RegistryError(f"{name!r} holds {there[0].tags['format']}, not {kind.format}: use another name")
 
 
 def _register(folder: Path, kind: Kind, name: str, uri: str, run_id: str | None) -> Registered:
@@ -150,7 +151,7 @@ def _register(folder: Path, kind: Kind, name: str, uri: str, run_id: str | None)
                 version = known.version
             if known and JUDGED in known.tags and champion:
                 reason = "these weights were registered before"
-            else:  # also where an earlier registration was cut off before it came to this
+            else:  # also if an earlier registration was cut off before the comparison
                 reason = _objection(kind, tags, champion)
                 if not reason:
                     move_champion(client, name, version)
@@ -162,7 +163,7 @@ def _register(folder: Path, kind: Kind, name: str, uri: str, run_id: str | None)
 
 
 def list_versions(name: str | None, uri: str) -> list[Version]:
-    """All versions of a model, newest first; of all models, one name after the other, where none is named."""
+    """All versions of a model, newest first; without a name, those of all models, name by name."""
     with session(uri, 10) as client:
         if name is None:
             return [version for each in names(client) for version in versions(client, each)]
@@ -177,14 +178,14 @@ def show(ref: str, uri: str) -> Version:
 
 
 def diff(first: str, second: str, uri: str) -> dict[str, tuple[str, str]]:
-    """Tags in which two versions differ: name → (of the first, of the second), "" where one has none."""
+    """Tags in which two versions differ: name → (value of the first, of the second), "" if missing."""
     with session(uri, 10) as client:
         a, b = resolve(client, first).tags, resolve(client, second).tags
     return {k: (a.get(k, ""), b.get(k, "")) for k in sorted({*a, *b}) if a.get(k) != b.get(k)}
 
 
 def promote(ref: str, uri: str) -> Version:
-    """Make a version the champion; the one before is kept as ``previous``."""
+    """Make a version the champion; the former champion becomes ``previous``."""
     with session(uri, 10) as client:
         found = resolve(client, ref)
         with exclusive(client, found.name):
@@ -193,7 +194,7 @@ def promote(ref: str, uri: str) -> Version:
 
 
 def rollback(name: str, uri: str) -> Version:
-    """Make the previous champion the champion again; what was the champion becomes the previous one."""
+    """Make the previous champion the champion again; the current one becomes ``previous``."""
     with session(uri, 10) as client:
         known_name(client, name)
         with exclusive(client, name):
@@ -203,7 +204,7 @@ def rollback(name: str, uri: str) -> Version:
 
 
 def delete(ref: str, uri: str) -> Version:
-    """Delete a version from the registry; copies that were pulled stay.
+    """Delete a version from the registry; copies that were already pulled remain.
 
     Raises:
         RegistryError: for the champion and the previous one, which others rely on.
@@ -211,7 +212,7 @@ def delete(ref: str, uri: str) -> Version:
     with session(uri, 10) as client:
         found = resolve(client, ref)
         with exclusive(client, found.name):
-            found = resolve(client, found.uri)  # its aliases, now that nobody else moves them
+            found = resolve(client, found.uri)  # read its aliases again, now that no other job can move them
             held = [a for a in found.aliases if a != "latest"]
             if held:
                 raise RegistryError(f"{found.uri} is the {' and '.join(held)}: promote another version first")
@@ -220,20 +221,20 @@ def delete(ref: str, uri: str) -> Version:
 
 
 def pull(ref: str, uri: str, cache: Path | None = None) -> Path:
-    """The folder of ``pull_version``."""
+    """Pull a model and return its folder; see ``pull_version``."""
     return pull_version(ref, uri, cache).folder
 
 
 def pull_version(ref: str, uri: str, cache: Path | None = None) -> Pulled:
-    """A folder that holds the two files of a model, checked against their digests.
+    """Pull a model: a folder with its two files, checked against their digests.
 
     Args:
         ref: ``models:/name@champion``, ``models:/name/3``, or a folder.
-        uri: of the MLflow server or SQLite file. Where it does not answer, what ``ref`` was last is taken.
-        cache: folder for downloads; CDSSL_CACHE, else ``~/.cache/cdssl``, where left out.
+        uri: URI of the MLflow server or SQLite file. If it does not answer, the version last pulled as ``ref`` is used.
+        cache: folder for downloads; by default CDSSL_CACHE, else ``~/.cache/cdssl``.
 
     Raises:
-        RegistryError: where there is no such model, it is damaged, or of a newer format.
+        RegistryError: if there is no such model, or it is damaged or of a newer format.
     """
     if not ref.startswith("models:"):
         folder = model_folder(Path(ref))
@@ -245,8 +246,8 @@ def pull_version(ref: str, uri: str, cache: Path | None = None) -> Pulled:
         with session(uri, 10) as client:
             version = resolve(client, ref)
             kind, digest = kind_of_tags(version.uri, version.tags), version.tags.get("weights_sha256", "")
-            if not re.fullmatch("[0-9a-f]{64}", digest):  # it names a folder here
-                raise RegistryError(f"{version.uri}: no model that cdssl registered: it has no tag weights_sha256")
+            if not re.fullmatch("[0-9a-f]{64}", digest):  # it becomes the name of a folder
+                raise RegistryError(f"{version.uri}: not a model that cdssl registered: it has no tag weights_sha256")
             folder = root / "encoders" / digest
             if not _is_version(folder, kind, version):
                 source = client.get_model_version_download_uri(version.name, str(version.version))
@@ -257,8 +258,8 @@ def pull_version(ref: str, uri: str, cache: Path | None = None) -> Pulled:
             folder = root / "encoders" / known["weights_sha256"]
             checked(folder, kind_of(folder))
         except (OSError, ValueError, KeyError):
-            raise RegistryError(f"{ref}: {why}; and there is no sound copy of an earlier pull") from None
-        say(f"{ref}: {why}; using what it was on {known['date']}: version {known['version']}")
+            raise RegistryError(f"{ref}: {why}; and there is no intact copy of an earlier pull") from None
+        say(f"{ref}: {why}; using version {known['version']}, which was pulled on {known['date']}")
         return Pulled(folder, f"models:/{_name(ref)}/{known['version']}")
     content = {"uri": redact(uri), "ref": ref, "version": version.version, "date": time.strftime("%F %R")}
     note.parent.mkdir(parents=True, exist_ok=True)
@@ -272,28 +273,28 @@ def _name(ref: str) -> str:
 
 
 def _objection(kind: Kind, tags: dict[str, str], champion: Version | None) -> str:
-    """Why a model does not replace the champion; nothing where it does."""
+    """Why a model does not replace the champion; empty if it does."""
     if champion is None:
         return ""
     its = f"the champion, version {champion.version}"
     if differ := [n for n in kind.comparable if tags[n] != champion.tags.get(n)]:
-        return f"not comparable to {its}: {', '.join(differ)} differ; promote by hand"
+        return f"not comparable to {its}: {', '.join(differ)} differ; promote it yourself if it is better"
     mine, others = (float(t.get(kind.score, "nan")) for t in (tags, champion.tags))
     if not (math.isfinite(mine) and math.isfinite(others)):
-        return f"no {kind.score} to compare with {its}; promote by hand"
+        return f"no {kind.score} to compare with {its}; promote it yourself if it is better"
     return "" if mine > others else f"{kind.score} {mine:.4f} is not above the {others:.4f} of {its}"
 
 
 def _description(kind: Kind, tags: dict[str, str]) -> str:
     about = f"Trained on {tags['sources']}, licences {tags['licences']}. See MODEL_CARD.md among its artifacts."
     if kind.stem == "encoder":
-        code = "As a pyfunc it carries code, which is for registries you trust; encoder.safetensors and .json are data."
+        code = "Its pyfunc is code: load it only from registries you trust. encoder.safetensors and .json are data."
         return f"A crystal encoder, cutoff {tags['cutoff']} Angstrom. {code} {about}"
     return f"Predicts {tags['targets']} of crystals; fine-tuned from {tags['encoder']}. {about}"
 
 
 def _download(uri: str, source: str, kind: Kind, version: Version, target: Path) -> None:
-    """Fetch the two files, check them, and put them into place at once."""
+    """Download the two files, check them, and move them into place atomically."""
     import mlflow.artifacts
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -302,13 +303,13 @@ def _download(uri: str, source: str, kind: Kind, version: Version, target: Path)
         for name in kind.files:
             try:
                 mlflow.artifacts.download_artifacts(f"{source}/artifacts/{name}", dst_path=str(new), tracking_uri=uri)
-            except Exception as why:  # each kind of store has errors of its own
-                text = f"{name} cannot be downloaded ({one_line(why)}); nothing else, and nothing pickled, is read"
+            except Exception as why:  # each kind of store raises its own errors
+                text = f"{name} cannot be downloaded ({one_line(why)}); nothing else, pickled or not, is ever read"
                 raise RegistryError(f"{version.uri}: {text}") from None
         checked(new, kind)
         if not _is_version(new, kind, version):
             raise RegistryError(
-                f"{version.uri}: not the files that were registered, by the digests in its tags; register it anew"
+                f"{version.uri}: its files do not match the digests in its tags; register the model again"
             )
         if target.exists():  # damaged, or the same weights with another card
             target.rename(Path(scratch) / "old")

@@ -1,4 +1,4 @@
-"""``cdssl registry``: what is registered, and which version is the champion."""
+"""``cdssl registry``: list, pull and register models, and choose the champion."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sharding.commands import RUNS, Parser, command
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """One action on the registry."""
+    """Run one action on the registry."""
     p = Parser("cdssl registry", "Look at registered models, pull them, and choose the champion.")
     p.add_argument("--registry", help="MLflow URI; if omitted, MLFLOW_TRACKING_URI, else runs/mlflow.db")
     actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -92,7 +92,7 @@ def _diff(args: argparse.Namespace, uri: str) -> None:
 
 
 def _delete(args: argparse.Namespace, uri: str) -> None:
-    print(f"deleted {registry.delete(args.ref, uri).uri}; copies that were pulled stay")
+    print(f"deleted {registry.delete(args.ref, uri).uri}; copies that were already pulled remain")
 
 
 ACTIONS: Final = {
@@ -108,7 +108,7 @@ ACTIONS: Final = {
 
 
 def line(version: Version) -> str:
-    """One version in a line."""
+    """Describe a version in one line."""
     made = datetime.datetime.fromtimestamp(version.created / 1000).isoformat(" ", "minutes")
     aliases = ", ".join(version.aliases)
     scores = [f"{k.score} {_rounded(version.tags[k.score])}" for k in KINDS if k.score in version.tags]
@@ -116,7 +116,7 @@ def line(version: Version) -> str:
 
 
 def _rounded(score: str) -> str:
-    """Four places; a tag may hold anything."""
+    """Round to four places; a tag that is no number is returned as it is."""
     try:
         return f"{float(score):.4f}"
     except ValueError:

@@ -1,7 +1,7 @@
-"""The conversation with an MLflow registry: sessions whose errors are one line, versions, aliases, uploads.
+"""Access to an MLflow registry: sessions with one-line errors, versions, aliases, uploads.
 
-MLflow knows no transactions. What several jobs do to the aliases of one name is serialised by a lock that the registry
-itself keeps: the registered model ``NAME.lock``, since two jobs cannot create the same name.
+MLflow has no transactions. Jobs that change the aliases of one name are serialised by a lock in the registry itself:
+the registered model ``NAME.lock``, since two jobs cannot create the same name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ANSWERS: Final = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "BAD_REQ
 DENIED: Final = ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")
 REF: Final = re.compile(r"models:/(?P<name>[^/:@'\"]+)(?:/(?P<version>\d+)|@(?P<alias>[\w.-]+))")
 LOCK: Final = ".lock"
-STALE: Final = 600.0  # s that one job may hold the lock: its calls take a second, and minutes with retries
+STALE: Final = 600.0  # s until a lock is taken over: jobs hold it for a second, or for minutes with retries
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class UnreachableError(RegistryError):
 
 @contextlib.contextmanager
 def session(uri: str, timeout: int, create: bool = False) -> Iterator[Any]:
-    """A client, whose errors become one line."""
+    """Open a client whose errors are raised as one-line RegistryErrors."""
     file = sqlite_file(uri)
-    if file and not file.exists() and not create:  # MLflow would make an empty one, and say that nothing is in it
-        raise UnreachableError(f"{redact(uri)} does not exist; set MLFLOW_TRACKING_URI to the registry's")
+    if file and not file.exists() and not create:  # MLflow would create an empty one
+        raise UnreachableError(f"{redact(uri)} does not exist; set MLFLOW_TRACKING_URI to that of the registry")
     with http_limits(timeout):
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
@@ -79,13 +79,13 @@ def resolve(client: Any, ref: str) -> Version:
     """The version that a reference names.
 
     Raises:
-        RegistryError: where there is none, saying which there are.
+        RegistryError: if there is none; the message lists those that exist.
     """
     from mlflow.exceptions import MlflowException
 
     match = REF.fullmatch(ref)
     if not match:
-        raise RegistryError(f"{ref}: a version is named models:/NAME@ALIAS or models:/NAME/VERSION")
+        raise RegistryError(f"{ref}: a version must be given as models:/NAME@ALIAS or models:/NAME/VERSION")
     name = match["name"]
     known_name(client, name)
     try:
@@ -102,7 +102,7 @@ def resolve(client: Any, ref: str) -> Version:
 
 
 def known_name(client: Any, name: str) -> None:
-    """Raises RegistryError where no model has the name, saying which there are."""
+    """Raise RegistryError if no model has this name; the message lists those that exist."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -115,7 +115,7 @@ def known_name(client: Any, name: str) -> None:
 
 
 def names(client: Any) -> list[str]:
-    """Of all models."""
+    """Names of all registered models."""
     found: list[str] = []
     token = None
     while token != "":
@@ -125,7 +125,7 @@ def names(client: Any) -> list[str]:
 
 
 def versions(client: Any, name: str) -> list[Version]:
-    """Newest first. MLflow itself resolves the alias ``latest``, and lets nobody set it."""
+    """All versions of a model, newest first. The alias ``latest`` is resolved by MLflow and cannot be set."""
     aliases = client.get_registered_model(name).aliases
     found: list[Any] = []
     token = None
@@ -148,12 +148,12 @@ def versions(client: Any, name: str) -> list[Version]:
 
 
 def champion_of(found: list[Version]) -> Version | None:
-    """The version with that alias."""
+    """The version with the alias ``champion``, if there is one."""
     return next((v for v in found if "champion" in v.aliases), None)
 
 
 def move_champion(client: Any, name: str, version: int) -> None:
-    """Set the alias; whoever had it before becomes ``previous``. To be called under ``exclusive``."""
+    """Make a version the champion; the former one becomes ``previous``. Call it only under ``exclusive``."""
     champion = champion_of(versions(client, name))
     if champion and champion.version != version:
         client.set_registered_model_alias(name, "previous", str(champion.version))  # first: a crash loses no champion
@@ -162,10 +162,10 @@ def move_champion(client: Any, name: str, version: int) -> None:
 
 @contextlib.contextmanager
 def exclusive(client: Any, name: str, patience: float = 900.0, stale: float = STALE) -> Iterator[None]:
-    """Hold the lock of a name. One whose holder died is taken over when it has been the same for ``stale`` seconds.
+    """Hold the lock of a name. A lock with the same holder for ``stale`` seconds is taken over: that job has died.
 
     Raises:
-        RegistryError: where others hold it for longer than ``patience`` seconds.
+        RegistryError: if other jobs hold the lock for longer than ``patience`` seconds.
     """
     from mlflow.exceptions import MlflowException
 
@@ -176,7 +176,7 @@ def exclusive(client: Any, name: str, patience: float = 900.0, stale: float = ST
             client.create_registered_model(lock, description=token)
             break
         except MlflowException as why:
-            # The second: where the name is taken MLflow looks at who has it, and that may just have been deleted.
+            # The second code: if the name is taken, MLflow looks up the model, which may just have been deleted.
             if why.error_code not in ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"):
                 raise
         now, found = time.monotonic(), _holder(client, lock)
@@ -187,7 +187,7 @@ def exclusive(client: Any, name: str, patience: float = 900.0, stale: float = ST
                 client.delete_registered_model(lock)
         if now > deadline:
             raise RegistryError(
-                f"{name}: other jobs hold {lock}, for {patience:.0f} s now; delete it if there are none"
+                f"{name}: other jobs have held {lock} for {patience:.0f} s; if there are none, delete it"
             )
         time.sleep(random.uniform(0.05, 0.3))
     try:
@@ -209,7 +209,7 @@ def _holder(client: Any, lock: str) -> str:
 
 
 def upload(client: Any, uri: str, folder: Path, kind: Kind, name: str, run_id: str | None, tags: dict[str, str]) -> Any:
-    """Save the model here, and upload it as a model of the run; returns what MLflow calls a logged model."""
+    """Save the model locally, and upload it as a model of the run; return MLflow's logged model."""
     from mlflow.entities import LoggedModelOutput
 
     from cdssl_dist.mlops.model_folder import save_data, save_model
@@ -233,11 +233,11 @@ def upload(client: Any, uri: str, folder: Path, kind: Kind, name: str, run_id: s
 def create_version(
     client: Any, uri: str, model: Any, name: str, run_id: str | None, tags: dict[str, str], text: str
 ) -> int:
-    """A version of the name, of an uploaded model."""
+    """Create a version of ``name`` from an uploaded model; return its number."""
     # Without a server MLflow would look for the model at its global URI, not at the client's.
     model_id = None if sqlite_file(uri) else model.model_id
     version = client.create_model_version(name, model.artifact_location, run_id, tags, None, text[:5000], 60, model_id)
-    if sqlite_file(uri):  # what a server does by itself: the link from the model to its version
+    if sqlite_file(uri):  # a server links the model to its version by itself
         link = json.dumps([{"name": name, "version": int(version.version)}])
         client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": link})
     return int(version.version)

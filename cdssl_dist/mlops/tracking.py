@@ -1,10 +1,10 @@
-"""From a run folder to MLflow: whoever started the run follows its files; training itself never waits for a server.
+"""Upload a run folder to MLflow: the process that started the run follows its files; training never waits for a server.
 
-``metrics.jsonl`` is the spool. Whole lines go up in batches with their own steps and times, which MLflow stores once
-however often they are sent. How far that got is in ``mlflow-run.json``, written after each batch that was accepted, so
-that a kill or a dead server costs nothing but a repetition. A resume cuts the file at its checkpoint; then the upload
-goes back to the last place that is still the same. Points from beyond the cut stay in MLflow, which cannot forget
-them; the same steps come again with later times, and MLflow shows the latest as the value.
+``metrics.jsonl`` is the spool. Complete lines are uploaded in batches with their own steps and times; MLflow stores
+each point once, however often it is sent. Progress is kept in ``mlflow-run.json``, written after each accepted batch,
+so after a kill or with a dead server, lines are at worst sent again. A resume truncates the file at its checkpoint;
+the upload then goes back to the last known line that is unchanged. Points beyond the cut stay in MLflow, which cannot
+delete them; the same steps are sent again with later times, and MLflow shows the latest value.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ PACKAGES: Final = ("torch", "deepspeed", "ray", "numpy", "mlflow", "webdataset",
 
 @dataclass
 class Spool:
-    """``mlflow-run.json``: which MLflow run a folder belongs to, and how much of its metrics is there."""
+    """``mlflow-run.json``: which MLflow run a folder belongs to, and how much of its metrics is uploaded."""
 
     uri: str  # redacted: only to see whether it is still the same
-    key: str = field(default_factory=lambda: uuid.uuid4().hex)  # finds a run whose creation was never answered
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)  # tag to find a run whose creation got no answer
     run_id: str | None = None
     offset: int = 0  # bytes of metrics.jsonl that MLflow has accepted
     marks: list[tuple[int, int, str]] = field(default_factory=list)  # start, end and digest of lines accepted
@@ -58,7 +58,7 @@ class Spool:
 
     @staticmethod
     def read(path: Path, uri: str) -> Spool:
-        """As left by the last life of the run; a new one where that was on another server."""
+        """Read what an earlier process left; a new spool if there is none, or it was for another server."""
         try:
             content = json.loads(path.read_text())
             content["marks"] = [tuple(mark) for mark in content["marks"]]
@@ -68,7 +68,7 @@ class Spool:
         return spool if (spool.uri, spool.version) == (uri, 1) else Spool(uri)
 
     def rewind(self, file: BinaryIO) -> None:
-        """Go back to before the first byte that is not the one uploaded."""
+        """Go back to the last mark whose line in the file is still the uploaded one."""
         while self.marks:
             start, end, digest = self.marks[-1]
             file.seek(start)
@@ -78,17 +78,17 @@ class Spool:
         self.offset = self.marks[-1][1] if self.marks else 0
 
     def advance(self, size: int, last: bytes) -> None:
-        """``size`` bytes more were accepted, the last line of which is given."""
+        """Note that ``size`` more bytes were accepted, which end with the line ``last``."""
         self.offset += size
         self.marks.append((self.offset - len(last), self.offset, _digest(last)))
-        if len(self.marks) > 64:  # the older, the sparser: a cut costs about what it took away
+        if len(self.marks) > 64:  # thin out old marks: after a cut, about as much is sent again as was cut
             ends = [end for _, end, _ in self.marks]
             cost = [(ends[i + 1] - ends[i - 1]) / (self.offset - ends[i - 1]) for i in range(1, 64)]
             del self.marks[1 + cost.index(min(cost))]
 
 
 class Follower:
-    """Uploads what a run folder gains. Every method may fail and be called again."""
+    """Uploads what is added to a run folder. Every method may fail, and can then be called again."""
 
     def __init__(
         self,
@@ -107,16 +107,16 @@ class Follower:
 
     @property
     def run_id(self) -> str | None:
-        """Of the MLflow run; None until the server has answered once."""
+        """Id of the MLflow run; None until the server has answered once."""
         return self.spool.run_id
 
     def open(self) -> None:
-        """Create the MLflow run, or go on with it."""
+        """Create the MLflow run, or continue it."""
         self.client = self.client or connect(self.uri)
         run = self._existing()
         if run is None:
             self.spool = Spool(self.spool.uri, self.spool.key)
-            self._save()  # the key before the run
+            self._save()  # save the key before the run is created
             where = experiment(self.client, self.uri, self.experiment)
             found = self.client.search_runs([where], f"tags.cdssl_key = '{self.spool.key}'")
             tags = {"cdssl_key": self.spool.key}
@@ -124,7 +124,7 @@ class Follower:
             self.spool.run_id = run.info.run_id
             self._save()
         self.client.update_run(self.run_id, status="RUNNING")
-        known = run.data.params  # MLflow lets nobody change a parameter
+        known = run.data.params  # MLflow does not allow a parameter to change
         changed = {f"changed.{k}": v for k, v in self.params.items() if known.get(k, v) != v}
         self._describe({k: v for k, v in self.params.items() if k not in known}, self.tags | changed)
         self.opened = True
@@ -155,7 +155,7 @@ class Follower:
             self.client.log_batch(self.run_id, params=many[i : i + 100], tags=labels[i : i + 100])
 
     def upload(self) -> bool:
-        """Upload one batch; False where nothing is left."""
+        """Upload one batch; return False if nothing is left."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -181,7 +181,7 @@ class Follower:
             self.batch = min(self.batch * 2, BATCH)
         except MlflowException as why:
             self.batch = max(self.batch // 2, 50)  # a slow server may manage less at a time
-            self.opened = False  # look whether the run is still there
+            self.opened = False  # check whether the run still exists
             before, self.refused = self.refused, self.spool.offset
             if why.error_code != "INVALID_PARAMETER_VALUE" or before != self.spool.offset:
                 raise
@@ -191,7 +191,7 @@ class Follower:
         return True
 
     def close(self, status: str) -> None:
-        """Artifacts and the end of the run."""
+        """Upload the artifacts and end the run."""
         for name in self.artifacts:
             path = self.folder / name
             try:
@@ -199,12 +199,12 @@ class Follower:
                     self.client.log_text(self.run_id, redact(path.read_text()), name)
                 elif path.exists():
                     self.client.log_artifact(self.run_id, str(path))
-            except Exception as why:  # the store's own libraries raise what they like; the run is done all the same
+            except Exception as why:  # the store's libraries may raise anything; the run is done all the same
                 say(f"mlflow: {path} could not be uploaded ({one_line(why)})")
         self.client.set_terminated(self.run_id, status)
 
     def spooled(self) -> int:
-        """Lines of metrics that MLflow does not have."""
+        """Number of lines of metrics that are not uploaded yet."""
         path = self.folder / "metrics.jsonl"
         return path.read_bytes()[self.spool.offset :].count(b"\n") if path.exists() else 0
 
@@ -261,11 +261,11 @@ def follow_pretraining(
     """Track a pretraining run while the body of the ``with`` trains it; see ``follow``.
 
     Args:
-        folder: of the run, on a disk that this process shares with rank 0.
-        config: of the run; logged as parameters.
+        folder: folder of the run, on a disk that this process shares with rank 0.
+        config: configuration of the run; logged as parameters.
         params: more parameters, e.g. of the data set.
-        tags: at least the digest of the data.
-        home: folder of the SQLite file where no server is given; the one that holds the run folder where left out.
+        tags: tags of the run, at least the digest of the data.
+        home: folder of the SQLite file if no server is given; by default the parent of the run folder.
         period, patience: see ``follow``.
     """
     uri = tracking_uri(config.tracking.uri, home or folder.parent)
@@ -289,17 +289,17 @@ def follow(
 ) -> Iterator[Follower]:
     """Track whatever writes ``metrics.jsonl`` in a folder, while the body of the ``with`` runs.
 
-    Never raises because of MLflow, and never makes the body wait for it. What a server did not take stays in the run
-    folder, and goes up the next time the run is followed.
+    Never raises because of MLflow, and never makes the body wait for it. What could not be uploaded stays in the run
+    folder, and is uploaded the next time the run is followed.
 
     Args:
-        folder: of the run.
-        uri: of MLflow.
-        experiment: its name there.
-        params, tags: of the run; versions are added to the tags.
-        artifacts: files of the folder that are uploaded at the end, those that are there.
+        folder: folder of the run.
+        uri: URI of MLflow.
+        experiment: name of the MLflow experiment.
+        params, tags: parameters and tags of the run; versions of packages are added to the tags.
+        artifacts: files of the folder to upload at the end, if they exist.
         period: s between two looks at the files.
-        patience: s that the end may take.
+        patience: s to wait for the upload at the end.
     """
     folder.mkdir(parents=True, exist_ok=True)
     follower = Follower(folder, uri, experiment, _flat(params), _versions() | dict(tags), artifacts)
@@ -320,7 +320,7 @@ def follow(
                 why = worker.trouble or f"{patience:.0f} s were not enough"
                 say(
                     f"mlflow: {redact(uri)} is not up to date ({why}): {follower.spooled()} lines of metrics are "
-                    f"spooled in {folder}, and uploaded at the next start of this run"
+                    f"spooled in {folder}, and will be uploaded at the next start of this run"
                 )
 
 
@@ -329,7 +329,7 @@ def _digest(line: bytes) -> str:
 
 
 def _metrics(line: bytes) -> list[Metric]:
-    """The numbers of a line; what is not a line of metrics has none. MLflow shows NaN where RunLog writes null."""
+    """The metrics of a line; none if it is not a line of metrics. MLflow shows NaN where RunLog writes null."""
     from mlflow.entities import Metric
 
     try:
@@ -346,7 +346,7 @@ def _text(value: Any) -> str:
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """{"a": {"b": 1}} → {"a.b": "1"}; MLflow's longest value in older servers is 500 characters."""
+    """{"a": {"b": 1}} → {"a.b": "1"}; older MLflow servers take values of at most 500 characters."""
     flat: dict[str, str] = {}
     for key, value in content.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: _text(value)}
@@ -354,7 +354,7 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _versions() -> dict[str, str]:
-    """Which code runs; never anything out of the environment."""
+    """Versions of the code; never anything from the environment."""
     tags = {"code_version": __version__, "version.python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

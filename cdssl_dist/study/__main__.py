@@ -2,7 +2,7 @@
 
     cdssl study --config configs/study/paper.yaml --data jarvis=FILE [section.key=value ...]
 
-Every training is a cell that leaves one file; the same command again does what is missing.
+Every training is a cell that writes one file; the same command, run again, computes the missing ones.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from sharding.progress import Progress
 from sharding.ray_start import LOCAL
 
 ARTIFACTS: Final = ("study.yaml", "table.md", "changes.png", "results.parquet", "metrics.jsonl")
-EDGES_PER_SECOND: Final = 60_000.0  # directed, of one core in training: what an estimate begins with
+EDGES_PER_SECOND: Final = 60_000.0  # directed, of one core in training: the first guess of an estimate
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what is missing, then write the tables."""
+    """Compute the missing cells, then write the tables."""
     p = Parser("cdssl study", "Data sets × train sizes × seeds × arms: what an encoder is worth.")
     p.add_argument("--config", help="YAML file; if omitted, the packaged study/paper.yaml")
     p.add_argument("--data", action="append", default=[], metavar="NAME=PATH", help="path of a data set of the config")
     p.add_argument("--encoder", metavar="REF", help="models:/NAME@ALIAS or a folder, in place of the config's")
     p.add_argument("--out", help="folder of the study, in place of the config's; all workers must share it")
-    p.add_argument("--pretraining-shards", metavar="DIR", help="report formulas seen in pretraining apart from others")
+    p.add_argument("--pretraining-shards", metavar="DIR", help="pretraining data: report seen formulas separately")
     p.add_argument("--registry", help="MLflow URI; if omitted, MLFLOW_TRACKING_URI, else runs/mlflow.db")
     p.add_argument(
         "--workers",
@@ -56,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="cells at a time; if omitted, one per CPU; 0: in this process, without Ray",
     )
     p.add_argument("--address", help="Ray cluster; if omitted, RAY_ADDRESS, else one started on this machine")
-    p.add_argument("--dry-run", action="store_true", help="only say how many cells there are, and what they cost")
-    p.add_argument("--ids", metavar="FILE", help="write the ids of all crystals that take part, to make vectors of")
-    p.add_argument("--sweeps-only", action="store_true", help="to choose a budget on crystals that are not reported")
+    p.add_argument("--dry-run", action="store_true", help="only print the number of cells and their estimated cost")
+    p.add_argument("--ids", metavar="FILE", help="only write the ids of all crystals that probes need vectors of")
+    p.add_argument("--sweeps-only", action="store_true", help="stop after the sweeps, which use no reported crystals")
     p.add_argument("override", nargs="*", metavar="section.key=value", help="changes to the config")
     args = p.parse_args(argv)
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = read(StudyConfig, Path(args.config) if args.config else packaged("study/paper.yaml"), overrides)
     seen = pretraining_formulas(args.pretraining_shards) if args.pretraining_shards else None
     if config.unseen_only and seen is None:
-        raise ConfigError("unseen_only wants --pretraining-shards DIR, the data set that the encoder was trained on")
+        raise ConfigError("unseen_only needs --pretraining-shards DIR, the data set that the encoder was trained on")
     left_out = seen if seen and config.unseen_only else ()
     plan = plan_of(config, args.data, tracking_uri(args.registry, RUNS), left_out)
     if args.dry_run:
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.ids:
         write_atomically(Path(args.ids), "".join(f"{key}\n" for key in plan.taking_part()).encode())
         return DONE
-    for probe in config.probes.values():  # better said now than by every cell
+    for probe in config.probes.values():  # fail now rather than in every cell
         vectors_of(probe.vectors, plan.taking_part())
 
     folder, about, failures = plan.folder, about_of(plan), dict[str, str]()
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             with executor_of(args.workers, args.address) as executor:
                 work(plan, executor, failures, args.sweeps_only)
-        finally:  # of a study that was interrupted, too
+        finally:  # also if the study is interrupted
             findings = gather(plan, about, failures, seen)
             written = write_all(folder, findings)
             append_metrics(folder, len(findings.results), summary(findings))
@@ -95,25 +95,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def executor_of(workers: int | None, address: str | None) -> Executor:
-    """Where cells are computed; see the command line."""
+    """Create the executor of the cells; see the command line."""
     if workers == 0:
         return Executor()
     return Executor(workers or 0, address or os.environ.get("RAY_ADDRESS") or LOCAL)
 
 
 def plan_of(config: StudyConfig, named: Sequence[str], registry_uri: str, seen: Collection[str]) -> Plan:
-    """Pull the encoders, turn the data into graphs where that is not done, and lay out the cells.
+    """Pull the encoders, build graphs that are not cached yet, and lay out the cells.
 
     Raises:
-        StudyError: where a data set is not named, or encoders do not go together.
+        StudyError: if a data set has no path, or the encoders have different cutoffs.
     """
-    folder = Path(config.out).absolute()  # workers may stand elsewhere
+    folder = Path(config.out).absolute()  # workers may have another working directory
     refs = {name: arm.encoder or config.encoder for name, arm in config.arms.items()} or {"": config.encoder}
     encoders = {name: _pulled(ref, registry_uri, folder) for name, ref in refs.items()}
     cutoffs = {pulled.card.cutoff for pulled in encoders.values()}
     if len(cutoffs) > 1:
         raise StudyError(
-            f"encoders with cutoffs of {sorted(cutoffs)} Å: what they learn from differs; study them apart"
+            f"encoders with different cutoffs, {sorted(cutoffs)} Å, need different graphs; study them separately"
         )
     paths = _paths(named, config)
     cutoff = cutoffs.pop()
@@ -122,19 +122,19 @@ def plan_of(config: StudyConfig, named: Sequence[str], registry_uri: str, seen: 
 
 
 def work(plan: Plan, executor: Executor, failures: dict[str, str], sweeps_only: bool = False) -> None:
-    """Compute the cells that are missing: the sweeps, then with the rates that they chose what is reported."""
+    """Compute the missing cells: the sweeps, then the reported cells with the rates that the sweeps chose."""
     _finish(plan, "sweep", [plan.job(cell) for cell in plan.sweeps()], executor, failures)
     _finish(plan, "sweep", [plan.job(cell) for cell in plan.sweeps(_errors(plan, _swept(plan)))], executor, failures)
     if sweeps_only:
         return
     jobs = [plan.job(cell) for cell in plan.with_rates(choose_rates(_errors(plan, _swept(plan))))]
     for cell in {c.name(): c for c in plan.cells()}.keys() - {job.cell.name() for job in jobs}:
-        failures[cell] = "no learning rate: no training of its sweep came to an end"
+        failures[cell] = "no learning rate: every rate of its sweep failed or diverged"
     _finish(plan, "study", jobs, executor, failures)
 
 
 def gather(plan: Plan, about: dict[str, str], failures: dict[str, str], seen: Collection[str] | None) -> Findings:
-    """What there is on disk."""
+    """Collect the results that are on disk."""
     sweeps = _swept(plan)
     rates = choose_rates(_errors(plan, sweeps))
     results = read_results(plan.job(cell) for cell in plan.with_rates(rates))
@@ -153,7 +153,7 @@ def gather(plan: Plan, about: dict[str, str], failures: dict[str, str], seen: Co
 
 
 def without(plan: Plan) -> dict[str, dict[str, float]]:
-    """What is said of crystals without a graph, where something is to be: the median of the labels that may train."""
+    """What to predict for crystals without a graph, if anything: the median label of the crystals that may train."""
     predict = plan.config.predict
     found: dict[str, dict[str, float]] = {}
     if predict is None or predict.without_graph == "omit":
@@ -180,9 +180,9 @@ def summary(findings: Findings) -> dict[str, float]:
 
 
 def estimate(plan: Plan, workers: int) -> str:
-    """How many cells there are, how many are missing, and what these cost; by the finished ones where there are any."""
+    """Say how many cells there are and are missing, and estimate their cost, if possible from finished ones."""
     done = _swept(plan)
-    alike = dict.fromkeys(plan.sweeps(), 0.0)  # which of those that are not finished will go on costs the same
+    alike = dict.fromkeys(plan.sweeps(), 0.0)  # whichever unfinished rates go on, the cost is the same
     sweeps = [plan.job(cell) for cell in plan.sweeps(alike | _errors(plan, done))]
     rates = choose_rates(_errors(plan, done))
     first = {name: arm.rates[0] for name, arm in plan.config.arms.items()}
@@ -193,25 +193,25 @@ def estimate(plan: Plan, workers: int) -> str:
     seconds = sum(result.about["seconds"] for cell, result in done.items() if cost[cell])
     speed = sum(cost[cell] for cell in done) / seconds if seconds else EDGES_PER_SECOND
     left = sum(cost[job.cell] for job in sweeps + jobs if job.cell not in done) / speed
-    how = f"{len(done)} finished ones" if seconds else f"a guess of {EDGES_PER_SECOND:,.0f} edges/s"
-    count = f"{len(sweeps)} cells of sweeps and {len(jobs)} that are reported"
-    stops = "; early stopping makes it less" if plan.config.training.hold else ""
+    how = f"{len(done)} finished cells" if seconds else f"a guess of {EDGES_PER_SECOND:,.0f} edges/s"
+    count = f"{len(sweeps)} cells of sweeps and {len(jobs)} reported cells"
+    stops = "; less with early stopping" if plan.config.training.hold else ""
     return (
-        f"{count}; {len(sweeps) + len(jobs) - len(done)} are missing\n{left / 3600:.2f} h of CPU, by {how}; "
+        f"{count}; {len(sweeps) + len(jobs) - len(done)} are missing\n{left / 3600:.2f} h of CPU, from {how}; "
         f"{left / 3600 / workers:.2f} h with {workers} workers{stops}"
     )
 
 
 def about_of(plan: Plan) -> dict[str, str]:
-    """Where the results come from."""
+    """Describe where the results come from: seeds, code, arms, probes and data."""
     config = plan.config
-    found = {"seeds": f"{list(config.seeds)}; of the sweeps {list(config.sweep.seeds)}", "code": __version__}
+    found = {"seeds": f"{list(config.seeds)}; in sweeps {list(config.sweep.seeds)}", "code": __version__}
     for name, arm in config.arms.items():
         ref = "" if arm.start == "random" else f" {arm.encoder or config.encoder}, weights"
         digest = "" if arm.start == "random" else f" {plan.encoders[name].card.weights_sha256[:16]}"
         found[f"arm {name}"] = f"{arm.start}{ref}{digest}{', frozen' if arm.frozen else ''}"
     for name, probe in config.probes.items():
-        beside = ", beside the composition" if probe.composition else ""
+        beside = ", with the composition" if probe.composition else ""
         found[f"probe {name}"] = f"a ridge on {Path(probe.vectors).name}, digest {plan.vectors[name][:16]}{beside}"
     for name, place in plan.crystals.items():
         found[f"data {name}"] = f"digest {open_crystals(place).source[:16]}"
@@ -219,7 +219,7 @@ def about_of(plan: Plan) -> dict[str, str]:
 
 
 def said(findings: Findings, written: Sequence[Path]) -> str:
-    """What came out, in a few lines."""
+    """Summarise the results in a few lines."""
     lines = [f"{len(findings.results)} of {findings.planned} cells"]
     for arm in findings.arms():
         wins = findings.wins(arm)
@@ -231,19 +231,19 @@ def said(findings: Findings, written: Sequence[Path]) -> str:
 
 
 def _swept(plan: Plan) -> dict[Cell, Result]:
-    """What there is of the sweeps: of the first seed, and of those that go on by it."""
+    """Finished cells of the sweeps: on the first seed, and on the others for the rates that it selects."""
     first = read_results(plan.job(cell) for cell in plan.sweeps())
     return read_results(plan.job(cell) for cell in plan.sweeps(_errors(plan, first)))
 
 
 def _errors(plan: Plan, sweeps: dict[Cell, Result]) -> dict[Cell, float]:
-    """As it is learned: of a logarithm's mean error few crystals do not decide."""
+    """Errors of the sweeps, as learned: a few crystals do not dominate the mean error of a logarithm."""
     targets = {name: about.learned(name) for name, about in plan.config.targets.items()}
     return {cell: result.error_as_learned(targets[cell.target]) for cell, result in sweeps.items()}
 
 
 def _finish(plan: Plan, what: str, jobs: Sequence[Job], executor: Executor, failures: dict[str, str]) -> None:
-    """Compute those that are not there."""
+    """Compute the jobs that have no result yet; note failures and report progress."""
     there = read_results(jobs)
     missing = [job for job in jobs if job.cell not in there]
     if not missing:
@@ -265,7 +265,7 @@ def _work(job: Job) -> float:
 
 
 def _pulled(ref: str, registry_uri: str, folder: Path) -> Pulled:
-    """An encoder, copied into the study, where every worker finds it."""
+    """Pull an encoder and copy it into the study's folder, where every worker finds it."""
     found = registry.pull(ref, registry_uri)
     card = read_card(found)
     place = folder / "encoders" / card.weights_sha256[:16]
@@ -277,18 +277,18 @@ def _pulled(ref: str, registry_uri: str, folder: Path) -> Pulled:
 
 
 def _paths(named: Sequence[str], config: StudyConfig) -> dict[str, str]:
-    """Where the data sets lie."""
+    """Paths of the data sets, from the command line or the environment."""
     found = {
         name: os.environ[variable] for name in config.data if (variable := f"CDSSL_DATA_{name.upper()}") in os.environ
     }
     for text in named:
         name, equals, path = text.partition("=")
         if not equals or name not in config.data:
-            raise StudyError(f"--data {text}: must be NAME=PATH with NAME of {', '.join(config.data)}")
+            raise StudyError(f"--data {text}: must be NAME=PATH, with NAME one of {', '.join(config.data)}")
         found[name] = path
     if missing := config.data.keys() - found.keys():
         name = min(missing)
-        raise StudyError(f"where does data set {name!r} lie? say --data {name}=PATH, or CDSSL_DATA_{name.upper()}=PATH")
+        raise StudyError(f"data set {name!r} has no path: give --data {name}=PATH, or set CDSSL_DATA_{name.upper()}")
     return found
 
 

@@ -1,7 +1,7 @@
-"""What a study consists of: cells, each one training on one sample of one target, and who is in which sample.
+"""The cells of a study, each one training on one sample of one target, and the crystals in each sample.
 
 Samples are nested: for one seed, the crystals of a size are among those of every larger one; all arms get the same.
-Nothing here trains; it is arithmetic on keys, so that who learns and who is evaluated can be tested in bulk.
+Nothing is trained here. It is arithmetic on keys, so the choice of crystals can be tested in bulk.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from cdssl_dist.model.export import EncoderCard
 from cdssl_dist.study.config import Folds, Probe, StudyConfig
 from cdssl_dist.study.data import EVALUATE, PREDICT, TRAIN, StudyCrystals, digest_of, open_crystals
 
-VERSION: Final = 1  # of a cell: what was computed by another version is computed again
-BEFORE: Final = (("readout", "set2set"), ("compile", False))  # settings of trainings from before there was a choice
-LEAST: Final = 20  # crystals that a rate is chosen on
+VERSION: Final = 1  # of a cell: cells of other versions are computed again
+BEFORE: Final = (("readout", "set2set"), ("compile", False))  # defaults of newer settings, left out of digests
+LEAST: Final = 20  # crystals needed to choose a rate
 
 
 class StudyError(ValueError):
-    """A study that cannot be done as asked: said in one line."""
+    """A study that cannot be done as configured; the message is one line."""
 
 
 @dataclass(frozen=True, order=True)
@@ -46,7 +46,7 @@ class Cell:
     lr: float = 0.0  # baselines have none
 
     def name(self) -> str:
-        """For people and files."""
+        """Name of the cell in messages and of its file."""
         rate = f"-{self.lr:g}" if self.kind == "sweep" else ""
         return f"{self.kind}-{self.target}-{self.size}-{self.seed}-{self.arm}{rate}"
 
@@ -61,41 +61,41 @@ class Pulled:
 
 @dataclass(frozen=True)
 class Job:
-    """All that a process needs to compute a cell."""
+    """Everything a process needs to compute a cell."""
 
     cell: Cell
-    digest: str  # of all that decides the result
+    digest: str  # of everything that determines the result
     out: Path
     crystals: Path  # see ``study.data.prepare``
     encoder: Pulled
-    start: str  # of the arm; "" for what is not trained
-    parts: tuple[str, ...]  # of the encoder that are taken; all where empty
+    start: str  # of the arm; "" for probes and baselines
+    parts: tuple[str, ...]  # of the pretrained encoder that are kept; all if empty
     split: Split
     how: FineTuning
     target: Target
     probe: Probe | None = None
 
     def work(self, n_edges: NDArray[Any]) -> float:
-        """Directed edges that pass through the network, a prediction counted as a third of a training."""
+        """Cost in directed edges that pass through the network; prediction counts as a third of training."""
         parts = (self.split.train, self.split.val, self.split.test)
         train, val, test = (2.0 * float(n_edges[part].sum()) for part in parts)
         return self.how.epochs * (train + val / 3) + test / 3 if self.start else 0.0
 
 
 class Samples:
-    """Who trains and who is evaluated for one target.
+    """Which crystals are trained on and evaluated, for one target.
 
     Args:
-        crystals: of its data set.
-        target: its name.
-        config: of the study.
-        seen: formulas that take no part.
+        crystals: crystals of the target's data set.
+        target: name of the target.
+        config: configuration of the study.
+        seen: formulas to leave out everywhere.
     """
 
     def __init__(self, crystals: StudyCrystals, target: str, config: StudyConfig, seen: Collection[str] = ()) -> None:
         self.crystals, self.target, self.config = crystals, target, config
         self.folds = self._folds(config, target)
-        self._order = np.argsort(np.array(crystals.graphs.keys))  # whatever the order of the file
+        self._order = np.argsort(np.array(crystals.graphs.keys))  # independent of the order in the file
         self._allowed = np.array([f not in seen for f in crystals.formulas], bool)
 
     @staticmethod
@@ -104,43 +104,47 @@ class Samples:
         return split if isinstance(split, Folds) else None
 
     def check(self, used: bool = False) -> None:
-        """Whether there are crystals enough.
+        """Check that there are enough crystals, with usable labels.
+
+        Args:
+            used: whether ``predict`` uses the target, which may then have no sizes.
 
         Raises:
-            StudyError: where a size is larger than the pool, or leaves nothing to choose a rate on.
+            StudyError: if a size is larger than the pool, too few crystals are left to choose a rate, or labels are
+                missing or unusable.
         """
         sizes = self.config.sizes_of(self.target)
         least = min(len(self.pool(seed)) for seed in self.config.seeds)
         labels = self.crystals.labels[self.target]
         if least == 0:
             raise StudyError(
-                f"targets.{self.target}: no crystal that may train has a label; is its column there, and of numbers?"
+                f"targets.{self.target}: no crystal that may train has a label; does its column exist, with numbers?"
             )
         if self.config.targets[self.target].log and (bad := int((labels <= 0).sum())):
             raise StudyError(
-                f"targets.{self.target}: its logarithm is to be learned, and {bad} labels are not above 0; say "
+                f"targets.{self.target}: its logarithm is to be learned, but {bad} labels are not above 0; set "
                 "log: false, or drop these"
             )
         if sizes and sizes[-1] > least:
             raise StudyError(
-                f"targets.{self.target}: {sizes[-1]} labels to learn from are asked for, and {least} crystals may "
+                f"targets.{self.target}: a size of {sizes[-1]} labels is asked for, but only {least} crystals may "
                 f"train; give it sizes of its own: targets.{self.target}.sizes=[…]"
             )
         if (sizes or used) and self.config.sweeps and not self.sweep_sizes():
             left = min(len(self.pool(seed)) for seed in self.config.sweep.seeds)
-            hint = "; seeds on all folds leave none: report fewer, or give each arm one rate" if self.folds else ""
+            hint = "; seeds on all folds leave none: use fewer, or give each arm one rate" if self.folds else ""
             raise StudyError(
-                f"targets.{self.target}: no rate can be chosen with {left} crystals that are not evaluated; "
-                f"sweep.sizes must leave {LEAST} of them{hint}"
+                f"targets.{self.target}: no rate can be chosen with only {left} crystals that are not evaluated; "
+                f"a size of sweep.sizes must leave {LEAST} of them{hint}"
             )
         if (sizes or used) and min(len(self.evaluated(seed)) for seed in self.config.seeds) == 0:
             raise StudyError(f"targets.{self.target}: no crystal to evaluate has a label")
 
     @functools.cache  # noqa: B019  few, and as long-lived as the study
     def pool(self, seed: int) -> Indices:
-        """Crystals that may train: of the training part, or of all folds but the seed's, with a label.
+        """Labeled crystals that may be trained on: the training part, or all folds but the seed's.
 
-        With folds, a seed of the sweep takes those that no seed of the study is evaluated on.
+        With folds, a sweep seed gets the crystals on which no seed of the study is evaluated.
         """
         part = self.crystals.parts[self.target]
         if self.folds is None:
@@ -150,15 +154,15 @@ class Samples:
 
     @functools.cache  # noqa: B019
     def evaluated(self, seed: int) -> Indices:
-        """Those that every case is evaluated on: the same for all arms, sizes and, without folds, seeds."""
+        """Crystals on which every case is evaluated: the same for all arms, sizes and, without folds, seeds."""
         part = self.crystals.parts[self.target]
         found = self._labeled(part == EVALUATE if self.folds is None else part == seed % self.folds.k)
         return np.sort(_shuffled(found, 0)[: self.config.evaluate_at_most])
 
     def split(self, cell: Cell) -> Split:
-        """Who takes part in a cell.
+        """The crystals of a cell.
 
-        A rate is chosen on crystals of the pool that are not in the sample, and never on those evaluated.
+        A sweep evaluates on crystals of the pool outside the sample, never on those of the reported cells.
         """
         order = _shuffled(self.pool(cell.seed), cell.seed)
         budget = self.budget(cell)
@@ -177,16 +181,16 @@ class Samples:
         return predict.training if cell.kind == "predict" and predict else self.config.training
 
     def sweep_sizes(self) -> list[int]:
-        """The sizes that rates are chosen at: those of the study that leave enough crystals to choose on."""
+        """The sizes at which rates are chosen: those of ``sweep.sizes`` that leave enough crystals to choose on."""
         most = min(len(self.pool(seed)) for seed in self.config.sweep.seeds) - LEAST
         return sorted(s for s in set(self.config.sweep.sizes) if s <= most)
 
     def sweep_size(self, size: int) -> int:
-        """Whose rate a case takes."""
+        """The sweep size whose rate a size uses: the nearest one, by its logarithm."""
         return min(self.sweep_sizes(), key=lambda s: abs(math.log(s / size)))
 
     def _labeled(self, chosen: NDArray[np.bool_]) -> Indices:
-        """Of the chosen crystals those with a label, in the order of their keys."""
+        """The chosen crystals that have a label and are not left out, in the order of their keys."""
         good = chosen & self._allowed & np.isfinite(self.crystals.labels[self.target])
         return self._order[good[self._order]]
 
@@ -199,11 +203,11 @@ class Plan:
     """All cells of a study.
 
     Args:
-        config: of the study.
-        encoders: of each arm, one at least; all have one cutoff.
-        crystals: of each data set, see ``study.data.prepare``.
-        folder: of the study.
-        seen: formulas that take no part.
+        config: configuration of the study.
+        encoders: encoder of each arm, at least one; all have the same cutoff.
+        crystals: folder of each data set's crystals, see ``study.data.prepare``.
+        folder: folder of the study.
+        seen: formulas to leave out everywhere.
     """
 
     def __init__(
@@ -224,12 +228,12 @@ class Plan:
             samples.check(name in config.predict.targets if config.predict else False)
 
     def sweeps(self, errors: Mapping[Cell, float] | None = None) -> list[Cell]:
-        """The trainings that rates are chosen by: of a case all rates on one seed, and the best of them on the others.
+        """The trainings that choose the rates: per case, all rates on the first seed, and the best on the others.
 
-        One seed chooses roughly, and rates that are far off need no second (successive halving, arXiv:1502.07943).
+        One seed is enough to drop rates that are far off (as in successive halving, arXiv:1502.07943).
 
         Args:
-            errors: of those on the first seed, as far as they are known; others go no further.
+            errors: known errors of cells on the first seed; rates without one are not run on the other seeds.
         """
         errors = errors or {}
         first, *others = self.config.sweep.seeds
@@ -250,7 +254,7 @@ class Plan:
         return found
 
     def cells(self) -> list[Cell]:
-        """The trainings that are reported, without their rates: one seed after the other, the largest first."""
+        """The reported cells, without their rates: seed by seed, the largest size first."""
         arms: dict[str, tuple[int, ...] | None] = {name: arm.sizes for name, arm in self.config.arms.items()}
         arms |= dict.fromkeys(self.config.others)
         found = [
@@ -273,7 +277,7 @@ class Plan:
         return found
 
     def taking_part(self) -> list[str]:
-        """Keys of all crystals that a reported cell reads, in order: a probe wants vectors of them."""
+        """Sorted keys of all crystals in the splits of reported cells: a probe needs a vector for each."""
         found: set[str] = set()
         for target, size, seed in {(cell.target, cell.size, cell.seed) for cell in self.cells()}:
             samples = self.samples[target]
@@ -282,7 +286,7 @@ class Plan:
         return sorted(found)
 
     def job(self, cell: Cell) -> Job:
-        """What computes a cell, and the digest of all that decides it."""
+        """The job that computes a cell, with the digest of everything that determines the result."""
         config, samples = self.config, self.samples[cell.target]
         about = config.targets[cell.target]
         arm = config.arms.get(cell.arm)
@@ -293,7 +297,7 @@ class Plan:
         keys = samples.crystals.graphs.keys
         content: dict[str, Any] = {
             "version": VERSION,
-            "code": "0.1.0",  # as the first cells have it; the version of the program decides nothing
+            "code": "0.1.0",  # fixed, so that a new version of the program keeps finished cells
             "data": samples.crystals.source,
             "cutoff": card.cutoff,
             "label": [config.data[about.data].column.format(target=cell.target), about.column, about.extensive]
@@ -313,7 +317,7 @@ class Plan:
         )
         if arm:
             shape = [card.model, card.centers, card.end, card.gamma]
-            weights = "" if arm.start == "random" else card.weights_sha256  # another encoder leaves these cells alone
+            weights = "" if arm.start == "random" else card.weights_sha256  # another encoder keeps these cells valid
             settings = {name: value for name, value in asdict(how).items() if (name, value) not in BEFORE}
             content |= {"start": arm.start, "shape": shape, "weights": weights, "how": settings}
             content |= {"parts": sorted(arm.parts)} if arm.parts else {}
@@ -322,7 +326,7 @@ class Plan:
         else:
             content["baseline"] = cell.arm
         digest = _digest(content)
-        if probe:  # workers may stand elsewhere
+        if probe:  # workers may have another working directory
             probe = probe.model_copy(update={"vectors": str(Path(probe.vectors).absolute())})
         out = self.folder / "cells" / f"{cell.name()}-{digest[:12]}.parquet"
         start, parts = (arm.start, arm.parts) if arm else ("", ())
@@ -330,7 +334,7 @@ class Plan:
         return Job(cell, digest, out, self.crystals[about.data], encoder, start, parts, split, how, learned, probe)
 
     def with_rates(self, rates: dict[tuple[str, int, str], float]) -> Iterator[Cell]:
-        """The reported cells for which a rate is known, with it."""
+        """The reported cells whose rate is known (or that need none), with that rate."""
         for cell in self.cells():
             arm = self.config.arms.get(cell.arm)
             if arm is None:
@@ -342,9 +346,9 @@ class Plan:
 
 
 def choose_rates(errors: dict[Cell, float]) -> dict[tuple[str, int, str], float]:
-    """Of the rates that ran on most seeds that with the lowest mean error: (target, sweep size, arm) → rate.
+    """Choose the rate with the lowest mean error of those that ran on most seeds: (target, sweep size, arm) → rate.
 
-    One that diverged on any seed comes after all that never did.
+    A rate that diverged on any seed is never chosen.
     """
     found: dict[tuple[str, int, str], dict[float, list[float]]] = {}
     for cell, error in errors.items():

@@ -1,4 +1,4 @@
-"""What a study is: data sets and targets, train sizes and seeds, arms and their sweeps. Typed, like ``config``."""
+"""Configuration of a study: data sets, targets, train sizes, seeds, arms and their sweeps. Typed, like ``config``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cdssl_dist.model.heads import ReadoutName
 
 
 class SplitColumn(Section):
-    """Who trains and who is evaluated, by a column; "{target}" in its name stands for the target."""
+    """Choose crystals for training and evaluation by a column; "{target}" in its name stands for the target."""
 
     column: str
     train: str = "train"
@@ -23,8 +23,8 @@ class SplitColumn(Section):
     def _apart(self) -> SplitColumn:
         if len({self.train, self.evaluate, self.predict}) < 3:
             raise ValueError(
-                f"train, evaluate and predict must be three values, not {self.train!r}, {self.evaluate!r} and "
-                f"{self.predict!r}; labels of those to predict are never read"
+                f"train, evaluate and predict must be three different values, not {self.train!r}, {self.evaluate!r} "
+                f"and {self.predict!r}; labels of crystals to predict are never read"
             )
         return self
 
@@ -35,7 +35,7 @@ class Folds(Section):
     With seed 18012019 these are the official folds of Matbench v0.1. Seed i of the study is evaluated on fold i mod k.
     """
 
-    rows: PositiveInt  # of the file; a crystal that was refused counts
+    rows: PositiveInt  # of the file, those of refused crystals included
     k: int = Field(5, ge=2)
     seed: int = 18012019
 
@@ -48,9 +48,9 @@ class Shares(Section):
 
 
 class StudyData(Section):
-    """A data set. Where it lies is said on the command line, or by CDSSL_DATA_<NAME>."""
+    """A data set. Its path is given on the command line or by CDSSL_DATA_<NAME>."""
 
-    column: str = "{target}"  # that holds the labels
+    column: str = "{target}"  # the column of the labels
     split: SplitColumn | Folds | Shares = Shares()
 
 
@@ -59,13 +59,13 @@ class StudyTarget(Section):
 
     data: str  # name of the data set
     unit: str = ""
-    column: str | None = None  # where the data set's pattern does not tell it
-    extensive: bool = False  # grows with the cell: learned and reported per atom; predictions hold the label itself
-    log: bool = False  # positive, with a long tail: its logarithm is learned; errors are in the unit
-    sizes: tuple[PositiveInt, ...] | None = None  # labels to learn from; the study's where left out
+    column: str | None = None  # overrides the data set's pattern
+    extensive: bool = False  # grows with the cell: learned and reported per atom; files of predictions hold totals
+    log: bool = False  # positive, with a long tail: its logarithm is learned; errors stay in the unit
+    sizes: tuple[PositiveInt, ...] | None = None  # numbers of training labels; None: the study's
 
     def learned(self, name: str) -> Target:
-        """As fine-tuning takes it; labels of extensive ones are read per atom already."""
+        """The target for fine-tuning; the labels of an extensive one are already per atom."""
         return Target(name, self.unit, log=self.log)
 
 
@@ -73,20 +73,20 @@ Part = Literal["element", "initial_state", "input_x", "input_u", "input_s", "blo
 
 
 class Arm(Section):
-    """One way to begin."""
+    """One way to start and train a network."""
 
     start: Literal["pretrained", "random", "permuted"]  # permuted: pretrained weights shuffled inside each tensor
-    encoder: str | None = None  # models:/NAME@ALIAS or a folder; the study's where left out
-    parts: tuple[Part, ...] = ()  # of the pretrained weights that are taken, the others are new; all where left out
-    frozen: bool = False  # the readout alone learns
+    encoder: str | None = None  # models:/NAME@ALIAS or a folder; None: the study's
+    parts: tuple[Part, ...] = ()  # keep the pretrained weights of these, and start the others anew; empty: keep all
+    frozen: bool = False  # only the readout is trained
     readout: ReadoutName = "set2set"
-    sizes: tuple[PositiveInt, ...] | None = None  # only these of a target's, where a control need not be everywhere
+    sizes: tuple[PositiveInt, ...] | None = None  # run at only these of the target's sizes, e.g. for a control
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)  # learning rates to choose from
 
     @model_validator(mode="after")
     def _parts_of_something(self) -> Arm:
         if self.parts and self.start != "pretrained":
-            raise ValueError(f"parts: of pretrained weights, where start is {self.start}")
+            raise ValueError(f"parts: these are of pretrained weights, but start is {self.start}")
         if self.readout == "linear":
             raise ValueError("readout: linear is solved and has no rates to choose among; make it one of the probes")
         return self
@@ -95,14 +95,14 @@ class Arm(Section):
 class Probe(Section):
     """A ridge on vectors of crystals, with the same labels as the arms: nothing is trained, and no rate is chosen."""
 
-    vectors: str  # Parquet with key and embedding, as `cdssl embed` writes it, of every crystal that takes part
-    composition: bool = False  # element fractions and the volume per atom are read beside them
+    vectors: str  # Parquet with key and embedding, as `cdssl embed` writes it, with every crystal that takes part
+    composition: bool = False  # add element fractions and the volume per atom to the features
 
 
 class Training(Section):
     """The budget of one training, the same for all arms."""
 
-    passes: PositiveInt = 24_000  # crystals seen in all epochs, where the bounds on epochs allow
+    passes: PositiveInt = 24_000  # crystals seen over all epochs, within the bounds on epochs
     epochs: tuple[PositiveInt, PositiveInt] = (10, 100)  # fewest and most
     batch_size: PositiveInt = 16
     hold: float = Field(0.0, ge=0, lt=1)  # share of the labels that are held out for early stopping
@@ -111,19 +111,17 @@ class Training(Section):
     weight_decay: float = Field(1e-5, ge=0)
 
     def epochs_of(self, crystals: int) -> int:
-        """Epochs of a training on so many crystals."""
+        """Number of epochs for this many training crystals."""
         return int(min(max(-(-self.passes // crystals), self.epochs[0]), self.epochs[1]))
 
 
 class Sweep(Section):
-    """How each arm chooses its learning rate, once for each target and each of some sizes."""
+    """How the learning rate of each arm is chosen, for each target at some sizes."""
 
-    seeds: tuple[NonNegativeInt, ...] = Field(
-        (1000,), min_length=1
-    )  # none of those reported; all rates run on the first
-    finalists: PositiveInt = 2  # rates that run on the other seeds as well, the best on the first
+    seeds: tuple[NonNegativeInt, ...] = Field((1000,), min_length=1)  # not reported ones; all rates run on the first
+    finalists: PositiveInt = 2  # the best rates on the first seed, which run on the others as well
     sizes: tuple[PositiveInt, ...] = (100, 500, 2000)  # a case takes the rate of the nearest size, by its logarithm
-    evaluate: PositiveInt = 500  # crystals, of those that may train and are not in the sample
+    evaluate: PositiveInt = 500  # crystals, from the training pool but outside the sample
 
 
 class Predict(Section):
@@ -133,7 +131,7 @@ class Predict(Section):
     arms: tuple[str, ...] = ("pretrained",)
     seeds: tuple[NonNegativeInt, ...] = (0,)
     training: Training = Training(passes=600_000, batch_size=32, hold=0.02)
-    without_graph: Literal["omit", "median"] = "omit"  # a crystal without one has no line, or the median of the labels
+    without_graph: Literal["omit", "median"] = "omit"  # a crystal without a graph gets no line, or the median label
 
 
 class StudyTracking(Section):
@@ -175,7 +173,7 @@ class StudyConfig(Section):
 
     @property
     def others(self) -> tuple[str, ...]:
-        """What is no arm, and needs no training: probes and baselines."""
+        """Names of what is compared without training a network: probes and baselines."""
         return (*self.probes, *(BASELINES if self.baselines else ()))
 
     @model_validator(mode="after")
@@ -187,7 +185,7 @@ class StudyConfig(Section):
         if self.reference not in named:
             raise ValueError(f"reference: no arm {self.reference!r}; there are {', '.join(named)}")
         if self.reference in self.arms and self.arms[self.reference].sizes is not None:
-            raise ValueError(f"arms.{self.reference}.sizes: the reference must be there at every size")
+            raise ValueError(f"arms.{self.reference}.sizes: the reference must run at every size")
         first = self.reference if self.reference in self.arms else next(iter(self.arms), "")
         for name, arm in self.arms.items():
             if not arm.rates or min(arm.rates) <= 0:
@@ -195,25 +193,25 @@ class StudyConfig(Section):
             if len(set(arm.rates)) != len(self.arms[first].rates):
                 raise ValueError(
                     f"arms.{name}.rates: {len(set(arm.rates))} rates where {first} has "
-                    f"{len(self.arms[first].rates)}; an arm that may choose among more is favoured"
+                    f"{len(self.arms[first].rates)}; an arm with more rates to choose from has an advantage"
                 )
         for name in [*self.arms, *self.probes]:
             if name in BASELINES:
-                raise ValueError(f"{name}: the name of a baseline, for which no other may stand")
+                raise ValueError(f"{name}: this name is reserved for a baseline")
             if name in self.arms and name in self.probes:
-                raise ValueError(f"probes.{name}: the name of an arm, too")
+                raise ValueError(f"probes.{name}: an arm has the same name")
         reported = {*self.seeds, *(self.predict.seeds if self.predict else ())}
         if both := reported & set(self.sweep.seeds):
-            raise ValueError(f"sweep.seeds: {sorted(both)} are reported, too; rates must be chosen on other seeds")
+            raise ValueError(f"sweep.seeds: {sorted(both)} are reported seeds, too; rates must be chosen on others")
         if self.training.epochs[0] > self.training.epochs[1]:
-            raise ValueError("training.epochs: fewest comes first")
+            raise ValueError("training.epochs: the smaller number comes first")
         if self.predict:
             for what, there in ((self.predict.targets, self.targets), (self.predict.arms, self.arms)):
                 if strange := set(what) - set(there):
                     raise ValueError(f"predict: {', '.join(sorted(strange))} not in the study")
             for name in self.predict.targets:
                 if not isinstance(self.data[self.targets[name].data].split, SplitColumn):
-                    raise ValueError(f"predict: {name} has no column of splits, which says whose labels are secret")
+                    raise ValueError(f"predict: {name} needs a split column, which marks crystals with secret labels")
         return self
 
 

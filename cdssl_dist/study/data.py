@@ -32,35 +32,35 @@ VERSION: Final = 2  # of the cached form
 
 @dataclass(frozen=True)
 class StudyCrystals:
-    """The crystals of one data set, with all that a study reads of it; (n,) each."""
+    """The crystals of one data set, with everything a study reads; one entry per crystal, in order."""
 
     graphs: Multigraphs  # arrays mapped into memory
     groups: list[str]
     formulas: list[str]  # reduced
     labels: dict[str, Array]  # target → NaN where missing; per atom where the target is extensive
-    parts: dict[str, NDArray[np.int64]]  # target → TRAIN, EVALUATE, PREDICT or NONE; of folds, the number of the fold
+    parts: dict[str, NDArray[np.int64]]  # target → TRAIN, EVALUATE, PREDICT or NONE; with folds, the fold's number
     source: str  # digest of what was read
-    without: dict[str, list[str]]  # target → ids to predict for that have no graph
+    without: dict[str, list[str]]  # target → ids of crystals to predict that have no graph
 
 
 TRAIN, EVALUATE, PREDICT, NONE = 0, 1, 2, -1
 
 
 def prepare(config: StudyConfig, name: str, path: str, cutoff: float, folder: Path) -> Path:
-    """Read a data set and leave its graphs below ``folder``; what is there already is kept.
+    """Read a data set and cache its graphs below ``folder``; an existing cache is reused.
 
     Args:
-        config: the study; of it, what it says of this data set.
-        name: of the data set.
+        config: the study; only what it says about this data set is used.
+        name: name of the data set.
         path: anything that ``cdssl finetune --data`` takes.
-        cutoff: of the encoder, Å.
-        folder: of all graphs.
+        cutoff: cutoff of the encoder, Å.
+        folder: parent folder of the caches of all data sets.
 
     Returns:
-        The folder of this one, for ``open_crystals``.
+        The folder of this data set, for ``open_crystals``.
 
     Raises:
-        DataSetError: where a column is missing, or nothing can be read.
+        DataSetError: if a column is missing, or nothing can be read.
     """
     data = config.data[name]
     targets = {t: about for t, about in config.targets.items() if about.data == name}
@@ -96,7 +96,7 @@ def prepare(config: StudyConfig, name: str, path: str, cutoff: float, folder: Pa
             table[f"part.{t}"] = [names.get(str(v).strip(), NONE) for v in found.columns[texts[t]]]
             if not {TRAIN, EVALUATE} <= set(table[f"part.{t}"]):
                 raise DataSetError(
-                    f"{path}: of {split.train!r} and {split.evaluate!r} one is never in column {texts[t]!r}"
+                    f"{path}: column {texts[t]!r} must contain both {split.train!r} and {split.evaluate!r}"
                 )
             values = np.where(np.isin(table[f"part.{t}"], (TRAIN, EVALUATE)), values, np.nan)  # others stay secret
         table[f"y.{t}"] = values / per_atom if t in extensive else values
@@ -109,14 +109,14 @@ def prepare(config: StudyConfig, name: str, path: str, cutoff: float, folder: Pa
     write_atomically(
         temporary / "about.json", json.dumps(about | {"sources": found.sources, "without": without}).encode()
     )
-    shutil.rmtree(place, ignore_errors=True)  # what a kill left
+    shutil.rmtree(place, ignore_errors=True)  # left by a killed process
     temporary.rename(place)
     return place
 
 
 @functools.lru_cache(maxsize=4)
 def open_crystals(place: Path) -> StudyCrystals:
-    """What ``prepare`` left; arrays are mapped, so that processes of one machine share them."""
+    """Open what ``prepare`` wrote; arrays are memory-mapped, so the processes of one machine share them."""
     arrays = {name: np.asarray(np.load(place / f"{name}.npy", mmap_mode="r")) for name in ARRAYS}
     table = pq.read_table(place / "crystals.parquet")
     targets = [name[2:] for name in table.column_names if name.startswith("y.")]
@@ -133,13 +133,13 @@ def open_crystals(place: Path) -> StudyCrystals:
 
 
 def pretraining_formulas(path: str) -> set[str]:
-    """Reduced formulas of the crystals that a data set of shards trains with."""
+    """Reduced formulas of the training crystals of a data set of shards."""
     with DataSet(path) as data:
         return subset.formulas(data, "train")
 
 
 def _without_graph(path: str, columns: dict[str, str], split: SplitColumn, known: set[str]) -> dict[str, list[str]]:
-    """The ids that each target's column of splits gives to predict for, of those that are no graphs."""
+    """For each target, the ids that its split column marks for prediction but that have no graph."""
     names = list(dict.fromkeys(columns.values()))
     found: dict[str, list[str]] = {target: [] for target in columns}
     stems = {key.rpartition("#")[2] for key in known if "#" in key}  # ids that are mere numbers
@@ -151,16 +151,16 @@ def _without_graph(path: str, columns: dict[str, str], split: SplitColumn, known
 
 
 def _shares(groups: list[str], shares: Shares) -> NDArray[np.int64]:
-    """Who may train, and who is evaluated."""
+    """TRAIN or EVALUATE for each crystal."""
     part = np.full(len(groups), TRAIN)
     part[hold_out(np.arange(len(groups)), groups, shares.evaluate, shares.seed)[1]] = EVALUATE
     return part
 
 
 def _folds(path: str, keys: list[str], folds: Folds) -> NDArray[np.int64]:
-    """The fold that each crystal is evaluated in, by the number of its row, with which its key ends."""
-    if Path(path).suffixes[:1] == [".csv"]:  # its keys number pieces, and a row without a crystal is no piece
-        raise DataSetError(f"{path}: folds go by the numbers of rows, which a CSV does not tell; give Matbench's JSON")
+    """The fold in which each crystal is evaluated, from its row number, with which its key ends."""
+    if Path(path).suffixes[:1] == [".csv"]:  # its keys do not count rows without a crystal
+        raise DataSetError(f"{path}: folds need row numbers, which the keys of a CSV do not give; use Matbench's JSON")
     of_row = np.empty(folds.rows, np.int64)
     for number, (_, rows) in enumerate(KFold(folds.k, shuffle=True, random_state=folds.seed).split(of_row)):
         of_row[rows] = number
@@ -169,15 +169,15 @@ def _folds(path: str, keys: list[str], folds: Folds) -> NDArray[np.int64]:
         return of_row[rows_of]
     except (ValueError, IndexError):
         raise DataSetError(
-            f"{path}: folds are told by the numbers of rows, and ids are as {keys[-1]!r} where {folds.rows} rows are "
-            "announced; give the file in its official order, with its number of rows"
+            f"{path}: folds need row numbers below {folds.rows}, the configured number of rows, but there is the id "
+            f"{keys[-1]!r}; give the file in its official order, with its number of rows"
         ) from None
 
 
 def digest_of(path: str) -> str:
     """SHA-256 of a file, or of all files of a folder, or the digest of a data set of shards.
 
-    Of other sources, which are read over a network, their name is all that is known.
+    For other sources, which are read over a network, only the name is hashed.
     """
     if is_data_set(path):
         with DataSet(path) as data:

@@ -1,4 +1,4 @@
-"""Computing one cell of a study, in whatever process, and the file that it leaves."""
+"""Compute one cell of a study, in any process, and write and read its file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from cdssl_dist.study.data import open_crystals
 from sharding.graph import Multigraphs
 
 ABOUT: Final = b"cell"  # in the metadata of a cell's file
-# What a result depends on by its digits; changes that are no more than that leave finished cells as they are.
+# Code whose changes may alter the last digits of a result: its digest is recorded, but finished cells stay valid.
 COMPUTING: Final = ("cdssl_dist/model", "cdssl_dist/finetune", "cdssl_dist/study/run.py", "cdssl_dist/data/batch.py")
 
 
@@ -54,24 +54,24 @@ class Result:
         return float(self.about["mae"])
 
     def error_as_learned(self, target: Target) -> float:
-        """The mean absolute error of what is learned: of the logarithm, where that is."""
+        """The mean absolute error of what is learned: of the logarithm, if that is what the target learns."""
         one = np.ones(len(self.true))
         return errors(target.learned(self.true, one), target.learned(self.predicted, one))["mae"]
 
 
 def run(job: Job) -> float:
-    """Compute a cell and leave its file; a seed gives one result.
+    """Compute a cell and write its file; the result depends on the job alone.
 
     Returns:
         The mean absolute error.
 
     Raises:
-        TuningError: where the training failed. In a sweep, a rate that is too high is a result: an infinite error.
+        TuningError: if the training fails. In a sweep, divergence is no failure: its result is an infinite error.
     """
     torch.set_num_threads(job.how.threads)
     began = time.process_time()
     crystals = open_crystals(job.crystals)
-    part = np.concatenate([job.split.train, job.split.val, job.split.test])  # their graphs alone are copied
+    part = np.concatenate([job.split.train, job.split.val, job.split.test])  # only their graphs are copied
     graphs = crystals.graphs.take(part)
     ends = np.cumsum([len(job.split.train), len(job.split.val)])
     split = Split(*np.split(np.arange(len(part)), ends))
@@ -113,7 +113,7 @@ def errors(true: Array, predicted: Array) -> dict[str, float]:
 
 
 def write_result(path: Path, result: Result) -> None:
-    """Leave a cell's file: whole, or not at all."""
+    """Write a cell's file atomically."""
     about = {"cell": asdict(result.cell), **result.about}
     columns = {"key": result.keys, "true": result.true, "predicted": result.predicted, "atoms": result.atoms}
     table = pa.table(columns).replace_schema_metadata({ABOUT: json.dumps(about).encode()})
@@ -126,7 +126,7 @@ def write_result(path: Path, result: Result) -> None:
 
 
 def read_results(jobs: Iterable[Job]) -> dict[Cell, Result]:
-    """The results that are there already; a file that is damaged or of another digest is as if it were not."""
+    """Read the results that exist; a file that is damaged or has another digest is ignored."""
     found = {}
     for job in jobs:
         try:
@@ -142,7 +142,7 @@ def read_results(jobs: Iterable[Job]) -> dict[Cell, Result]:
 
 
 def _probed(probe: Probe, target: Target, graphs: Multigraphs, true: Array, split: Split) -> Array:
-    """Predictions of a ridge for the crystals that test."""
+    """Predict the test crystals by a ridge on vectors."""
     features = vectors_of(probe.vectors, graphs.keys)
     if probe.composition:
         features = np.column_stack([features, simple_features(graphs)])

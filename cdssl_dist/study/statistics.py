@@ -1,4 +1,4 @@
-"""What the cells of a study say together: means and errors over seeds, paired comparisons, wins."""
+"""Statistics over the cells of a study: means and errors over seeds, paired comparisons, wins."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ NAN = float("nan")
 
 @dataclass(frozen=True)
 class Mean:
-    """Over seeds."""
+    """A mean over seeds."""
 
     value: float
-    error: float  # standard error of the mean; NaN of one seed
+    error: float  # standard error of the mean; NaN for one seed
     seeds: int
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """An arm beside the reference, on the same crystals, samples and seeds."""
+    """An arm compared with the reference, on the same crystals, samples and seeds."""
 
     target: str
     size: int
@@ -36,8 +36,8 @@ class Comparison:
     reference: Mean
     change: float  # own / reference − 1, of the means
     change_error: float  # standard error of the change over seeds
-    p_seeds: float  # paired t test over seeds of log MAE
-    p_crystals: float  # Wilcoxon's signed-rank test over crystals of the absolute error, mean over seeds
+    p_seeds: float  # paired t-test of log MAE, over seeds
+    p_crystals: float  # Wilcoxon's signed-rank test over crystals, of absolute errors averaged over seeds
     crystals: int
 
     @property
@@ -68,7 +68,7 @@ def mean_of(values: Sequence[float]) -> Mean:
 
 
 def absolute_errors(result: Result, chosen: frozenset[str] | None = None) -> dict[str, float]:
-    """|predicted − true| of each crystal whose label is known, of those chosen."""
+    """|predicted − true| of each chosen crystal whose label is known."""
     off = np.abs(result.predicted - result.true)
     known = np.isfinite(result.true)
     return {key: float(off[i]) for i, key in enumerate(result.keys) if known[i] and (chosen is None or key in chosen)}
@@ -77,14 +77,14 @@ def absolute_errors(result: Result, chosen: frozenset[str] | None = None) -> dic
 def compare(
     own: Sequence[Result], reference: Sequence[Result], chosen: frozenset[str] | None = None
 ) -> Comparison | None:
-    """One case: the results of an arm and of the reference, paired by their seeds.
+    """Compare an arm with the reference in one case, paired by seed.
 
     Args:
-        own, reference: results of one target and size, a seed each.
-        chosen: crystals to count; all where left out.
+        own, reference: results of one target and size, one for each seed.
+        chosen: keys of the crystals to count; None: all.
 
     Returns:
-        None where they have no seed, or no crystal, in common.
+        The comparison; None if no seed has results of both on the same crystals.
     """
     by_seed = {r.cell.seed: r for r in reference}
     pairs = [(r, by_seed[r.cell.seed]) for r in own if r.cell.seed in by_seed]
@@ -115,7 +115,7 @@ def compare(
 
 
 def wins_of(cases: Iterable[Comparison]) -> Wins:
-    """The count over cases. Cases of one target share crystals, so that the sign test is too sure of itself."""
+    """Count wins over cases. Cases of one target share crystals, so the sign test is overconfident."""
     found = [case for case in cases if case.change != 0]
     won = sum(case.won for case in found)
     clear = [case.won for case in found if case.p_crystals < 0.05]

@@ -1,4 +1,4 @@
-"""What a study leaves for people: a table in Parquet and in Markdown, the chart of wins, and files of predictions."""
+"""Reports of a study: tables in Parquet and Markdown, a chart of the changes, and files of predictions."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from cdssl_dist.study.run import Result, errors
 from cdssl_dist.study.statistics import Comparison, Mean, Wins, compare, ensemble, mean_of, wins_of
 from sharding.manifest import write_atomically
 
-SMALL: Final = 500  # labels: where pretraining is to pay
+SMALL: Final = 500  # labels, at most: where pretraining should help most
 
 
 @dataclass(frozen=True)
 class Findings:
-    """All that is known of a study so far."""
+    """All results of a study so far."""
 
     config: StudyConfig
-    about: Mapping[str, str]  # lines on where it comes from
+    about: Mapping[str, str]  # where the results come from, by name
     sweeps: Sequence[Result]
     results: Sequence[Result]  # of the reported cells
     planned: int  # how many of them there are
     failures: Mapping[str, str]  # name of a cell → why
     rates: Mapping[tuple[str, int, str], float]  # target, sweep size, arm
-    without: Mapping[str, Mapping[str, float]]  # target → ids without a graph → what stands in place of a prediction
+    without: Mapping[str, Mapping[str, float]]  # target → id without a graph → value in place of a prediction
     seen: Mapping[str, frozenset[str]] | None = None  # target → keys whose formula was seen in pretraining
     comparisons: dict[str, list[Comparison]] = field(default_factory=dict)  # "all", "seen", "unseen" → cases
 
@@ -44,16 +44,16 @@ class Findings:
             self.comparisons[name] = list(self._compare(name))
 
     def of(self, target: str, size: int, arm: str) -> list[Result]:
-        """The seeds of a case."""
+        """Results of a case, one for each seed."""
         wanted = ("study", target, size, arm)
         return [r for r in self.results if (r.cell.kind, r.cell.target, r.cell.size, r.cell.arm) == wanted]
 
     def wins(self, arm: str, part: str = "all", most: float = math.inf) -> Wins:
-        """The count of an arm, over cases with at most so many labels."""
+        """Wins and losses of an arm, over cases with at most this many labels."""
         return wins_of(c for c in self.comparisons[part] if c.arm == arm and c.size <= most)
 
     def arms(self) -> list[str]:
-        """Those compared with the reference: networks first, then probes and baselines."""
+        """What is compared with the reference: networks first, then probes and baselines."""
         return [arm for arm in (*self.config.arms, *self.config.others) if arm != self.config.reference]
 
     def _compare(self, part: str) -> Any:
@@ -69,7 +69,7 @@ class Findings:
 
 
 def write_all(folder: Path, findings: Findings) -> list[Path]:
-    """Rewrite every table and picture; returns their paths."""
+    """Rewrite every table and figure; return their paths."""
     config, written = findings.config, [folder / "results.parquet", folder / "table.md"]
     _write_rows(written[0], [*findings.sweeps, *findings.results])
     write_atomically(written[1], markdown(findings).encode())
@@ -94,7 +94,7 @@ def markdown(findings: Findings) -> str:
     done = len(findings.results)
     lines = ["# Study", ""]
     if done < findings.planned:
-        lines += [f"**Not complete: {done} of {findings.planned} cells.** Figures below are of what is there.", ""]
+        lines += [f"**Not complete: {done} of {findings.planned} cells.** The figures below cover only these.", ""]
     lines += [f"- {name}: {value}" for name, value in findings.about.items()]
     programs = Counter(str(r.about["program"]) for r in [*findings.sweeps, *findings.results] if "program" in r.about)
     lines += ["- computed by " + ", ".join(f"{name} ({n} cells)" for name, n in sorted(programs.items()))] * bool(
@@ -103,11 +103,11 @@ def markdown(findings: Findings) -> str:
     if len(programs) > 1:
         lines += [
             "",
-            "**Cells of several versions of this program.** What differs by rounding alone can change the error "
-            "of one training by some percent.",
+            "**Cells were computed by several versions of this program.** Differences in rounding alone can change "
+            "the error of one training by some percent.",
         ]
     if any(findings.comparisons.values()):
-        lines += ["", f"## Beside {reference}", "", *_wins(findings)]
+        lines += ["", f"## Compared with {reference}", "", *_wins(findings)]
     for target, about in config.targets.items():
         sizes = [s for s in config.sizes_of(target) if findings.of(target, s, reference)]
         if sizes:
@@ -135,7 +135,7 @@ def markdown(findings: Findings) -> str:
 
 
 def plot_changes(path: Path, findings: Findings, arm: str) -> None:
-    """The change of the mean absolute error against the reference, a group of bars for each target (figure 4)."""
+    """Plot changes in mean absolute error relative to the reference, bars by target (as in the paper's figure 4)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -152,7 +152,7 @@ def plot_changes(path: Path, findings: Findings, arm: str) -> None:
         ticks.append(i)
         bars = [100 * c.change for c in own]
         colours = ["tab:green" if c.won else "tab:red" for c in own]
-        spread = [100 * c.change_error for c in own]  # NaN of one seed draws nothing
+        spread = [100 * c.change_error for c in own]  # NaN (one seed) draws nothing
         axes.bar(
             at, bars, width * 0.92, color=colours, yerr=spread, ecolor="0.3", capsize=2, error_kw={"linewidth": 0.8}
         )
@@ -161,15 +161,14 @@ def plot_changes(path: Path, findings: Findings, arm: str) -> None:
             axes.annotate(
                 _short(case.size), (x, 0), (0, away), textcoords="offset points", ha="center", va=side, fontsize=6
             )
-    axes.use_sticky_edges = False  # bars would claim 0 as an edge of the chart, where the sizes stand
+    axes.use_sticky_edges = False  # else the chart may end at 0, where the sizes are written
     axes.margins(y=0.1)
     wins = findings.wins(arm)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(ticks, [t.replace("_", " ") for t in targets], fontsize=7, wrap=True)
-    axes.set_ylabel(f"change of the MAE against {findings.config.reference}, %")
-    axes.set_title(
-        f"{arm}: better in {wins.won} of {wins.won + wins.lost} cases; at each bar, labels to learn from", fontsize=9
-    )
+    axes.set_ylabel(f"change in MAE relative to {findings.config.reference}, %")
+    better = f"better in {wins.won} of {wins.won + wins.lost} cases"
+    axes.set_title(f"{arm}: {better}; at each bar, the number of training labels", fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -197,7 +196,7 @@ def _write_rows(path: Path, results: Sequence[Result]) -> None:
 
 
 def _write_predictions(path: Path, results: Sequence[Result], extensive: bool, without: Mapping[str, float]) -> None:
-    """``id,prediction`` of the crystals whose labels are secret, mean over seeds, in the unit of the label itself."""
+    """Write ``id,prediction`` for the crystals with secret labels: means over seeds, in the unit of the label."""
     keys, true, predicted = ensemble(results)
     factors = results[0].atoms if extensive else np.ones(len(keys))
     text = io.StringIO()
@@ -212,8 +211,8 @@ def _write_predictions(path: Path, results: Sequence[Result], extensive: bool, w
 
 def _wins(findings: Findings) -> list[str]:
     lines = [
-        "| arm | crystals | better | p, sign test | of these p < 0.05 | worse with p < 0.05 | median change | "
-        f"≤ {SMALL} labels |",
+        "| arm | crystals | better | p, sign test | better, p < 0.05 | worse, p < 0.05 | median change | "
+        f"median change, ≤ {SMALL} labels |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for arm in findings.arms():
@@ -229,8 +228,8 @@ def _wins(findings: Findings) -> list[str]:
         "",
         "`seen` and `unseen`: evaluated crystals whose formula is, or is not, among those of pretraining."
         if findings.seen is not None
-        else "Not divided by formulas seen in pretraining: `--pretraining-shards` names the data set.",
-        "Cases of one target share crystals and samples, so the sign test is too sure of itself; p < 0.05 is of "
+        else "Not split by formulas seen in pretraining: give its data set with `--pretraining-shards`.",
+        "Cases of one target share crystals and samples, so the sign test is overconfident; p < 0.05 refers to "
         "Wilcoxon's test over crystals.",
     ]
 
@@ -280,8 +279,8 @@ def _rates(findings: Findings) -> list[str]:
         "",
         "## Learning rates",
         "",
-        "With the errors that chose them, of what is learned (of a logarithm, where that is), on seeds and on crystals "
-        "that nothing is reported of; * an end of the grid.",
+        "In parentheses, the errors they were chosen by: of what is learned (e.g. the logarithm), on seeds and "
+        "crystals that are not reported. * marks an end of the grid.",
     ]
     lines += ["", f"| target | labels | {' | '.join(arms)} |", "| --- | ---: " + "| ---: " * len(arms) + "|"]
     for target, size in reached:
@@ -303,7 +302,8 @@ def _predicted(findings: Findings) -> list[str]:
     done = [r for r in findings.results if r.cell.kind == "predict"]
     if not done:
         return []
-    lines = ["", "## All data", "", "| target | arm | labels | seeds | MAE, each | MAE, together |", "| --- " * 6 + "|"]
+    head = "| target | arm | labels | seeds | MAE of each seed | MAE of their mean prediction |"
+    lines = ["", "## All data", "", head, "| --- " * 6 + "|"]
     for target, arm in dict.fromkeys((r.cell.target, r.cell.arm) for r in done):
         own = [r for r in done if (r.cell.target, r.cell.arm) == (target, arm)]
         _, true, predicted = ensemble(own)
