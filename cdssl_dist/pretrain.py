@@ -122,7 +122,7 @@ def leave_report(config: Config, complete: bool) -> None:
     folder = Path(config.run)
     if (folder / "metrics.jsonl").exists():
         draw = (lambda: map_of_validation(folder, config.data_path)) if complete else (lambda: None)
-        report.leave(folder, lambda drawn: report.of_run(folder, drawn=drawn), draw)
+        report.write_safely(folder, lambda drawn: report.of_run(folder, drawn=drawn), draw)
 
 
 def located(config: Config) -> Config:

@@ -78,7 +78,7 @@ def convert(task: Conversion) -> Converted:
         _digest(content, (record.position, record.payload))
     path = task.folder / f"{task.number:08d}-{content.hexdigest()}.spill"
     if not path.exists():
-        with _uncollected():
+        with _gc_disabled():
             spill.write(path, converted(task.records, task.source, task.number, task.settings))
     return Converted(path, path.stat().st_size, len(spill.read(path)), spill.refusals(path))
 
@@ -158,7 +158,7 @@ def _digest(content: xxhash.xxh3_64, value: Any) -> None:
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def _gc_disabled() -> Iterator[None]:
     """Disable garbage collection: parsing makes many small objects but no cycles, and scanning them costs 4%."""
     enabled = gc.isenabled()
     gc.disable()

@@ -12,7 +12,7 @@ import pytest
 from browser import act
 
 from cdssl_dist.cli import main as cdssl
-from cdssl_dist.look.map import neighbours_tell, read_map, reduced
+from cdssl_dist.look.map import neighbour_skill, read_map, reduced
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -39,10 +39,10 @@ def test_neighbours_tell_what_the_map_keeps(vectors: Path) -> None:
     points = np.array(pq.read_table(vectors)["embedding"].to_pylist()[:80])
     t = np.array(pq.read_table(vectors)["density"].to_pylist()[:80])
     place = reduced(points, "tsne", 0)
-    kept = neighbours_tell("density", t, place, points)
+    kept = neighbour_skill("density", t, place, points)
     assert kept.on_map > 0.8 and kept.in_vectors > 0.8
     noise = np.random.default_rng(1).normal(size=80)
-    assert neighbours_tell("noise", noise, place, points).on_map < 0.1
+    assert neighbour_skill("noise", noise, place, points).on_map < 0.1
     # The same by hand, for the vectors.
     distance = np.linalg.norm(points[:, None] - points[None], axis=2) + np.diag(np.full(80, np.inf))
     told = t[np.argsort(distance, axis=1)[:, :10]].mean(axis=1)
@@ -56,7 +56,7 @@ def test_umap_is_used_where_it_is_installed(vectors: Path) -> None:
     assert place.shape == (80, 2) and np.isfinite(place).all()
     np.testing.assert_array_equal(place, reduced(points, "umap", 0))  # one seed, one map
     t = np.array(pq.read_table(vectors)["density"].to_pylist()[:80])
-    assert neighbours_tell("density", t, place, points).on_map > 0.8
+    assert neighbour_skill("density", t, place, points).on_map > 0.8
 
 
 def test_columns_that_are_called_as_coordinates_often_are(vectors: Path, tmp_path: Path) -> None:

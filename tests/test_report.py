@@ -15,7 +15,7 @@ from browser import act, printed
 from encoders import write_encoder_to
 
 from cdssl_dist.cli import main as cdssl
-from cdssl_dist.look.report import leave, of_run
+from cdssl_dist.look.report import of_run, write_safely
 from cdssl_dist.mlops.mlflow_server import connect, experiment
 
 HOSTILE = "<img src=x onerror=alert(1)></script>"
@@ -150,12 +150,12 @@ def test_no_secret_is_in_a_page(run: Path) -> None:
 
 
 def test_a_page_that_cannot_be_made_costs_a_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    leave(run, lambda drawn: of_run(run, drawn=drawn), lambda: 1 / 0)  # type: ignore[arg-type,return-value]
+    write_safely(run, lambda drawn: of_run(run, drawn=drawn), lambda: 1 / 0)  # type: ignore[arg-type,return-value]
     assert "has no map (ZeroDivisionError" in capsys.readouterr().err
     assert "Gradient norm" in (run / "report.html").read_text()
     (run / "report.html").unlink()
     (run / "status.json").write_text("no JSON\n")
-    leave(run, lambda drawn: of_run(run, drawn=drawn))
+    write_safely(run, lambda drawn: of_run(run, drawn=drawn))
     assert "status.json: cannot be read" in capsys.readouterr().err and not (run / "report.html").exists()
 
 

@@ -244,8 +244,8 @@ def test_labels_are_tags() -> None:
 
 def test_labels_are_read_where_pymatgen_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    plain = cif._slowly
-    monkeypatch.setattr(cif, "_slowly", lambda *args: (asked.append(args[1]), plain(*args))[1])
+    plain = cif._read_with_pymatgen
+    monkeypatch.setattr(cif, "_read_with_pymatgen", lambda *args: (asked.append(args[1]), plain(*args))[1])
     tag = "_my_gap 1.1(2)"
     two_origins = text("Mg1 0 0 0", LABELLED, symmetry=f"_symmetry_space_group_name_H-M 'F d -3 m'\n{tag}")
     twice = text("Fe1 0 0 0", LABELLED, symmetry=tag).replace("_cell_length_b", "_cell_length_a 4.0\n_cell_length_b")
@@ -264,7 +264,7 @@ def test_a_syntax_that_gemmi_refuses_is_tried_by_pymatgen() -> None:
 @pytest.mark.parametrize("ending", ["\n", "  \n", "\r\n"])
 def test_a_name_without_its_quotes(monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
     """As ASE wrote every CIF for years: whole databases, for which pymatgen's parser would be far too slow."""
-    monkeypatch.setattr(cif, "_slowly", None)
+    monkeypatch.setattr(cif, "_read_with_pymatgen", None)
     for name, atoms in (("P 1", 2), ("F m -3 m", 8)):
         symmetry = f"_symmetry_space_group_name_H-M    {name}{ending}_symmetry_int_tables_number 1"
         unquoted = text("Na 0 0 0\nCl 0.5 0.5 0.5", symmetry=symmetry.replace("number 1", "number ?"))

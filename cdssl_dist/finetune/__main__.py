@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_model_card(out / "model")
     results = write_results(out, data, task, splits, outcome, own)
     colors = {name: data.targets[:, t] for t, name in enumerate(data.names)}
-    report.leave(
+    report.write_safely(
         out,
         lambda drawn: report.of_tuning(out, drawn),
         lambda: map_of(CrystalEncoder(encoder, card), data.graphs, "its crystals, by the pretrained encoder", colors),

@@ -135,7 +135,7 @@ def compare(
         if how.readout != "linear":  # otherwise this baseline is the pretrained arm itself
             solved = fit(encoder, card.expansion, graphs, targets, split, task, replace(how, readout="linear"))
             _fill(predictions, LINEAR, split, predict(solved, card, graphs.take(split.test), task), len(graphs))
-        for name, values in baselines(task, graphs, targets, split.without_stopping()).items():
+        for name, values in baselines(task, graphs, targets, split.merge_val()).items():
             _fill(predictions, name, split, values[split.test], len(graphs))
     every = np.flatnonzero(fold >= 0)
     errors = {arm: task.errors(targets[every], p[every]) for arm, p in predictions.items()}

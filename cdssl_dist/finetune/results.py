@@ -76,12 +76,12 @@ def skill(task: Task, outcome: Outcome, targets: Array) -> float:
     """
     ours = outcome.errors[PRETRAINED]
     if task.classes:
-        dull = {"log_loss": outcome.errors["frequencies"]["log_loss"]}
+        trivial = {"log_loss": outcome.errors["frequencies"]["log_loss"]}
     else:
         tested = targets[outcome.fold >= 0]
         off = np.nanmean(np.abs(tested - np.nanmedian(tested, axis=0)), axis=0)
-        dull = {target.name: float(error) for target, error in zip(task.targets, off, strict=True)}
-    return float(np.mean([1.0 - ours[name] / error if error > 0 else np.nan for name, error in dull.items()]))
+        trivial = {target.name: float(error) for target, error in zip(task.targets, off, strict=True)}
+    return float(np.mean([1.0 - ours[name] / error if error > 0 else np.nan for name, error in trivial.items()]))
 
 
 def told(results: dict[str, Any], outcome: Outcome, out: str) -> str:

@@ -25,7 +25,7 @@ class Split:
     val: Indices
     test: Indices
 
-    def without_stopping(self) -> Split:
+    def merge_val(self) -> Split:
         """The split for models without early stopping, which also train on the validation crystals."""
         return Split(np.concatenate([self.train, self.val]), self.val[:0], self.test)
 

@@ -36,7 +36,7 @@ class MapError(ValueError):
 
 
 @dataclass(frozen=True)
-class Kept:
+class NeighbourSkill:
     """How well ten neighbours predict a value: 1 − error / error of the median; 0 means not at all."""
 
     column: str
@@ -54,7 +54,7 @@ class CrystalMap:
     keys: list[str]
     formulas: list[str]
     columns: dict[str, NDArray[np.float64]]  # name → (n,), NaN where unknown; the first is shown first
-    kept: dict[str, Kept]
+    kept: dict[str, NeighbourSkill]
 
 
 @command
@@ -101,7 +101,7 @@ def draw_map(
 ) -> CrystalMap:
     """Map standardised vectors (n, d), and measure how well neighbours predict each column."""
     place = reduced(vectors, method, seed)
-    kept = {column: neighbours_tell(column, values, place, vectors) for column, values in columns.items()}
+    kept = {column: neighbour_skill(column, values, place, vectors) for column, values in columns.items()}
     return CrystalMap(name, method, place, keys, formulas, columns, kept)
 
 
@@ -123,7 +123,7 @@ def read_map(folder: Path) -> CrystalMap:
     try:
         table = pq.read_table(path)
         about = table.schema.metadata or {}
-        kept = {k["column"]: Kept(**k) for k in json.loads(about[b"kept"])}
+        kept = {k["column"]: NeighbourSkill(**k) for k in json.loads(about[b"kept"])}
         columns = numbers(table)
         place = np.column_stack([columns.pop(name) for name in PLACE])
         names = table["key"].to_pylist()
@@ -192,22 +192,22 @@ def reduced(vectors: NDArray[np.float64], method: str, seed: int) -> NDArray[np.
     return UMAP(n_components=2, random_state=seed, n_jobs=1).fit_transform(vectors).astype(np.float64)
 
 
-def neighbours_tell(
+def neighbour_skill(
     column: str, values: NDArray[np.float64], place: NDArray[np.float64], vectors: NDArray[np.float64]
-) -> Kept:
+) -> NeighbourSkill:
     """Predict each value by the mean over its neighbours, on the map and among the vectors."""
     known = np.isfinite(values)
     v = values[known]
-    dull = np.abs(v - np.median(v)).mean()
+    trivial = np.abs(v - np.median(v)).mean()
 
     def skill(points: NDArray[np.float64]) -> float:
         k = min(NEIGHBOURS, len(v) - 1)
-        if k < 1 or dull == 0:
+        if k < 1 or trivial == 0:
             return float("nan")
         near = NearestNeighbors(n_neighbors=k).fit(points[known]).kneighbors(return_distance=False)  # not itself
-        return float(1.0 - np.abs(v[near].mean(axis=1) - v).mean() / dull)
+        return float(1.0 - np.abs(v[near].mean(axis=1) - v).mean() / trivial)
 
-    return Kept(column, skill(place), skill(vectors))
+    return NeighbourSkill(column, skill(place), skill(vectors))
 
 
 def draw(path: Path, place: NDArray[np.float64], name: str, values: NDArray[np.float64]) -> None:

@@ -85,7 +85,7 @@ def of_tuning(folder: Path, drawn: CrystalMap | None = None) -> str:
     return tuning_page(folder.resolve().name, _tuned(folder), drawn)
 
 
-def leave(
+def write_safely(
     folder: Path,
     page: Callable[[CrystalMap | None], str],
     draw: Callable[[], CrystalMap | None] = lambda: None,

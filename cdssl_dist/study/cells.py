@@ -26,8 +26,8 @@ from cdssl_dist.study.config import Folds, Probe, StudyConfig
 from cdssl_dist.study.data import EVALUATE, PREDICT, TRAIN, StudyCrystals, digest_of, open_crystals
 
 VERSION: Final = 1  # of a cell: cells of other versions are computed again
-BEFORE: Final = (("readout", "set2set"), ("compile", False))  # defaults of newer settings, left out of digests
-LEAST: Final = 20  # crystals needed to choose a rate
+LATER_DEFAULTS: Final = (("readout", "set2set"), ("compile", False))  # defaults of newer settings, left out of digests
+MIN_CRYSTALS: Final = 20  # crystals needed to choose a rate
 
 
 class StudyError(ValueError):
@@ -135,7 +135,7 @@ class Samples:
             hint = "; seeds on all folds leave none: use fewer, or give each arm one rate" if self.folds else ""
             raise StudyError(
                 f"targets.{self.target}: no rate can be chosen with only {left} crystals that are not evaluated; "
-                f"a size of sweep.sizes must leave {LEAST} of them{hint}"
+                f"a size of sweep.sizes must leave {MIN_CRYSTALS} of them{hint}"
             )
         if (sizes or used) and min(len(self.evaluated(seed)) for seed in self.config.seeds) == 0:
             raise StudyError(f"targets.{self.target}: no crystal to evaluate has a label")
@@ -182,7 +182,7 @@ class Samples:
 
     def sweep_sizes(self) -> list[int]:
         """The sizes at which rates are chosen: those of ``sweep.sizes`` that leave enough crystals to choose on."""
-        most = min(len(self.pool(seed)) for seed in self.config.sweep.seeds) - LEAST
+        most = min(len(self.pool(seed)) for seed in self.config.sweep.seeds) - MIN_CRYSTALS
         return sorted(s for s in set(self.config.sweep.sizes) if s <= most)
 
     def sweep_size(self, size: int) -> int:
@@ -318,7 +318,7 @@ class Plan:
         if arm:
             shape = [card.model, card.centers, card.end, card.gamma]
             weights = "" if arm.start == "random" else card.weights_sha256  # another encoder keeps these cells valid
-            settings = {name: value for name, value in asdict(how).items() if (name, value) not in BEFORE}
+            settings = {name: value for name, value in asdict(how).items() if (name, value) not in LATER_DEFAULTS}
             content |= {"start": arm.start, "shape": shape, "weights": weights, "how": settings}
             content |= {"parts": sorted(arm.parts)} if arm.parts else {}
         elif probe:

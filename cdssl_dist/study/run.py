@@ -81,7 +81,7 @@ def run(job: Job) -> float:
     if job.probe:
         predicted = _probed(job.probe, job.target, graphs, true[:, 0], split)[:, None]
     elif not job.start:
-        predicted = baselines(task, graphs, true, split.without_stopping())[BASELINES[job.cell.arm]][split.test]
+        predicted = baselines(task, graphs, true, split.merge_val())[BASELINES[job.cell.arm]][split.test]
     else:
         encoder, card = _encoder(job.encoder.folder)
         network = _start(job, encoder, card)
@@ -146,7 +146,7 @@ def _probed(probe: Probe, target: Target, graphs: Multigraphs, true: Array, spli
     features = vectors_of(probe.vectors, graphs.keys)
     if probe.composition:
         features = np.column_stack([features, simple_features(graphs)])
-    train, n_atoms = split.without_stopping().train, graphs.n_atoms
+    train, n_atoms = split.merge_val().train, graphs.n_atoms
     model = vector_ridge().fit(features[train], target.learned(true[train], n_atoms[train]))
     found: Array = target.restored(model.predict(features[split.test]), n_atoms[split.test])
     return found

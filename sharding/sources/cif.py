@@ -29,7 +29,7 @@ from sharding.sources import ReadOptions, dialects
 from sharding.sources.pieces import Fault, Piece, labels_of
 from sharding.sources.sites import Floats, check_occupancy, lattice_of, majority
 from sharding.sources.streams import Stream
-from sharding.sources.symmetry import DoubtError, Operations, expand, operations_of, unknown
+from sharding.sources.symmetry import AmbiguousCifError, Operations, expand, operations_of, unknown
 
 SLOW_LIMIT: Final = 2**20  # bytes
 CELL: Final = tuple(f"_cell_length_{x}" for x in "abc") + tuple(f"_cell_angle_{x}" for x in ("alpha", "beta", "gamma"))
@@ -75,7 +75,7 @@ def crystals(
     try:
         document = _document(text)
     except (RuntimeError, ValueError) as why:
-        yield from _apart(text, key, options, labels, str(why))
+        yield from _read_blockwise(text, key, options, labels, str(why))
         return
     # the other blocks describe authors, or the measurement
     blocks = [b for b in document if b.find_value(CELL[0]) or b.find_loop(FRACTIONAL[0])]
@@ -84,14 +84,14 @@ def crystals(
     if len(blocks) == 1:
         yield from _block(blocks[0], text if len(document) == 1 else None, key, options, labels)
         return
-    for name, block in zip(_told_apart([block.name for block in blocks]), blocks, strict=True):
+    for name, block in zip(_unique_names([block.name for block in blocks]), blocks, strict=True):
         try:
             yield from _block(block, None, f"{key}#{name}", options, labels)
         except RefusedError as why:
             yield Fault(f"block {name}", why.code, why.text, f"{key}#{name}")
 
 
-def _told_apart(names: Sequence[str]) -> Iterator[str]:
+def _unique_names(names: Sequence[str]) -> Iterator[str]:
     """Make names of blocks unique: a name that occurs repeatedly, as some programs write it, gets a number appended."""
     repeated = Counter(names)
     for number, name in enumerate(names):
@@ -104,10 +104,10 @@ def _document(text: bytes | str) -> gemmi.cif.Document:
         return _parsed(text)
     except (RuntimeError, ValueError):
         there = text.encode() if isinstance(text, str) else text
-        mended = UNQUOTED.sub(rb"\1'\2'", there, count=1)
-        if mended == there:
+        repaired = UNQUOTED.sub(rb"\1'\2'", there, count=1)
+        if repaired == there:
             raise
-        return _parsed(mended)
+        return _parsed(repaired)
 
 
 def _parsed(text: bytes | str) -> gemmi.cif.Document:
@@ -121,7 +121,7 @@ def _parsed(text: bytes | str) -> gemmi.cif.Document:
         return document
 
 
-def _apart(
+def _read_blockwise(
     text: bytes | str, key: str, options: ReadOptions, labels: Mapping[str, float] | None, why: str
 ) -> Iterator[Crystal | Fault]:
     """Read a text that gemmi rejects block by block, so that a broken block affects no other."""
@@ -130,10 +130,10 @@ def _apart(
     parts = [whole[a:b] for a, b in pairwise([*starts, len(whole)])]
     parts = [part for part in parts if SITES.search(part)]
     if len(parts) < 2:
-        yield from _slowly(text, key, options, labels, why)
+        yield from _read_with_pymatgen(text, key, options, labels, why)
         return
     headings = [part.split(maxsplit=1)[0][len(b"data_") :].decode("utf-8", "replace") for part in parts]
-    for name, part in zip(_told_apart(headings), parts, strict=True):
+    for name, part in zip(_unique_names(headings), parts, strict=True):
         try:
             yield from crystals(part, f"{key}#{name}", options, labels)
         except RefusedError as refused:
@@ -154,8 +154,8 @@ def _block(
         return [_crystal(block, key, options, labels)]
     except RefusedError:
         raise
-    except (DoubtError, RuntimeError, ValueError) as why:  # the last two are gemmi's
-        return _slowly(text or block.as_string(), key, options, labels, str(why))
+    except (AmbiguousCifError, RuntimeError, ValueError) as why:  # the last two are gemmi's
+        return _read_with_pymatgen(text or block.as_string(), key, options, labels, str(why))
 
 
 def _labels_of(value: Callable[[str], str | None], options: ReadOptions) -> Mapping[str, float]:
@@ -171,7 +171,7 @@ def _labels_of(value: Callable[[str], str | None], options: ReadOptions) -> Mapp
 def _crystal(block: gemmi.cif.Block, key: str, options: ReadOptions, labels: Mapping[str, float]) -> Crystal:
     cell = _numbers([block.find_value(tag) for tag in CELL])
     if not math.isfinite(sum(cell)):
-        raise DoubtError("the cell is incomplete")
+        raise AmbiguousCifError("the cell is incomplete")
     loop = block.find_loop(FRACTIONAL[0]).get_loop()
     if loop is None:
         if block.find_loop("_atom_site_Cartn_x").get_loop() is not None:
@@ -182,7 +182,7 @@ def _crystal(block: gemmi.cif.Block, key: str, options: ReadOptions, labels: Map
     try:
         fractional = np.array([_numbers(columns[tag]) for tag in FRACTIONAL]).T
     except KeyError as missing:
-        raise DoubtError(f"{missing} is missing") from None
+        raise AmbiguousCifError(f"{missing} is missing") from None
     if not math.isfinite(fractional.sum()):
         raise RefusedError("unparsable", "an atom has no coordinates")
     if not NONE.issuperset(columns.get("_atom_site_attached_hydrogens", ())):
@@ -261,11 +261,11 @@ def _from_label(label: str) -> str:
     """The element that a label begins with, where that is certain: ``Ca1`` is, ``CA1`` and ``Hw`` are not."""
     match = re.match(r"([A-Z][a-z]?)(?=$|[\d_+(*'-])", gemmi.cif.as_string(label))
     if match is None or match[1] not in ATOMIC_NUMBER:
-        raise DoubtError(f"the element of the label {label} has to be guessed")
+        raise AmbiguousCifError(f"the element of the label {label} has to be guessed")
     return match[1]
 
 
-def _slowly(
+def _read_with_pymatgen(
     text: bytes | str, key: str, options: ReadOptions, labels: Mapping[str, float] | None, why: str
 ) -> list[Crystal]:
     """Read with pymatgen, where gemmi is in doubt."""

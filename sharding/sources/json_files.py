@@ -72,7 +72,7 @@ def split(stream: Stream, stem: str, options: ReadOptions) -> Iterator[Piece | F
             yield _piece(cursor, f"{stem}#{number}" if number > 1 else stem, f"record {number}", stem)
 
 
-def _first_names(head: bytes, at: int = 0) -> list[str]:
+def _leading_member_names(head: bytes, at: int = 0) -> list[str]:
     """The name of an object's first member, that of the member's first member if it is an object, and so on."""
     names = []
     while match := FIRST.match(head, at):
@@ -83,7 +83,7 @@ def _first_names(head: bytes, at: int = 0) -> list[str]:
 
 def _kind(head: bytes, options: ReadOptions) -> tuple[str, int]:
     """Classify an object by its beginning; also return how many levels of ids it has."""
-    names = _first_names(head)
+    names = _leading_member_names(head)
     kind, depth = _kind_of(names)
     if kind in ("envelope", "columns"):
         return kind, depth
@@ -93,7 +93,7 @@ def _kind(head: bytes, options: ReadOptions) -> tuple[str, int]:
     if kind == "record":
         return kind, depth
     # A record, or a table by column, may begin with an object that is not a known field: the members after it decide.
-    members = {name: _first_names(head, at) for name, at in places.items()}
+    members = {name: _leading_member_names(head, at) for name, at in places.items()}
     rows = len(names) > 1 and names[1].isdecimal()
     by_column = {name for name, inside in members.items() if _is_column(name) and inside and inside[0].isdecimal()}
     if by_column or (rows and names[0] in {column.split(".")[0] for column in options.labels.values()}):
@@ -197,7 +197,7 @@ def _columns(cursor: Cursor, stem: str, options: ReadOptions) -> Iterator[Piece 
     known: dict[str, dict[str, Any]] = {}
     done = ""
     for column in cursor.members():
-        nested = len(_first_names(cursor.look(HEAD))) > 1
+        nested = len(_leading_member_names(cursor.look(HEAD))) > 1
         if nested and done:
             raise DamagedError(f"columns {done} and {column} both hold objects; keep one of them")
         if nested:

@@ -27,7 +27,7 @@ MAX_PAIRS: Final = 2**20  # distances computed at once
 Operations = tuple[Floats, Floats]  # rotations (m, 3, 3) and translations (m, 3) of fractional columns
 
 
-class DoubtError(Exception):
+class AmbiguousCifError(Exception):
     """A CIF can be read in more than one way."""
 
 
@@ -45,7 +45,7 @@ def operations_of(block: gemmi.cif.Block, *, alpha: float, gamma: float) -> Oper
         gamma: angle of the cell, in degrees.
 
     Raises:
-        DoubtError: if they are ambiguous, unknown or magnetic.
+        AmbiguousCifError: if they are ambiguous, unknown or magnetic.
         RuntimeError: if gemmi cannot read them.
     """
     for tag in OPERATIONS:
@@ -53,7 +53,7 @@ def operations_of(block: gemmi.cif.Block, *, alpha: float, gamma: float) -> Oper
         if len(listed):
             return _matrices(tuple(listed))
     if any(block.find_values(tag) for tag in MAGNETIC):
-        raise DoubtError("the symmetry is magnetic")
+        raise AmbiguousCifError("the symmetry is magnetic")
     for tag in GROUPS:
         name = block.find_value(tag)
         if not unknown(name):
@@ -71,9 +71,9 @@ def _named(tag: str, name: str, alpha: float, gamma: float) -> Operations | None
         name = group.hm if group else name
     group = gemmi.find_spacegroup_by_name(name, alpha, gamma)
     if group is None:
-        raise DoubtError(f"the space group {name!r} is not known")
+        raise AmbiguousCifError(f"the space group {name!r} is not known")
     if group.ext in ("1", "2") and ":" not in name:
-        raise DoubtError(f"the space group {name!r} has two origins in use")
+        raise AmbiguousCifError(f"the space group {name!r} has two origins in use")
     return _matrices(tuple(op.triplet() for op in group.operations()))
 
 
