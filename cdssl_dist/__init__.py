@@ -1,4 +1,4 @@
-"""Distributed pretraining of crystal encoders, and what people do with them."""
+"""Distributed pretraining of crystal encoders, and tools for using them."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ __all__ = ["CrystalClassifier", "CrystalEncoder", "CrystalRegressor", "__version
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for: torch alone takes a second."""
+    """Import an attribute on first access: importing torch alone takes a second."""
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

@@ -1,8 +1,8 @@
-"""What matters in pretraining: one run, with one thing changed at a time, judged by its skill and by linear probes.
+"""Ablations of pretraining: variants of one run, compared by validation skill and by linear probes.
 
     cdssl ablate --config configs/ablation/mp.yaml --data FILE [section.key=value ...]
 
-A variant is a run of ``cdssl pretrain`` in a folder of its own; the same command again does what is missing.
+Each variant is a run of ``cdssl pretrain`` in its own folder; rerunning the command completes what is missing.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from cdssl_dist.train.runlog import read_lines, read_status
 from sharding.commands import DONE, Parser, command, run_child
 from sharding.manifest import write_atomically
 
-WITHOUT: Final = ("random encoder 1", "composition", "composition + volume")  # what is probed besides, for comparison
+WITHOUT: Final = ("random encoder 1", "composition", "composition + volume")  # baselines probed for comparison
 
 
 class Probes(Section):
-    """Labels that vectors are probed with. Crystals to report on take no part: they are of the training part."""
+    """Labels to probe the vectors with. Given a split, only its training part is used, never the test crystals."""
 
     column: str = "{target}"
-    split: SplitColumn | None = None  # all labeled crystals where left out
+    split: SplitColumn | None = None  # if omitted, all labeled crystals
     targets: tuple[str, ...]
-    # name → Parquet with key and embedding, probed besides; see cdssl probe
+    # name → Parquet file with key and embedding, also probed; see cdssl probe
     vectors: dict[str, str] = Field(default_factory=dict)
-    crystals: PositiveInt = 4000  # of each target, at most
+    crystals: PositiveInt = 4000  # per target, at most
     folds: int = Field(5, ge=2)
 
 
@@ -52,9 +52,9 @@ class Ablation(Section):
     """Variants of one run."""
 
     out: str = "runs/ablation"
-    config: str = "pretrain/mp.yaml"  # a path, or one that is packaged
-    overrides: tuple[str, ...] = ()  # of all variants
-    variants: dict[str, tuple[str, ...]] = Field(min_length=1)  # name → what it changes
+    config: str = "pretrain/mp.yaml"  # a path, or the name of a packaged file
+    overrides: tuple[str, ...] = ()  # applied to every variant
+    variants: dict[str, tuple[str, ...]] = Field(min_length=1)  # name → its overrides
     probe: Probes
 
     @field_validator("variants")
@@ -68,18 +68,18 @@ class Ablation(Section):
 
 @dataclass(frozen=True)
 class Judged:
-    """What came out of a variant."""
+    """Results of one variant."""
 
     name: str
     changes: str
-    status: dict[str, Any]  # of the run
+    status: dict[str, Any]  # status.json of the run
     edges_per_second: float  # median over the lines of metrics
-    r2: dict[str, float]  # target → of a ridge on frozen vectors, over folds
+    r2: dict[str, float]  # target → cross-validated R² of a ridge on frozen vectors
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Pretrain what is missing, probe all, write a table."""
+    """Pretrain the missing variants, probe all encoders and write a table."""
     p = Parser("cdssl ablate", "Pretrain variants of one run, and compare what their encoders know.")
     p.add_argument("--config", help="YAML file; if omitted, the packaged ablation/mp.yaml")
     p.add_argument("--data", required=True, help="labeled crystals to probe with: anything that cdssl shard reads")
@@ -102,22 +102,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(ablation: Ablation, data: Callable[[float], list[Labeled]]) -> None:
-    """What the probes will want, which is better said now than after hours of pretraining.
+    """Check the inputs of the probes now rather than after hours of pretraining.
 
     Raises:
-        DataSetError: where shards, labels or vectors are not there.
+        DataSetError: if shards, labels or vectors are missing.
     """
     cutoffs = []
     for name in ablation.variants:
         with DataSet(wanted_of(ablation, name).data_path) as shards:
             cutoffs.append(shards.manifest.cutoff)
         data(cutoffs[-1])
-    for path in ablation.probe.vectors.values():  # in the table they stand once, beside the first variant
+    for path in ablation.probe.vectors.values():  # listed once in the table, with the data of the first variant
         vectors_of(path, [key for found in data(cutoffs[0]) for key in found.graphs.keys])
 
 
 def pretrained(ablation: Ablation, name: str) -> int:
-    """Train a variant, unless its folder holds just that, done; the exit code of ``cdssl pretrain``."""
+    """Train a variant unless its folder holds the finished run; return the exit code of ``cdssl pretrain``."""
     folder, wanted = Path(ablation.out) / name, wanted_of(ablation, name)
     if read_status(folder).get("state") == "done":
         there = load(folder / "config.yaml")
@@ -130,7 +130,7 @@ def pretrained(ablation: Ablation, name: str) -> int:
 
 
 def said_of(ablation: Ablation, name: str) -> tuple[Path, list[str]]:
-    """The configuration file of a variant, and what is said besides."""
+    """Return the configuration file of a variant, and its overrides."""
     path = Path(ablation.config) if Path(ablation.config).exists() else packaged(ablation.config)
     run = f"run={Path(ablation.out) / name}"
     return path, [run, "registry.name=null", *ablation.overrides, *ablation.variants[name]]
@@ -142,7 +142,7 @@ def wanted_of(ablation: Ablation, name: str) -> Config:
 
 
 def judge(ablation: Ablation, name: str, data: Callable[[float], list[Labeled]]) -> Judged:
-    """Read what a run left, and probe its encoder."""
+    """Read the metrics of a variant's run and probe its encoder."""
     folder = Path(ablation.out) / name
     encoder = CrystalEncoder.from_registry(str(folder))
     rates = [line["perf/edges_s"] for line in read_lines(folder / "metrics.jsonl") if "perf/edges_s" in line]
@@ -152,7 +152,7 @@ def judge(ablation: Ablation, name: str, data: Callable[[float], list[Labeled]])
 
 
 def labeled(probes: Probes, path: str, cutoff: float) -> list[Labeled]:
-    """The crystals of each target."""
+    """Load the labeled crystals of each target."""
     columns = [probes.column.format(target=t) for t in probes.targets]
     splits = [probes.split.column.format(target=t) for t in probes.targets] if probes.split else []
     data = load_labeled(path, columns, cutoff, columns=list(dict.fromkeys(splits)))
@@ -172,7 +172,7 @@ def labeled(probes: Probes, path: str, cutoff: float) -> list[Labeled]:
 def probed(
     probes: Probes, encoder: CrystalEncoder, data: list[Labeled], names: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """R² of linear probes with cross-validation: what is probed → target → R²."""
+    """Cross-validated R² of linear probes: name of the vectors → target → R²."""
     found: dict[str, dict[str, float]] = {name: {} for name in names}
     for each in data:
         every: dict[str, Array]
@@ -189,7 +189,7 @@ def probed(
 
 
 def table(ablation: Ablation, rows: Sequence[Judged], without: dict[str, dict[str, float]]) -> str:
-    """Markdown."""
+    """Format the results as Markdown."""
     targets = ablation.probe.targets
     heads = ["variant", "what it changes", "steps", "M edges/s", "skill", "skill_edge", *(f"R² {t}" for t in targets)]
     lines = [heads, ["---"] * 2 + ["---:"] * (len(heads) - 2)]

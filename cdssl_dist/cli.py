@@ -1,4 +1,4 @@
-"""``cdssl``: one command for each thing that people do."""
+"""The ``cdssl`` command, which dispatches to its subcommands."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from cdssl_dist import __version__
 # command → module with a ``main(argv) -> int``, and what it does
 COMMANDS: Final = {
     "shard": ("sharding.__main__", "turn crystal databases into a data set of shards"),
-    "verify": ("sharding.verify", "read a data set again and check it against its checksums and its format"),
+    "verify": ("sharding.verify", "check a data set against its checksums and its format"),
     "inspect": ("sharding.summary", "show what is in a data set, as text, JSON or a page"),
     "pretrain": ("cdssl_dist.pretrain", "pretrain an encoder on a data set (also: python -m cdssl_dist.pretrain)"),
     "status": ("cdssl_dist.train.status", "show what a run is doing, from its folder: once, as JSON, or until it ends"),
     "finetune": ("cdssl_dist.finetune.__main__", "fine-tune a registered encoder on labeled crystals"),
     "study": (
         "cdssl_dist.study.__main__",
-        "measure what an encoder is worth, over sizes, seeds and controls",
+        "measure what an encoder is worth, across training sizes, seeds and controls",
     ),
     "ablate": ("cdssl_dist.ablate", "compare variants of a pretraining run by probing their encoders"),
     "predict": ("cdssl_dist.finetune.predict", "predict properties of crystals with a fine-tuned model"),
     "embed": ("cdssl_dist.look.embed", "embed crystals: a Parquet file of vectors"),
-    "probe": ("cdssl_dist.look.probe", "linear probes of an encoder, beside untrained baselines"),
+    "probe": ("cdssl_dist.look.probe", "fit linear probes to an encoder and to untrained baselines"),
     "map": ("cdssl_dist.look.map", "draw embedded crystals in two dimensions: a picture, and a page to explore"),
     "report": ("cdssl_dist.look.report", "write one page about a run"),
     "registry": (
@@ -34,7 +34,7 @@ COMMANDS: Final = {
     "demo": ("cdssl_dist.demo", "run the whole pipeline on crystals that ship with pymatgen"),
     "bench": (
         "cdssl_dist.bench.__main__",
-        "benchmark this machine: sharding, loading, training and encoders, beside other libraries",
+        "benchmark sharding, loading, training and encoders on this machine, and other libraries",
     ),
     "doctor": ("cdssl_dist.doctor", "check this machine and this installation"),
 }

@@ -1,6 +1,6 @@
-"""The whole configuration of a run, typed. Unknown keys and wrong types are errors that name the key.
+"""The typed configuration of a run. Unknown keys and wrong types are errors that name the key.
 
-A run is configured by a YAML file and ``section.key=value`` overrides; what is left out has the defaults below.
+A run is configured by a YAML file and ``section.key=value`` overrides; anything omitted takes the default below.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ M = TypeVar("M", bound=Section)
 
 
 class DataConfig(Section):
-    """What is trained on, and how it is cut into steps."""
+    """The training data, and how they are divided into steps."""
 
-    path: str | None = None  # folder of a data set; CDSSL_DATA where left out
-    packs_per_step: int = Field(8, ge=1)  # P: the global batch, whatever the number of ranks
-    share: float = Field(1.0, gt=0, le=1)  # of the training blocks that is learned from, for curves of scaling
+    path: str | None = None  # folder of a data set; CDSSL_DATA if omitted
+    packs_per_step: int = Field(8, ge=1)  # P: the global batch, at any number of ranks
+    share: float = Field(1.0, gt=0, le=1)  # fraction of the training blocks used, for scaling curves
     blocks_per_pack: int = Field(1, ge=1)  # k: the micro-batch of one rank
-    prefetch: int = Field(4, ge=1)  # packs that are read ahead
-    cache_gb: float = Field(50.0, ge=0)  # 10⁹ bytes of remote shards that a node keeps; 0 keeps none
-    bad_blocks: Literal["error", "skip"] = "error"  # a block that is not what its checksum says
-    val_packs: int | None = Field(None, ge=1)  # of one validation, rounded up to whole steps; all where left out
+    prefetch: int = Field(4, ge=1)  # packs read ahead
+    cache_gb: float = Field(50.0, ge=0)  # 10⁹ bytes: cache of remote shards on a node; 0 disables it
+    bad_blocks: Literal["error", "skip"] = "error"  # for a block that fails its checksum
+    val_packs: int | None = Field(None, ge=1)  # per validation, rounded up to whole steps; all if omitted
 
 
 class GraphConfig(Section):
-    """The Gaussian expansion of distances. The cutoff is the data set's."""
+    """The Gaussian expansion of distances; the cutoff is that of the data set."""
 
     centers: int = Field(100, ge=2)
     gamma: float = Field(0.5, gt=0)  # Å
@@ -76,15 +76,15 @@ class NoiseConfig(Section):
 class PretextConfig(Section):
     """Options beyond the paper; see ``model/beyond.py``, and docs/results.md for what each is worth."""
 
-    strain: float = Field(0.0, ge=0, lt=0.3)  # of the cell, denoised as well; more would turn cells inside out
+    strain: float = Field(0.0, ge=0, lt=0.3)  # of the cell, denoised as well; more could invert cells
     sigma_in_state: bool = False
-    conditioned: bool = False  # the state is told what the encoder makes of the true crystal
-    displacement: float = Field(0.0, ge=0)  # weight of the loss of displacements at the nodes
-    masked: float = Field(0.0, ge=0, lt=1)  # share of the atoms whose element is hidden
+    conditioned: bool = False  # give the state the encoder's output for the true crystal
+    displacement: float = Field(0.0, ge=0)  # weight of a node-level loss on the displacements
+    masked: float = Field(0.0, ge=0, lt=1)  # fraction of the atoms whose element is masked
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those that are on; empty for the paper's task."""
+        """The options that are switched on; empty for the paper's task."""
         return self.model_dump(exclude_defaults=True)
 
 
@@ -98,7 +98,7 @@ class ModelConfig(Section):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """What a network is made with."""
+        """Constructor arguments of the network."""
         return self.model_dump(exclude={"seed"})
 
 
@@ -112,8 +112,8 @@ class OptimConfig(Section):
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    clip: float = Field(1.0, ge=0)  # largest gradient norm; 0 does not clip
-    ema: float = Field(0.0, ge=0, lt=1)  # decay of the mean of the weights that is validated and exported; 0 for none
+    clip: float = Field(1.0, ge=0)  # maximum gradient norm; 0 disables clipping
+    ema: float = Field(0.0, ge=0, lt=1)  # decay of the mean weights, which are validated and exported; 0: none
 
 
 class ScheduleConfig(Section):
@@ -122,8 +122,8 @@ class ScheduleConfig(Section):
     steps: int = Field(10_000, ge=1)  # consumed steps: the length of the run
     kind: Literal["cosine", "constant", "wsd"] = "cosine"
     warmup: int = Field(100, ge=0)
-    decay: float = Field(0.2, gt=0, le=1)  # share of the run in which wsd decays
-    final: float = Field(0.01, ge=0, le=1)  # of lr, at the end
+    decay: float = Field(0.2, gt=0, le=1)  # fraction of the run over which wsd decays
+    final: float = Field(0.01, ge=0, le=1)  # final rate, as a fraction of lr
 
 
 class EngineConfig(Section):
@@ -132,59 +132,59 @@ class EngineConfig(Section):
     stage: Literal[0, 1, 2, 3] = 1  # ZeRO
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    recompute: bool = False  # the inside of each block in the backward pass: less memory, a third more work
-    compile: bool = False  # faster in f32 on CPU, after a start of minutes: docs/performance.md
-    kernels: Literal["torch", "triton"] = "torch"  # what the edges go through; Triton's, on a GPU, always recompute
-    threads: int = Field(1, ge=1)  # of each worker, on CPU
+    recompute: bool = False  # each block, in the backward pass: less memory, a third more work
+    compile: bool = False  # faster in f32 on CPU, but starts in minutes: docs/performance.md
+    kernels: Literal["torch", "triton"] = "torch"  # of the edge path; triton needs a GPU and always recomputes
+    threads: int = Field(1, ge=1)  # per worker, on CPU
     deepspeed: dict[str, Any] = Field(default_factory=dict)  # passed through; contradictions are errors
 
     @model_validator(mode="after")
     def _goes_together(self) -> EngineConfig:
         if self.compile and self.kernels != "torch":
-            raise ValueError("compile and kernels=triton are two ways through the edges: choose one")
+            raise ValueError("compile and kernels=triton both replace the edge path: choose one")
         if self.kernels == "triton" and self.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError("kernels=triton does not go with device=cpu: the kernels are for GPUs")
+            raise ValueError("kernels=triton cannot run with device=cpu: the kernels are for GPUs")
         if (self.compile or self.kernels != "torch") and self.stage == 3:
             name = "compile" if self.compile else "kernels"
             raise ValueError(
-                f"{name} does not go with stage=3: fused code holds on to weights that ZeRO-3 takes apart between "
-                f"layers; use stage 0, 1 or 2, or leave {name} out"
+                f"{name} does not go with stage=3: fused code keeps references to weights that ZeRO-3 partitions "
+                f"between layers; use stage 0, 1 or 2, or leave {name} out"
             )
         if self.compile and self.stage == 0 and self.precision == "bf16":
             raise ValueError(
-                "compile does not reach the bf16 copy that stage 0 computes with; set stage=1, whose result is the same"
+                "compile has no effect on the bf16 copy that stage 0 computes with; set stage=1, with equal results"
             )
         return self
 
 
 class GuardConfig(Section):
-    """What is done about the gradient norm; see ``guard.py``."""
+    """How the gradient guard judges steps; see ``guard.py``."""
 
-    on_spike: Literal["clip", "skip", "apply"] = "skip"  # clip: applied, cut to optim.clip; apply: no spike is bad
-    warmup: int = Field(50, ge=2)  # norms seen before any verdict on a finite one
-    memory: float = Field(0.99, gt=0, lt=1)  # of the running statistics
+    on_spike: Literal["clip", "skip", "apply"] = "skip"  # clip: apply, cut to optim.clip; apply: no spike is bad
+    warmup: int = Field(50, ge=2)  # finite norms seen before one can be a spike
+    memory: float = Field(0.99, gt=0, lt=1)  # decay of the running statistics
     z_spike: float = Field(6.0, gt=0)  # in running standard deviations of the log norm, above its running mean
-    min_deviation: float = Field(0.1, gt=0)  # of the log norm: quiet runs are not all spikes
+    min_deviation: float = Field(0.1, gt=0)  # of the log norm: a floor, so that quiet runs are not full of spikes
     rollback_after: int = Field(5, ge=2)  # bad steps in a row
     max_rollbacks: int = Field(3, ge=0)
     rollback_lr: float = Field(0.5, gt=0, le=1)  # factor on the learning rate
     max_bad_share: float = Field(0.1, gt=0, le=1)  # of the last 1000 steps; more stops the run
-    level_after: int = Field(10, ge=2)  # spikes in a row that agree, with the loss as before, are a new level
-    level_spread: float = Field(1.0, gt=0)  # of the log norm: how far they may lie apart
-    level_loss: float = Field(1.5, ge=1)  # the loss of each, in units of the running mean
+    level_after: int = Field(10, ge=2)  # so many agreeing spikes in a row, with an unchanged loss, are a new level
+    level_spread: float = Field(1.0, gt=0)  # largest spread of their log norms
+    level_loss: float = Field(1.5, ge=1)  # largest loss of each, relative to the running mean
 
 
 class CheckpointConfig(Section):
-    """When state is saved, and what is kept."""
+    """When checkpoints are saved, and which are kept."""
 
     every: int = Field(500, ge=1)  # steps
     keep: int = Field(2, ge=1)
-    quiet: int = Field(50, ge=0)  # steps after which a checkpoint is known to be good
+    quiet: int = Field(50, ge=0)  # steps after which a checkpoint counts as good
     best: bool = True  # the one with the lowest val/loss is kept too
-    hours: float | None = Field(None, gt=0)  # of each such span one is kept for good
-    mirror: str | None = None  # URL or folder that checkpoints are copied to, and fetched from where none is left here
+    hours: float | None = Field(None, gt=0)  # keep one checkpoint per span of this length permanently
+    mirror: str | None = None  # URL or folder to copy checkpoints to, and to restore from if none is left locally
     mirror_wait: float = Field(60.0, ge=0)  # s; how long the end of a run waits for the last copy
-    allow_changed: tuple[str, ...] = ()  # keys that may differ from those a run began with; ``data`` for the data set
+    allow_changed: tuple[str, ...] = ()  # keys whose values may change during a run; ``data`` for the data set
 
 
 class ClusterConfig(Section):
@@ -192,12 +192,12 @@ class ClusterConfig(Section):
 
     address: str | None = None  # of a running cluster; else one is started in this process
     workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1  # a pair [min, max]: as many as the cluster has room for
-    resize_every: float = Field(60.0, gt=0)  # s between looks whether there is room for more
+    resize_every: float = Field(60.0, gt=0)  # s between checks for room for more workers
     gpus_per_worker: float = Field(0.0, ge=0)
     cpus_per_worker: float = Field(1.0, gt=0)
     max_failures: int = Field(3, ge=-1)  # restarts of the worker group; −1 means any number
-    hang_after: float = Field(1800.0, gt=0)  # s without a step: more than a validation or a checkpoint takes
-    stop_within: float = Field(120.0, gt=0)  # s from a request to stop until the driver goes, saved or not
+    hang_after: float = Field(1800.0, gt=0)  # s without a step; must exceed a validation or a checkpoint
+    stop_within: float = Field(120.0, gt=0)  # s from a stop request until the driver exits, saved or not
 
     @model_validator(mode="after")
     def _ascending(self) -> ClusterConfig:
@@ -207,28 +207,28 @@ class ClusterConfig(Section):
 
     @property
     def min_workers(self) -> int:
-        """Fewest workers that a run goes on with."""
+        """The fewest workers that the run continues with."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
     def max_workers(self) -> int:
-        """Most workers."""
+        """The most workers."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class TrackingConfig(Section):
     """MLflow, metrics and validation."""
 
-    uri: str | None = None  # MLFLOW_TRACKING_URI, else a SQLite file beside the run
+    uri: str | None = None  # if omitted, MLFLOW_TRACKING_URI, else a SQLite file beside the run
     experiment: str = "cdssl-pretrain"
     every: int = Field(20, ge=1)  # steps between lines of metrics
     validate_every: int = Field(500, ge=1)  # steps; a validation always ends the run
-    watch_every: int = Field(200, ge=0)  # steps between a closer look at gradients, updates and edges; 0 for never
+    watch_every: int = Field(200, ge=0)  # steps between closer looks at gradients, updates and edges; 0: never
     baseline_packs: int = Field(32, ge=1)  # training packs that skill_edge's baseline is fitted on
 
 
 class RegistryConfig(Section):
-    """Where the encoder goes when the run is done."""
+    """Registration of the finished encoder."""
 
     name: str | None = "cdssl-encoder"  # null: not registered
 
@@ -281,7 +281,7 @@ class Config(Section):
         """The folder of the data set.
 
         Raises:
-            ConfigError: where neither ``data.path`` nor CDSSL_DATA says it.
+            ConfigError: if neither ``data.path`` nor CDSSL_DATA is set.
         """
         path = self.data.path or os.environ.get("CDSSL_DATA")
         if not path:
@@ -296,9 +296,9 @@ class Config(Section):
         return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()
 
     def decisive(self) -> dict[str, Any]:
-        """What decides the encoder: not paths, cluster size or bookkeeping."""
+        """The settings that determine the encoder, without paths, cluster size and bookkeeping."""
         content = self.model_dump(mode="json", exclude={"run", "cluster", "tracking", "registry", "checkpoint"})
-        for free in ("path", "prefetch", "cache_gb", "bad_blocks"):  # where and how, not what is computed
+        for free in ("path", "prefetch", "cache_gb", "bad_blocks"):  # where and how, but not what is computed
             content["data"].pop(free)
         for free in ("threads", "stage", "device", "compile", "kernels", "recompute"):
             content["engine"].pop(free)
@@ -323,7 +323,7 @@ def _packaged_like(path: Path) -> Path:
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read the configuration of a run; the packaged ``pretrain/small.yaml`` where no path is given. See ``read``."""
+    """Read the configuration of a run; if no path is given, the packaged ``pretrain/small.yaml``. See ``read``."""
     return read(Config, Path(path) if path else packaged("pretrain/small.yaml"), overrides)
 
 
@@ -332,11 +332,11 @@ def read(model: type[M], path: Path, overrides: Sequence[str] = ()) -> M:
 
     Args:
         model: what the file describes.
-        path: a YAML file; where there is none, the packaged one of that name, such as ``study/own.yaml``.
+        path: a YAML file; if it does not exist, the packaged one of that name, such as ``study/own.yaml``.
         overrides: ``section.key=value``, the value in YAML.
 
     Raises:
-        ConfigError: where the file cannot be read, or a key or a value is wrong.
+        ConfigError: if the file cannot be read, or a key or a value is wrong.
     """
     if not path.exists():
         path = _packaged_like(path)
@@ -376,7 +376,7 @@ def _override(content: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise ConfigError(f"{override!r}: the value is not YAML") from None
     if value == "none":
-        raise ConfigError(f"{override!r}: YAML's word for nothing is null, and none is text")
+        raise ConfigError(f"{override!r}: YAML's empty value is null, and none is text")
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = float(value)  # YAML 1.1 reads 1e-3 as text
@@ -390,7 +390,7 @@ def _override(content: dict[str, Any], override: str) -> None:
 def _explain(model: Any, error: Any) -> str:
     """One line for one of pydantic's errors; for an unknown key, the nearest known one."""
     where = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "value_error":  # of a validator of ours, which names what it speaks of
+    if error["type"] == "value_error":  # from one of our validators, whose message names the setting
         return f"{where}: {error['ctx']['error']}" if where else str(error["ctx"]["error"])
     if error["type"] != "extra_forbidden":
         return f"{where}: {error['msg']} (got {error['input']!r})"
@@ -403,7 +403,7 @@ def _explain(model: Any, error: Any) -> str:
 
 
 def _inside(annotation: Any, part: str | int) -> Any:
-    """The type of a part of a section, of a mapping of sections, or of a section that may be left out."""
+    """Return the type of a part of a section, of a mapping of sections, or of an optional section."""
     inner = getattr(annotation, "model_fields", {}).get(part)
     if inner is not None:
         annotation = inner.annotation

@@ -1,4 +1,4 @@
-"""``make demo``: the whole pipeline, by the commands that a user would type.
+"""``make demo``: the whole pipeline, run through the commands that a user would type.
 
 shard crystals → pretrain on two workers → register the encoder → pull it → fine-tune → report
 """
@@ -25,7 +25,7 @@ TARGET = "computed:density"
 
 
 def steps(source: str, limit: int | None, seed: int) -> list[tuple[str, list[str]]]:
-    """What the demo does: a title and the arguments of ``cdssl``."""
+    """Return the steps of the demo, each a title and the arguments of ``cdssl``."""
     shard = ["shard", source, "--out", f"{HOME}/shards", "--val", "0.2", "--seed", str(seed)]
     shard += ["--block-edges", "8192", "--blocks-per-shard", "16"]
     shard += ["--limit", str(limit)] if limit else []
@@ -45,10 +45,10 @@ def steps(source: str, limit: int | None, seed: int) -> list[tuple[str, list[str
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the steps, then say what came out."""
+    """Run the steps, then print a summary."""
     p = Parser("cdssl demo", f"The whole pipeline in a few minutes on two CPU cores; results are left in {HOME}/.")
     p.add_argument("--data", default="aflow:", help="your own database instead of the crystals that ship with pymatgen")
-    p.add_argument("--limit", type=positive, help="crystals to read; if omitted, 3,000 of your own database")
+    p.add_argument("--limit", type=positive, help="crystals to read; if omitted, all of pymatgen's, or 3,000 of yours")
     p.add_argument("--seed", type=natural, default=0, help="seed of split, weights and noise")
     args = p.parse_args(argv)
     own = args.data != "aflow:"
@@ -56,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_source(args.data)
     data = local_path(args.data).resolve()
     if own and HOME.resolve() in (data, *data.parents):
-        raise UseError(f"{args.data} lies in {HOME}, which a demo begins by removing: move it elsewhere")
+        raise UseError(f"{args.data} lies in {HOME}, which the demo deletes at the start: move it elsewhere")
     if HOME.exists():
-        shutil.rmtree(HOME)  # a demo of its own: nothing else is kept there
+        shutil.rmtree(HOME)  # only demos write here
     for title, arguments in steps(args.data, args.limit or (3000 if own else None), args.seed):
         print(f"\n── {title}\n   cdssl {' '.join(arguments)}", flush=True)
         code = run_child([sys.executable, "-m", "cdssl_dist.cli", *arguments])
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def summary(source: str, seconds: float) -> str:
-    """What was done, in figures read from what the steps wrote."""
+    """Summarize the results that the steps wrote."""
     manifest = read_manifest(HOME / "shards")
     last = [line for line in read_lines(HOME / "pretrain" / "metrics.jsonl") if "val/skill_edge" in line][-1]
     results = json.loads((HOME / "finetune" / "results.json").read_text())

@@ -1,4 +1,4 @@
-"""``cdssl doctor``: is this machine able to do what is asked of it, and if not, what to do."""
+"""``cdssl doctor``: check this machine and this installation, and say how to fix what fails."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _versions() -> str:
 
 
 def _python() -> str:
-    if sys.version_info < (3, 11):  # noqa: UP036  a doctor does not trust pip
+    if sys.version_info < (3, 11):  # noqa: UP036  pip's own check can be bypassed
         raise RuntimeError(f"Python {platform.python_version()}; 3.11 or newer is needed")
     return f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
 
@@ -53,14 +53,14 @@ def _graph() -> str:
 def _disk() -> str:
     free = shutil.disk_usage(Path.cwd()).free / 1e9
     if free < 2:
-        raise RuntimeError(f"{free:.1f} GB free here; checkpoints and shards want more")
+        raise RuntimeError(f"{free:.1f} GB free here; checkpoints and shards need at least 2 GB")
     return f"{free:,.0f} GB free here"
 
 
 def _memory() -> str:
     shared = Path("/dev/shm")
     if not shared.exists() or shutil.disk_usage(shared).total < 0.2e9:
-        raise RuntimeError("/dev/shm is missing or below 0.2 GB; Ray's object store wants that, and NCCL some 2 GB")
+        raise RuntimeError("/dev/shm is missing or below 0.2 GB; Ray's object store needs that, and NCCL about 2 GB")
     return f"/dev/shm holds {shutil.disk_usage(shared).total / 1e9:.1f} GB"
 
 
@@ -73,9 +73,9 @@ def _auth() -> str:
     mode = os.environ.get("RAY_AUTH_MODE", "token")
     if mode != "token":
         raise RuntimeError(
-            f"RAY_AUTH_MODE={mode}: whoever reaches Ray's ports can run code; unset it, or set it to token"
+            f"RAY_AUTH_MODE={mode}: anyone who can reach Ray's ports can run code; unset it, or set it to token"
         )
-    return "Ray will ask for a token; it listens on all interfaces, keep its ports behind a firewall"
+    return "Ray will ask for a token; it listens on all interfaces: keep its ports behind a firewall"
 
 
 def _tracking() -> str:
@@ -97,7 +97,7 @@ CHECKS: Final[dict[str, Callable[[], str]]] = {
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all checks; exit code 1 where one fails."""
+    """Run all checks; return exit code 1 if one fails."""
     Parser("cdssl doctor", "Check this machine and this installation.").parse_args(argv)
     failed = 0
     for name, check in CHECKS.items():

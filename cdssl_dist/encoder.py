@@ -30,13 +30,13 @@ class CrystalEncoder:
 
     Args:
         network: the encoder.
-        card: what is known of it.
-        folder: where its files lie.
-        device: "cpu", "cuda", …; a GPU where there is one, when left out.
+        card: its metadata.
+        folder: folder of its files.
+        device: "cpu", "cuda", …; if omitted, a GPU if there is one, else the CPU.
 
     Attributes:
         dim: length of a vector, 3W.
-        cutoff: of its graphs, Å.
+        cutoff: cutoff of its graphs, Å.
     """
 
     def __init__(self, network: MEGNet, card: EncoderCard, folder: Path | None = None, device: str | None = None):
@@ -49,17 +49,17 @@ class CrystalEncoder:
     def from_registry(
         cls, ref: str = CHAMPION, registry_uri: str | None = None, device: str | None = None
     ) -> CrystalEncoder:
-        """Pull an encoder by name; afterwards it is in a cache of this machine, and works offline.
+        """Pull an encoder by name. It is cached on this machine, so that later pulls work offline.
 
         Only safetensors and JSON are read, checked against the digests that were registered; no code is executed.
 
         Args:
             ref: ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, or a folder.
-            registry_uri: of the MLflow server or SQLite file; MLFLOW_TRACKING_URI, else runs/mlflow.db, when left out.
+            registry_uri: URI of the MLflow server or SQLite file; if omitted, MLFLOW_TRACKING_URI, else runs/mlflow.db.
             device: see the class.
 
         Raises:
-            registry.RegistryError: where there is no such encoder, it is damaged, or of a newer format.
+            registry.RegistryError: if there is no such encoder, or it is damaged or of a newer format.
         """
         return cls.from_folder(registry.pull(ref, tracking_uri(registry_uri, RUNS)), device)
 
@@ -68,23 +68,24 @@ class CrystalEncoder:
         """Read ``encoder.safetensors`` and ``encoder.json``, as a run or a pull leaves them.
 
         Raises:
-            export.ExportError: where they are missing, damaged, or of a newer format.
+            export.ExportError: if they are missing, damaged or of a newer format.
         """
         return cls(*read_encoder(folder), Path(folder), device)
 
     def embed(self, structures: Any, refused: Literal["error", "nan"] = "error") -> NDArray[np.float32]:
-        """The representation of crystals: mean x̂, mean û and ŝ.
+        """Embed crystals: mean x̂, mean û and ŝ of each.
 
         Args:
             structures: a list of pymatgen ``Structure``, ASE ``Atoms``, CIF or JSON text, dictionaries or our
-                ``Crystal``, in any mixture; or one of them.
-            refused: what is no ordered crystal is an error that names its row, or gets a row of NaN.
+                ``Crystal``, in any mixture; or a single one.
+            refused: what to do with an input that is not an ordered crystal: raise an error that names its row, or
+                return a row of NaN.
 
         Returns:
             (n, 3W) f32.
 
         Raises:
-            RefusedStructuresError: whose ``refused`` says which rows, and why.
+            RefusedStructuresError: if an input is refused; its ``refused`` maps rows to reasons.
         """
         if refused not in ("error", "nan"):
             raise ValueError(f"refused={refused!r}: must be 'error' or 'nan'")
@@ -95,7 +96,7 @@ class CrystalEncoder:
         return rows
 
     def embed_graphs(self, graphs: Multigraphs) -> NDArray[np.float32]:
-        """The same of graphs that were built with the encoder's cutoff: (G, 3W) f32."""
+        """Embed graphs that were built with the encoder's cutoff: (G, 3W) f32."""
         return embed_graphs(self.network, self.card.expansion, graphs)
 
     def __repr__(self) -> str:

@@ -33,15 +33,15 @@ from sharding.graph import Multigraphs, concatenate
 
 
 class _Estimator(BaseEstimator):  # type: ignore[misc]
-    """What regressor and classifier share.
+    """Base class of the regressor and the classifier.
 
     Args:
         encoder: ``models:/NAME@ALIAS``, a folder, or a ``CrystalEncoder``.
-        registry_uri: of the MLflow server or SQLite file; see ``CrystalEncoder.from_registry``.
+        registry_uri: URI of the MLflow server or SQLite file; see ``CrystalEncoder.from_registry``.
         epochs, batch_size, lr, patience, warmup, freeze, layer_decay, readout: see ``tuning.FineTuning``.
         members: number of networks in the ensemble.
-        validation: share of the crystals, by whole formulas, for early stopping; where there are fewer than three
-            formulas, or it is 0, the last weights are taken.
+        validation: fraction of the crystals, in whole formulas, held out for early stopping; if it is 0, or there are
+            fewer than three formulas, the last weights are kept.
         random_state: seed, or None or a ``RandomState`` to draw a seed from.
     """
 
@@ -100,7 +100,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         if not isinstance(first, numbers.Integral):  # None, or a generator
             first = check_random_state(first).randint(2**31 - self.members)
         if first < 0:
-            raise ValueError(f"random_state={first}: a seed is 0 or more")
+            raise ValueError(f"random_state={first}: must not be negative")
         members: list[Member] = []
         for seed in range(int(first), int(first) + self.members):
             train, val = hold_out(np.arange(len(items)), formulas, self.validation, seed)
@@ -128,14 +128,14 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         return predictor.predict(_graphs(as_list(structures), predictor.card.cutoff))
 
     def save(self, folder: str | Path) -> Path:
-        """Write the fitted model, for ``cdssl predict --model FOLDER`` or ``registry.register``; data and no pickle."""
+        """Write the fitted model, for ``cdssl predict --model FOLDER`` or ``registry.register``; nothing is pickled."""
         check_is_fitted(self, "predictor_")
         write_property(Path(folder), self.members_, self.predictor_.card)
         write_model_card(Path(folder))
         return Path(folder)
 
     def __sklearn_tags__(self) -> Any:
-        """Structures are no table of numbers."""
+        """Declare that the input is a list of structures, not a table of numbers."""
         tags = super().__sklearn_tags__()
         tags.input_tags.two_d_array = False
         tags.no_validation = True
@@ -144,9 +144,9 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
 
 
 class CrystalRegressor(RegressorMixin, _Estimator):  # type: ignore[misc]
-    """Fine-tunes an encoder to numbers; see ``_Estimator`` for the parameters."""
+    """Regression by fine-tuning an encoder; see ``_Estimator`` for the parameters."""
 
-    __doc__ = f"Fine-tunes an encoder to numbers.\n{(_Estimator.__doc__ or '').partition(chr(10))[2]}"
+    __doc__ = f"Regression by fine-tuning an encoder.\n{(_Estimator.__doc__ or '').partition(chr(10))[2]}"
 
     def fit(
         self, X: Any, y: Any, *, per_atom: bool | Sequence[bool] = False, log: bool | Sequence[bool] = False
@@ -156,12 +156,12 @@ class CrystalRegressor(RegressorMixin, _Estimator):  # type: ignore[misc]
         Args:
             X: structures, as ``CrystalEncoder.embed`` takes them.
             y: (n,) or (n, T) targets, NaN where missing.
-            per_atom: whether a target grows with the cell and is learned per atom; one flag for all, or one per target.
+            per_atom: whether a target is extensive, and learned per atom; one flag for all, or one per target.
             log: whether to learn the logarithm of a target (positive, long-tailed); one flag for all, or one each.
 
         Raises:
-            RefusedStructuresError: naming the rows that are no ordered crystals.
-            TuningError: where a target has no label.
+            RefusedStructuresError: if inputs are not ordered crystals; names their rows.
+            TuningError: if a target has no label.
         """
         targets = np.asarray(y, np.float64)
         if not len(targets):
@@ -180,10 +180,10 @@ class CrystalRegressor(RegressorMixin, _Estimator):  # type: ignore[misc]
 
         Args:
             X: structures.
-            return_std: also return the standard deviation between the members.
+            return_std: also return the standard deviation over the ensemble members.
 
         Returns:
-            As ``y`` was, (n,) or (n, T); with ``return_std`` a pair of such.
+            Predictions in the shape of ``y``, (n,) or (n, T); with ``return_std``, a pair of such arrays.
         """
         mean, std = self._predict(X)
         mean, std = (mean[:, 0], std[:, 0]) if self.one_ else (mean, std)
@@ -191,17 +191,17 @@ class CrystalRegressor(RegressorMixin, _Estimator):  # type: ignore[misc]
 
 
 class CrystalClassifier(ClassifierMixin, _Estimator):  # type: ignore[misc]
-    """Fine-tunes an encoder to classes; see ``_Estimator`` for the parameters."""
+    """Classification by fine-tuning an encoder; see ``_Estimator`` for the parameters."""
 
-    __doc__ = f"Fine-tunes an encoder to classes.\n{(_Estimator.__doc__ or '').partition(chr(10))[2]}"
+    __doc__ = f"Classification by fine-tuning an encoder.\n{(_Estimator.__doc__ or '').partition(chr(10))[2]}"
 
     def fit(self, X: Any, y: Any) -> Self:
-        """Train on structures and the name or number of each one's class, (n,); None or NaN where it is not known.
+        """Train on structures and their classes, (n,): names or numbers, None or NaN if unknown.
 
         Raises:
-            RefusedStructuresError: naming the rows that are no ordered crystals.
+            RefusedStructuresError: if inputs are not ordered crystals; names their rows.
         """
-        given = list(y)  # as it is: an array of text would turn NaN into a word
+        given = list(y)  # not np.asarray(y): an array of strings would turn NaN into "nan"
         known = np.array([_is_known(v) for v in given], bool)
         labels = np.asarray([v for v, there in zip(given, known, strict=True) if there])
         self.classes_, found = np.unique(labels, return_inverse=True)
@@ -217,15 +217,15 @@ class CrystalClassifier(ClassifierMixin, _Estimator):  # type: ignore[misc]
         return self._predict(X).mean
 
     def predict(self, X: Any) -> NDArray[Any]:
-        """The likeliest class: (n,)."""
+        """The most probable class: (n,)."""
         chance = self.predict_proba(X)
         return np.asarray(self.classes_[chance.argmax(axis=1)])
 
 
 def _is_known(value: Any) -> bool:
     try:
-        return value is not None and bool(value == value)  # NaN alone is not itself
-    except TypeError:  # pandas' NA does not say
+        return value is not None and bool(value == value)  # only NaN differs from itself
+    except TypeError:  # pandas.NA has no truth value
         return False
 
 

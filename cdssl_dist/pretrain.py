@@ -30,7 +30,7 @@ from sharding.sources.streams import is_remote, local_path
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, register the encoder, say what came out."""
+    """Train and register the encoder, or replay a step."""
     parser = Parser(
         "cdssl pretrain", "Pretrain a crystal encoder on a data set of shards, on the workers of a Ray cluster."
     )
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--allow-changed",
         metavar="KEY[,KEY]",
-        help="keys that may differ from those the run began with, e.g. optim.lr; data for the data set",
+        help="settings that may differ from those the run began with, e.g. optim.lr; data for the data set",
     )
     parser.add_argument(
         "--replay-step",
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.replay_step:
         if args.config or args.overrides or args.allow_changed:
-            raise UseError("--replay-step takes all settings from the run: leave out --config and the others")
+            raise UseError("--replay-step takes all settings from the run: leave out --config and other settings")
         print(table(replay(*parse_place(args.replay_step))))
         return 0
     config = load(args.config, args.overrides)
@@ -62,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def pretrain(config: Config) -> int:
-    """Run one pretraining, from where it stopped before; returns the exit code."""
+    """Start or resume a pretraining run; return the exit code."""
     config = located(config)
-    data = DataSet(config.data_path)  # opened here first: what is missing is said before a cluster is started
+    data = DataSet(config.data_path)  # opened here first, to fail before a cluster is started
     data.table("train"), data.table("val")
     folder = Path(config.run)
     check_name(config, folder)
@@ -75,7 +75,7 @@ def pretrain(config: Config) -> int:
 
 
 def train_and_register(config: Config, data: DataSet, folder: Path) -> int:
-    """Train on the workers of a cluster, and register what comes of it; returns the exit code."""
+    """Train on the workers of a cluster and register the encoder; return the exit code."""
     tags = {"data_digest": data.manifest.digest}
     with (
         tracking.follow_pretraining(folder, config, params=about(data.manifest), tags=tags) as tracked,
@@ -84,11 +84,11 @@ def train_and_register(config: Config, data: DataSet, folder: Path) -> int:
         complete = False
         try:
             complete = cluster.launch(config)
-        finally:  # what went wrong is to be seen, too
+        finally:  # failed runs get a report, too
             leave_report(config, complete)
     if not complete:
         how = read_status(folder).get("reason") or "stopped with its state saved"
-        print(f"{how}; run the same command again to go on ({folder})", file=sys.stderr)
+        print(f"{how}; run the same command again to continue ({folder})", file=sys.stderr)
         return cluster.PREEMPTED
 
     print(f"encoder: {folder / 'encoder.safetensors'}")
@@ -104,11 +104,12 @@ def train_and_register(config: Config, data: DataSet, folder: Path) -> int:
 
 
 def check_name(config: Config, folder: Path) -> None:
-    """Whether the encoder could be registered as the configuration says, before the work that makes it.
+    """Check, before training, that the encoder can be registered under the configured name.
+
+    A registry that does not answer causes only a warning, since it may answer once there is something to register.
 
     Raises:
-        RegistryError: where the name is none, or holds another kind of model. A registry that does not answer may do so
-            when there is something to register, and costs a warning.
+        RegistryError: if the name is invalid, or holds another kind of model.
     """
     if config.registry.name:
         try:
@@ -118,7 +119,7 @@ def check_name(config: Config, folder: Path) -> None:
 
 
 def leave_report(config: Config, complete: bool) -> None:
-    """The page of a run that has ended or stopped, with a map of validation crystals where there is an encoder."""
+    """Write the report of a run that has ended or stopped, with a map of validation crystals if it is complete."""
     folder = Path(config.run)
     if (folder / "metrics.jsonl").exists():
         draw = (lambda: map_of_validation(folder, config.data_path)) if complete else (lambda: None)
@@ -126,29 +127,29 @@ def leave_report(config: Config, complete: bool) -> None:
 
 
 def located(config: Config) -> Config:
-    """The same with absolute paths, since workers have folders of their own."""
+    """Return the configuration with absolute paths, since each worker has its own working directory."""
     path = config.data_path if is_remote(config.data_path) else str(local_path(config.data_path).resolve())
     run = str(Path(config.run).resolve())
     return config.model_copy(update={"run": run, "data": config.data.model_copy(update={"path": path})})
 
 
 def check_and_write_config(config: Config, data: DataSet) -> None:
-    """Write the configuration into the run folder, where it holds this run or none.
+    """Write the configuration into the run folder, unless it holds another run.
 
     Raises:
-        CheckpointError: where it holds another run; ranks would find out as well, when a cluster is at hand.
+        CheckpointError: if it holds another run; the ranks check this, too, but only once a cluster is running.
     """
     folder = Path(config.run)
     for last in checkpoint.committed(folder / "checkpoints")[-1:]:
         found = checkpoint.Checkpoint(last, checkpoint.read_progress(last))
         checkpoint.check_fits(found, config, data.manifest.digest, data.counts)
     if config.engine.device == "auto" and not config.cluster.gpus_per_worker and torch.cuda.is_available():
-        print("this machine has a GPU that no worker was given: cluster.gpus_per_worker=1 uses it", file=sys.stderr)
+        print("this machine has a GPU, but no worker is given one: cluster.gpus_per_worker=1 uses it", file=sys.stderr)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def about(manifest: Manifest) -> dict[str, str]:
-    """What a run's record says of its data."""
+    """Describe the data for the tracking record of a run."""
     counts = {f"data.{split}.{name}": str(n) for split, c in manifest.splits.items() for name, n in c.items()}
     return counts | {"data.digest": manifest.digest, "data.cutoff": str(manifest.cutoff)}
 

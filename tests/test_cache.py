@@ -165,7 +165,7 @@ def test_a_dead_endpoint_is_an_error_after_the_stated_time(server: Server) -> No
     clock = Clock()
     far = DataSet(server.url, patience=clock.patience())
     server.faults = {"*": [always(busy)]}
-    with pytest.raises(DataSetError, match=rf"{shard_of(far, 4)}: not to be had in 120 s and \d+ tries.*503"):
+    with pytest.raises(DataSetError, match=rf"{shard_of(far, 4)}: not available after 120 s and \d+ tries.*503"):
         far.read(4)
     assert 110 <= clock.now <= 120
     server.faults, now = {}, clock.now
@@ -201,7 +201,7 @@ def test_a_long_wait_is_told_once(server: Server, capsys: pytest.CaptureFixture[
 
 def test_nobody_listens() -> None:
     clock = Clock()
-    with pytest.raises(DataSetError, match=r"manifest.json: not to be had in 120 s"):
+    with pytest.raises(DataSetError, match=r"manifest.json: not available after 120 s"):
         DataSet("http://127.0.0.1:9", patience=clock.patience())
     assert clock.now <= 120
 
@@ -211,13 +211,13 @@ def test_an_endpoint_that_always_stalls_mid_body(server: Server) -> None:
     far = DataSet(server.url, patience=Patience(request=0.2, give_up=1.0, first_pause=0.01))
     server.faults = {"*": [always(stall)]}
     begin = time.monotonic()
-    with pytest.raises(DataSetError, match="not to be had in 1 s"):
+    with pytest.raises(DataSetError, match="not available after 1 s"):
         far.read(0)
     assert time.monotonic() - begin < 2.0
 
 
 @pytest.mark.server
-@pytest.mark.parametrize(("fault", "message"), [(forbidden, "refused .*403"), (None, "no such file")])
+@pytest.mark.parametrize(("fault", "message"), [(forbidden, "access denied .*403"), (None, "no such file")])
 def test_what_does_not_pass_is_said_at_once(server: Server, fault: Fault | None, message: str) -> None:
     clock = Clock()
     far = DataSet(server.url, patience=clock.patience())
@@ -249,10 +249,10 @@ class NoCredentialsError(Exception):
     ("error", "message"),
     [
         (raised(FileNotFoundError("x"), S3Error()), "there is no such file"),
-        (raised(FileNotFoundError("x"), ConnectionResetError()), "not to be had in 120 s .* ConnectionResetError"),
-        (PermissionError("Forbidden"), "refused .*Forbidden"),
-        (NoCredentialsError("Unable to locate credentials"), "refused .*Unable to locate credentials"),
-        (OSError(5, "Input/output error"), "not to be had in 120 s"),
+        (raised(FileNotFoundError("x"), ConnectionResetError()), "not available after 120 s .* ConnectionResetError"),
+        (PermissionError("Forbidden"), "access denied .*Forbidden"),
+        (NoCredentialsError("Unable to locate credentials"), "access denied .*Unable to locate credentials"),
+        (OSError(5, "Input/output error"), "not available after 120 s"),
     ],
 )
 def test_errors_of_all_kinds_of_storage(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def test_the_demo_does_not_remove_its_data(
     Path("runs/demo").mkdir(parents=True)
     Path("runs/demo/a.cif").write_text("data_a\n")
     assert main(["demo", "--data", place.format(tmp_path)]) == 2
-    assert "which a demo begins by removing" in capsys.readouterr().err and Path("runs/demo/a.cif").exists()
+    assert "which the demo deletes at the start" in capsys.readouterr().err and Path("runs/demo/a.cif").exists()
 
 
 def test_the_list_of_commands() -> None:

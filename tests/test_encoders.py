@@ -286,9 +286,9 @@ def test_finetune_register_predict(
     assert cdssl(["predict", "--model", "models:/crystals@champion", "--data", str(table), "--out", "q.parquet"]) == 2
     assert "is an encoder" in capsys.readouterr().err and not Path("q.parquet").exists()
     assert cdssl(["finetune", "--encoder", "models:/volumes@champion", "--data", str(table), "--target", "volume"]) == 2
-    assert "a fine-tuned model, where an encoder is wanted" in capsys.readouterr().err
+    assert "a fine-tuned model, but an encoder is needed" in capsys.readouterr().err
     assert cdssl(["embed", "--encoder", "tuned/model", "--data", str(table), "--out", "q.parquet"]) == 2
-    assert "tuned/model: a fine-tuned model, where an encoder is wanted" in capsys.readouterr().err
+    assert "tuned/model: a fine-tuned model, but an encoder is needed" in capsys.readouterr().err
     again = ["finetune", "--encoder", str(folder), "--data", str(table), "--target", "volume", "--register", "crystals"]
     assert cdssl(again) == 2  # before it trains
     assert "'crystals' holds cdssl-encoder" in capsys.readouterr().err
@@ -409,7 +409,7 @@ def test_a_number_is_the_id_of_one_crystal(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("id,y\n1,5\nb#2,7\n")
     path = str(tmp_path / "labels.csv")
     assert read_columns(path, ["y"], ["a#1", "b#2", "a#2", "c"]) == {"y": ["5", "7", None, None]}
-    with pytest.raises(DataSetError, match=r"the id '1' is that of 'a#1' and of 'b#1'; write the whole ids"):
+    with pytest.raises(DataSetError, match=r"the id '1' fits both 'a#1' and 'b#1'; write the full ids"):
         read_columns(path, ["y"], ["a#1", "b#1"])
 
 
@@ -554,8 +554,8 @@ def test_vectors_of_others_are_probed(
     pq.write_table(own.drop_columns(["embedding"]), "none.parquet")
     for said, why in (
         ("few=few.parquet", "no vector for 2 of "),
-        ("none=none.parquet", "no Parquet with key and embedding"),
-        ("gone=gone.parquet", "no Parquet with key and embedding"),
+        ("none=none.parquet", "not a Parquet file with key and embedding"),
+        ("gone=gone.parquet", "not a Parquet file with key and embedding"),
         ("encoder=own.parquet", "where NAME is not one of encoder"),
         ("own.parquet", "must be NAME=FILE"),
     ):

@@ -133,7 +133,7 @@ def test_a_stop_that_cannot_save_in_time_ends_all_the_same(data_folder: Path, tm
     seen = run.step()
     run.driver.send_signal(signal.SIGTERM)
     assert run.driver.wait(120) == 75
-    assert "not saved within 5 s: the checkpoint before it stands" in run.said.read_text()
+    assert "not saved within 5 s: the last checkpoint remains" in run.said.read_text()
     assert "with its state saved" not in run.said.read_text()
     assert not psutil.wait_procs(orphans, timeout=60)[1]
 

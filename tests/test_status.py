@@ -62,7 +62,7 @@ def test_a_run_that_says_it_trains_and_is_silent(tmp_path: Path) -> None:
     write_run(tmp_path, end=START)
     seen = live.snapshot(str(tmp_path))
     assert seen.state == "silent" and seen.seconds_left is None
-    assert "no word for" in live.page(seen) and not seen.over
+    assert "no output for" in live.page(seen) and not seen.over
 
 
 def test_only_the_end_of_a_long_log_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +80,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert status.main([str(tmp_path), "--follow"]) == 1  # and ends by itself
     assert "failed  step 40/100" in capsys.readouterr().out
     assert status.main([str(tmp_path / "elsewhere")]) == 2
-    assert "no run is here" in capsys.readouterr().err
+    assert "no run here" in capsys.readouterr().err
 
 
 def test_a_run_that_never_got_beyond_its_start(tmp_path: Path) -> None:

@@ -664,7 +664,7 @@ def test_what_cannot_be_is_said(toy: Path, encoder: Path, tmp_path: Path, capsys
     wrong("linear is solved and has no rates", "arms.scratch.readout=linear")
     wrong("probes.scratch: an arm has the same name", "probes.scratch.vectors=x.parquet")
     wrong("ridge: this name is reserved for a baseline", "probes.ridge.vectors=x.parquet")
-    wrong("x.parquet: no Parquet with key and embedding", "probes.mine.vectors=x.parquet")
+    wrong("x.parquet: not a Parquet file with key and embedding", "probes.mine.vectors=x.parquet")
     wrong("a size of 200 labels is asked for, but only", "targets.mass.sizes=[200]")
     wrong("no rate can be chosen", "sweep.sizes=[90]")
     wrong(

@@ -118,11 +118,11 @@ def test_keys_that_do_not_exist_are_named(data: DataSet, rows: list[dict]) -> No
     [
         ("natoms < 3", "no column 'natoms'; did you mean 'n_atoms'"),
         ("n_atoms <", "cannot read the condition"),
-        ("n_atoms", "a comparison is wanted"),
+        ("n_atoms", "expected a comparison"),
         ("1 < 2", "names no column"),
         ("__import__('os').getcwd() == 'a'", "cannot read the condition"),
-        ("n_atoms in 'abc'", "wants a list"),
-        ("n_atoms == None", "None cannot be compared with"),
+        ("n_atoms in 'abc'", "needs a list"),
+        ("n_atoms == None", "None cannot be used in a comparison"),
         ("n_atoms < 'three'", "cannot be read with the condition"),
         ("(" * 500 + "n_atoms < 3" + ")" * 500, "cannot read the condition"),
     ],
@@ -148,7 +148,7 @@ def test_conditions_are_expressions() -> None:
 def test_a_foreign_graph_table(folder: Path, data: DataSet) -> None:
     chosen = select(data, where="n_atoms <= 6")
     moved = chosen.set_column(1, "block", [np.roll(np.asarray(chosen["block"]), 5)])
-    with pytest.raises(DataSetError, match=r"graphs.parquet is of another data set"):
+    with pytest.raises(DataSetError, match=r"graphs.parquet belongs to another data set"):
         read(data, moved)
 
 
@@ -213,7 +213,7 @@ def test_conditions_on_what_is_no_data_set() -> None:
 def test_what_a_target_must_be(folder: Path) -> None:
     with pytest.raises(DataSetError, match="no label 'gap'; known are e"):
         load_labeled(str(folder), "gap", 5.0)
-    with pytest.raises(DataSetError, match=r"a cutoff of 5.0 Å, the encoder wants 4.0"):
+    with pytest.raises(DataSetError, match=r"a cutoff of 5.0 Å, the encoder needs 4.0"):
         load_labeled(str(folder), "e", 4.0)
 
 

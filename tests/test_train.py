@@ -462,7 +462,7 @@ def test_one_process_trains_into_a_folder(
     (tmp_path / "run").mkdir()
     with alone(tmp_path / "run"):
         assert cdssl(["pretrain", f"run={tmp_path / 'run'}", f"data.path={data_folder}"]) == 2
-    assert "another process trains into this folder" in capsys.readouterr().err
+    assert "another process is training in this folder" in capsys.readouterr().err
     with alone(tmp_path / "run"):
         pass
 
@@ -703,7 +703,7 @@ def test_a_raw_deepspeed_section_must_not_contradict(raw: dict[str, Any], key: s
     [
         ({"stage": 0, "precision": "bf16"}, "engine: .*bf16 copy.*set stage=1"),
         ({"stage": 3}, "engine: .*stage=3: .*use stage 0, 1 or 2"),
-        ({"kernels": "triton"}, "two ways through the edges: choose one"),
+        ({"kernels": "triton"}, "both replace the edge path: choose one"),
     ],
 )
 def test_what_compiled_code_does_not_go_with(engine: dict[str, Any], said: str) -> None:
@@ -757,7 +757,7 @@ def test_workers_without_gpus_see_none(monkeypatch: pytest.MonkeyPatch, tmp_path
 @pytest.mark.parametrize("key", ["optimizer", "scheduler", "fp16", "amp", "train_batch_size"])
 def test_a_raw_deepspeed_section_does_not_stand_for_ours(key: str) -> None:
     settings = EngineSettings(stage=1, precision="fp32", micro_steps=1, clip=1.0, extra={key: {}})
-    with pytest.raises(ValueError, match=rf"deepspeed\.{key} would do nothing here, or harm: .* decides this"):
+    with pytest.raises(ValueError, match=rf"deepspeed\.{key} does nothing here, or does harm: set .* instead"):
         deepspeed_config(settings)
 
 

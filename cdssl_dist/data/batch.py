@@ -1,4 +1,4 @@
-"""Packs on their way to the model: narrow integers that travel, and the widened, mirrored batch on the device.
+"""Packs: narrow integers for transfer, and the widened batch, with both edge directions, on the device.
 
 Shape suffixes here and in the model: G graphs, N atoms, H half edges, E = 2H directed edges, K blocks.
 """
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-NO_BLOCK = 2**32 - 1  # what padding atoms belong to
+NO_BLOCK = 2**32 - 1  # block number of padding atoms
 
 
 class PackShape(NamedTuple):
@@ -27,7 +27,7 @@ class PackShape(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RawPack:
-    """A pack as it travels: per-graph counts, indices inside a graph, integers as stored.
+    """A pack as it is transferred: per-graph counts, indices within a graph, integers as stored.
 
     Padding is one last graph that owns all padding atoms and half edges (self edges of its first atom); graphs
     between the real ones and that one are empty.
@@ -47,7 +47,7 @@ class RawPack:
     block_graphs: Tensor  # (K + 1,) i64
 
     def to(self, device: torch.device) -> RawPack:
-        """Copy to a device, without waiting where the memory is pinned."""
+        """Copy to a device, asynchronously if the memory is pinned."""
         return RawPack(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
     def pin(self) -> RawPack:
@@ -57,7 +57,7 @@ class RawPack:
 
 @dataclass(frozen=True, slots=True)
 class GraphBatch:
-    """A pack as the model takes it. Directed edges are sorted by the atom that receives the message."""
+    """A pack as model input. Directed edges are sorted by the atom that receives the message."""
 
     atomic_numbers: Tensor  # (N,) i64
     positions: Tensor  # (N, 3) f32 | clean, Å
@@ -68,7 +68,7 @@ class GraphBatch:
     graph_of_edge: Tensor  # (E,) i64
     row_ptr: Tensor  # (N + 1,) i64 | edges of atom i are row_ptr[i] : row_ptr[i + 1]
     mirror: Tensor  # (E,) i64 | the reverse of each edge
-    half: Tensor  # (E,) i64 | the half edge that an edge and its reverse are; they have one length
+    half: Tensor  # (E,) i64 | the half edge that an edge and its reverse share, of one length
     src: Tensor  # (H,) i64 | ends of the half edges
     dst: Tensor  # (H,) i64
     shift: Tensor  # (H, 3) f32 | image of dst, in cells
@@ -106,11 +106,11 @@ def collate(
     Args:
         blocks: arrays as ``sharding.block.decode_arrays`` gives them; may be empty when ``shape`` is given.
         numbers: (block number, epoch) of each.
-        shape: what to pad to; nothing but the one padding graph and atom where left out.
+        shape: shape to pad to; if omitted, only the one padding graph and atom are added.
         index_dtype: of the edge indices of the data set.
 
     Raises:
-        ValueError: where the blocks do not fit into the shape.
+        ValueError: if the blocks do not fit into the shape.
     """
     graphs = [len(b["n_atoms"]) for b in blocks]
     atoms = [len(b["atomic_numbers"]) for b in blocks]
@@ -149,9 +149,9 @@ def collate(
 
 
 def widen(raw: RawPack) -> GraphBatch:
-    """Integers to 64 bits, indices of the whole pack, both directions of every edge, sorted by receiver.
+    """Widen integers to 64 bits, index into the whole pack, and add both directions of every edge, sorted by receiver.
 
-    Runs where ``raw`` lies; all shapes follow from the shapes of ``raw`` alone.
+    Runs on the device of ``raw``; all shapes follow from the shapes of ``raw`` alone.
     """
     n_graphs, n_total, half = len(raw.n_atoms), len(raw.positions), len(raw.edge_src)
     device = raw.n_atoms.device
@@ -163,7 +163,7 @@ def widen(raw: RawPack) -> GraphBatch:
     first_of_half = first_atom.index_select(0, graph_of_half)
     src, dst = raw.edge_src.long() + first_of_half, raw.edge_dst.long() + first_of_half
 
-    # The half list is sorted by src, so only dst is. An atom's edges are those that it is the src of, then the others.
+    # The half list is sorted by src, so sort only by dst. Of an atom's edges, those that it is the src of come first.
     atoms, halves = torch.arange(n_total + 1, device=device), torch.arange(half, device=device)
     sorted_dst, by_dst = torch.sort(dst.int(), stable=True)
     as_src, as_dst = torch.searchsorted(src, atoms), torch.searchsorted(sorted_dst, atoms.int())
@@ -212,7 +212,7 @@ def _counter(raw: RawPack, counts: Tensor, total: int) -> Tensor:
 
 
 def to_pyg(batch: GraphBatch) -> Any:
-    """The batch as a ``torch_geometric.data.Batch``, without its padding graphs, for people who want one.
+    """Convert the batch into a ``torch_geometric.data.Batch``, without its padding graphs.
 
     ``edge_index[0]`` is the sender and ``[1]`` the receiver, as torch_geometric passes messages.
     """
@@ -220,7 +220,7 @@ def to_pyg(batch: GraphBatch) -> Any:
 
     real = [g for g in range(batch.n_graphs - 1) if batch.atoms_of_graph[g]]
     first = torch.cumsum(batch.atoms_of_graph, 0) - batch.atoms_of_graph
-    # Of the two directions of a self image, either may be the one that is stored.
+    # For an edge to an atom's own image, either direction may be taken as the stored one.
     edge = torch.arange(len(batch.mirror), device=batch.mirror.device)
     stored = (batch.receiver == batch.src[batch.half]) & (batch.scored | (edge < batch.mirror))
     shift = torch.where(stored[:, None], batch.shift[batch.half], -batch.shift[batch.half])

@@ -1,8 +1,9 @@
-"""Whole shards on the disk of a node, shared by its processes, bounded, the least recently used leaving first.
+"""A bounded cache of whole shards on a node's disk, shared by its processes; evicts the least recently used first.
 
-A shard is named by its SHA-256, so that data sets may share the folder. It is loaded into ``<sha256>.part`` and renamed
-to ``<sha256>.tar`` when it is whole and right. Who loads it holds a lock on the ``.part``, which ends with the process:
-one without a lock was left by a crash. What is removed while a process reads it stays readable to that process.
+A shard is named by its SHA-256, so that data sets may share the folder. It is downloaded to ``<sha256>.part``, and
+renamed to ``<sha256>.tar`` once complete and verified. The process that downloads it holds a lock on the ``.part``,
+which ends with the process: one without a lock was left by a crash. A shard that is removed while a process reads it
+stays readable to that process.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from typing import Final
 
 from cdssl_dist.data.waiting import Patience, warn
 
-RETRY_AFTER: Final = 600.0  # s, after which a shard, or a disk, that could not be used is tried again
-LOOK: Final = 0.05  # s between two looks at a lock
+RETRY_AFTER: Final = 600.0  # s before a shard or disk that could not be used is tried again
+LOOK: Final = 0.05  # s between two attempts to take a lock
 CHUNK: Final = 2**20  # bytes
 FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
-Download = Callable[[int], None]  # writes a shard to an open file; its errors are no OSErrors but where writing fails
+Download = Callable[[int], None]  # writes a shard to an open file; raises OSError only if writing fails
 
 
 class _UnkeptError(Exception):
-    """This shard cannot be kept here."""
+    """This shard cannot be cached."""
 
 
 def default_folder() -> Path:
@@ -40,28 +41,29 @@ class ShardCache:
     """A bounded folder of shards.
 
     Args:
-        folder: shared by the processes of a node; made where it is missing.
-        limit: bytes that the files in it have together.
-        patience: of waiting for a shard that another process loads.
+        folder: shared by the processes of a node; created if missing.
+        limit: maximum total size of its files, bytes.
+        patience: how long to wait for a shard that another process is loading.
     """
 
     def __init__(self, folder: Path, limit: int, patience: Patience | None = None) -> None:
         self.folder, self.limit = folder, limit
         self.patience = patience or Patience()
         self._refused: dict[str, float] = {}  # SHA-256, or "" for all → until when
-        self._told = set[str]()  # what is refused, said once of each
+        self._told = set[str]()  # kinds of refusals already reported
 
     def open(self, sha256: str, size: int, download: Download, stop: Event | None = None) -> int | None:
-        """A descriptor of a shard, loaded first where it is not here.
+        """Return a descriptor of a shard, loading it first if it is not cached.
 
         Args:
-            sha256, size: what it must be; size in bytes.
+            sha256, size: expected digest, and size in bytes.
             download: called with an open, empty file to write it to.
             stop: ends waiting with ``StoppedError``.
 
         Returns:
-            None where it cannot be kept (a full disk, a shard larger than the limit or with another SHA-256, a process
-            that loads it and does not come to an end): the caller must do without. It is not tried again for a while.
+            The descriptor, or None if the shard cannot be cached (a full disk, a shard larger than the limit or with
+            another SHA-256, another process that does not finish loading it): the caller must do without the cache.
+            It is not tried again for a while.
         """
         if self._is_refused("") or self._is_refused(sha256):
             return None
@@ -75,7 +77,7 @@ class ShardCache:
         return None
 
     def drop(self, sha256: str, descriptor: int) -> None:
-        """Remove a shard that was found to be damaged, unless another process has replaced it already."""
+        """Remove a damaged shard, unless another process has replaced it already."""
         path = self.folder / f"{sha256}.tar"
         with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(path), os.fstat(descriptor)):
@@ -88,25 +90,25 @@ class ShardCache:
                 return found
             with _locked(path.with_suffix(".part")) as part:
                 if part is not None:
-                    found = _open(path)  # loaded while we came here
+                    found = _open(path)  # another process has just loaded it
                     return self._load(part, path, size, download) if found is None else found
             self.patience.pause(LOOK, stop)
-        raise _UnkeptError(f"has been on its way in another process for {self.patience.give_up:g} s")
+        raise _UnkeptError(f"has been loading in another process for {self.patience.give_up:g} s")
 
     def _load(self, part: int, path: Path, size: int, download: Download) -> int:
-        """Fill the locked ``.part`` and give it its name."""
+        """Download into the locked ``.part``, verify it and rename it."""
         for _ in range(2):
             os.ftruncate(part, 0)  # a crash may have left something
             self._reserve(part, size)
             download(part)
             if _sha256(part) == path.stem:
-                # Not synced: what a crash of the machine spoils, the checksum of a block tells.
+                # Not synced: damage by a crash of the machine is found by the checksums of the blocks.
                 os.replace(path.with_suffix(".part"), path)
                 return os.dup(part)
-        raise _UnkeptError("does not come with the SHA-256 that the manifest gives it")
+        raise _UnkeptError("does not have the SHA-256 in the manifest")
 
     def _reserve(self, part: int, size: int) -> None:
-        """Make room, and take it on the disk, so that a full disk is known before anything is loaded."""
+        """Make room and allocate it on disk, so that a full disk is noticed before the download."""
         end = self.patience.clock() + self.patience.give_up
         while self.patience.clock() < end:
             with _locked(self.folder / "lock") as lock:
@@ -123,12 +125,12 @@ class ShardCache:
                 while not _allocate(part, size):
                     if not shards:
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    shards.pop(0)[2].unlink(missing_ok=True)  # others fill the disk: we give way
+                    shards.pop(0)[2].unlink(missing_ok=True)  # others filled the disk: make room
                 return
         raise _UnkeptError("found the cache locked by another process")
 
     def _content(self) -> tuple[list[tuple[int, int, Path]], int]:
-        """(last use, bytes, path) of all shards, in order, and the bytes of all files; what a crash left is removed."""
+        """Return (last use, bytes, path) of all shards, oldest first, and total bytes; remove what crashes left."""
         shards, used = [], 0
         for path in self.folder.iterdir():
             with contextlib.suppress(FileNotFoundError):
@@ -153,21 +155,21 @@ class ShardCache:
 
 
 def _open(path: Path) -> int | None:
-    """A descriptor, and the mark that it was used now."""
+    """Open a shard and mark it as used now; None if there is none."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
-    with contextlib.suppress(OSError):  # as it was removed in this moment
+    with contextlib.suppress(OSError):  # it may have been removed just now
         os.utime(path)
     return descriptor
 
 
 @contextlib.contextmanager
 def _locked(path: Path, create: bool = True) -> Iterator[int | None]:
-    """The descriptor of a locked file; None where another has the lock, or has just renamed or removed the file.
+    """Lock a file and yield its descriptor; None if another process holds the lock, or just renamed or removed it.
 
-    A ``.part`` that still has its name at the end is removed.
+    A ``.part`` that was not renamed by the end is removed.
     """
     descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o600)
     try:
@@ -185,7 +187,7 @@ def _locked(path: Path, create: bool = True) -> Iterator[int | None]:
 
 
 def _names(path: Path, descriptor: int) -> bool:
-    """Whether a path is that of an open file."""
+    """Whether a path still refers to an open file."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
@@ -193,7 +195,7 @@ def _names(path: Path, descriptor: int) -> bool:
 
 
 def _allocate(descriptor: int, size: int) -> bool:
-    """Take bytes on the disk for an empty file; False where the disk is full."""
+    """Allocate disk space for an empty file; False if the disk is full."""
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, size)
@@ -208,7 +210,7 @@ def _allocate(descriptor: int, size: int) -> bool:
 
 
 def _sha256(descriptor: int) -> str:
-    """Of a whole open file."""
+    """SHA-256 of a whole open file."""
     found, at = hashlib.sha256(), 0
     while data := os.pread(descriptor, CHUNK, at):
         found.update(data)

@@ -1,4 +1,4 @@
-"""A data set as readers see it: manifest, block table, and blocks that are checked before anybody uses them."""
+"""A data set as readers see it: manifest, block table, and blocks that are verified before use."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ BATCH: Final = 2**20  # blocks
 
 
 class BadBlockError(DataSetError):
-    """Bytes that are not those of the block table."""
+    """The bytes of a block do not match the checksum in the block table."""
 
 
 class DataSet:
     """An opened data set.
 
     Args:
-        folder: a path, or a URL that fsspec knows (``s3://``, ``gs://``, ``https://``, …). From a URL, manifest and
-            block table are read now, and shards when they are needed, into a folder of this node: see ``cache.py``.
-        cache_gb: largest size of that folder, 10⁹ bytes; 0 reads block by block over the network.
-        patience: how long a remote endpoint is waited for.
+        folder: a path, or a URL that fsspec supports (``s3://``, ``gs://``, ``https://``, …). From a URL, manifest and
+            block table are read now, and shards when they are needed, into a cache on this node: see ``cache.py``.
+        cache_gb: maximum size of that cache, 10⁹ bytes; 0 reads block by block over the network.
+        patience: how long to wait for a remote endpoint.
 
     Attributes:
-        blocks: columns of the block table, each (blocks,), as narrow as they are stored.
+        blocks: columns of the block table, each (blocks,), in the types they are stored in.
 
     Raises:
-        DataSetError: where the folder is not a data set, a local shard is missing or of the wrong size, or the endpoint
+        DataSetError: if the folder is not a data set, a local shard is missing or of the wrong size, or the endpoint
             is dead.
     """
 
@@ -68,27 +68,27 @@ class DataSet:
         self.checksums = self.blocks.pop("xxh3")
 
     def check_cutoff(self, cutoff: float) -> None:
-        """Whether its graphs are those that a model with this cutoff, Å, was trained on.
+        """Check that the graphs were built with a given cutoff, Å, that of a model.
 
         Raises:
-            DataSetError: where they are others.
+            DataSetError: if they were built with another one.
         """
         if abs(self.manifest.cutoff - cutoff) > 1e-6:
             raise DataSetError(
-                f"{self.name}: graphs with a cutoff of {self.manifest.cutoff} Å, the encoder wants {cutoff} Å; shard "
-                f"again with --cutoff {cutoff}, or give the database itself"
+                f"{self.name}: its graphs have a cutoff of {self.manifest.cutoff} Å, the encoder needs {cutoff} Å; "
+                f"shard again with --cutoff {cutoff}, or give the database itself"
             )
 
     @property
     def counts(self) -> dict[str, Any]:
-        """Its name, its cutoff and how much is in each split: what a person tells one data set from another by."""
+        """Name, cutoff and counts of each split, by which people can tell data sets apart."""
         return {"name": self.name, "cutoff": self.manifest.cutoff, **self.manifest.splits}
 
     def table(self, split: str) -> BlockTable:
         """The block table of a split.
 
         Raises:
-            DataSetError: where the split holds nothing.
+            DataSetError: if the split is empty.
         """
         table = table_of(self.blocks, SPLITS.index(split))
         if len(table) == 0:
@@ -103,15 +103,15 @@ class DataSet:
         return PackShape(k * largest["graphs"] + 1, k * largest["atoms"] + 1, k * largest["edges"] // 2)
 
     def read(self, block: int, stop: threading.Event | None = None) -> bytes:
-        """The verified bytes of one block. Those of a remote shard are fetched once more where they are wrong.
+        """Read and verify the bytes of one block; wrong bytes of a remote shard are fetched once more.
 
         Args:
             block: its number.
-            stop: ends the waiting for an endpoint with ``StoppedError``.
+            stop: ends waiting for an endpoint, with ``StoppedError``.
 
         Raises:
-            BadBlockError: where they are not what the block table says.
-            DataSetError: where the shard is lost, or the endpoint dead.
+            BadBlockError: if they do not match the block table.
+            DataSetError: if the shard is lost, or the endpoint is dead.
         """
         shard, offset, size = (int(self.blocks[name][block]) for name in ("shard", "offset", "size"))
         wanted = int(self.checksums[block])
@@ -129,7 +129,7 @@ class DataSet:
         """Load a remote shard into the cache before its blocks are read; raises as ``read`` does.
 
         Returns:
-            False where it is not kept there, since the data set is local, or the cache refuses it.
+            False if it is not cached, because the data set is local or the cache refuses it.
         """
         return self._storage.fetch(shard, stop)
 
@@ -143,10 +143,10 @@ class DataSet:
         """Read and join the blocks of one pack.
 
         Args:
-            entries: which blocks.
-            table: that the entries point into.
-            shape: what to pad to.
-            read: in place of ``read``; what it returns None for is left out.
+            entries: the blocks, as entries of ``table``.
+            table: the block table of the split.
+            shape: shape to pad to; see ``collate``.
+            read: used instead of ``self.read``; blocks for which it returns None are left out.
         """
         found = [((b := int(table.block[e.index])), e.epoch, (read or self.read)(b)) for e in entries]
         kept = [(block, epoch, data) for block, epoch, data in found if data is not None]
@@ -155,11 +155,11 @@ class DataSet:
         return collate(blocks, [(block, epoch) for block, epoch, _ in kept], shape, index_dtype)
 
     def open(self, name: str) -> IO[bytes]:
-        """A file of the data set other than a shard, to read and to seek in."""
+        """Open a file of the data set other than a shard, for reading and seeking."""
         return self._storage.open(name)
 
     def close(self) -> None:
-        """Close the shards that were read; they are opened again where they are asked for again."""
+        """Close the open shards; reading opens them again."""
         self._storage.close()
 
     def __enter__(self) -> DataSet:
@@ -172,15 +172,15 @@ class DataSet:
 
 
 def no_split(path: str) -> DataSetError:
-    """What is said where a part is asked for of something that has none."""
-    return DataSetError(f"{path}: not a data set of shards, so there is no split and no condition to choose by")
+    """The error for a split or condition on something that is not a data set of shards."""
+    return DataSetError(f"{path}: not a data set of shards, so crystals cannot be chosen by split or condition")
 
 
 def is_data_set(path: str) -> bool:
-    """Whether there is a manifest below a path or URL, or the work of a sharding that was not finished.
+    """Whether a path or URL holds a manifest, or the work of an unfinished sharding.
 
     Raises:
-        DataSetError: where the endpoint of a URL is dead.
+        DataSetError: if the endpoint of a URL is dead.
     """
     if path.split(":", 1)[0] in SCHEMES:
         return False
@@ -189,12 +189,12 @@ def is_data_set(path: str) -> bool:
         return any((folder / name).exists() for name in ("manifest.json", WORK))
     try:
         return Remote(path).has("manifest.json")
-    except DeniedError:  # what S3 says of a file that is not there, to those who may not list
+    except DeniedError:  # S3's answer for a missing file, to those who may not list the bucket
         return False
 
 
 def _fetch_tables(remote: Remote) -> tuple[Manifest, dict[str, NDArray[Any]]]:
-    """Manifest and block table of a remote data set, checked as local ones are."""
+    """Fetch the manifest and block table of a remote data set, and check them like local ones."""
     if not remote.has("manifest.json"):
         raise DataSetError(f"{remote.name}: not a data set, manifest.json is missing")
     with tempfile.TemporaryDirectory(prefix="cdssl-") as folder:
@@ -208,9 +208,9 @@ def _fetch_tables(remote: Remote) -> tuple[Manifest, dict[str, NDArray[Any]]]:
 
 
 def _read_blocks(folder: Path, manifest: Manifest) -> dict[str, NDArray[Any]]:
-    """The block table, checked against the manifest: column → (blocks,), as narrow as it is stored.
+    """Read the block table and check it against the manifest: column → (blocks,), in the type it is stored in.
 
-    Column after column, in batches: a table of 2·10⁷ blocks is 0.9 GB, and never in memory twice.
+    Reads column by column, in batches, so that a table of 2·10⁷ blocks (0.9 GB) is never in memory twice.
     """
     path = folder / "blocks.parquet"
     try:

@@ -39,7 +39,7 @@ class Labeled:
     groups: list[str]  # crystals of one group never straddle a split
     names: tuple[str, ...]  # of the targets
     units: tuple[str, ...]
-    columns: dict[str, list[Any]]  # further columns that were asked for, (n,) each; None where a crystal has no value
+    columns: dict[str, list[Any]]  # further columns requested, (n,) each; None if a crystal has no value
     sources: list[dict[str, str]]  # name, licence, cite
 
     def __len__(self) -> int:
@@ -52,7 +52,7 @@ class Labeled:
 
 
 def volume(graphs: Multigraphs) -> NDArray[np.float64]:
-    """Å³ of each cell: (G,)."""
+    """Volume of each cell, Å³: (G,)."""
     return np.abs(np.linalg.det(graphs.lattice.astype(np.float64)))
 
 
@@ -64,7 +64,7 @@ def density(graphs: Multigraphs) -> NDArray[np.float64]:
 
 
 def volume_per_atom(graphs: Multigraphs) -> NDArray[np.float64]:
-    """Å³ per atom: (G,)."""
+    """Volume per atom, Å³: (G,)."""
     return volume(graphs) / graphs.n_atoms
 
 
@@ -94,22 +94,22 @@ def load_labeled(
     classes: bool = False,
     unlabeled: bool = False,
 ) -> Labeled:
-    """Crystals that have a target.
+    """Load the crystals that have at least one target.
 
     Args:
         path: a data set of shards, a folder or a URL, or anything that ``cdssl shard`` reads.
-        targets: labels or columns, or some of ``COMPUTED``. A crystal needs one of them to be taken.
-        cutoff: of the encoder that will see them, Å.
-        split: which split of a data set of shards; all of them where left out.
-        keys: ids of crystals; the result is in this order, less those without a target.
+        targets: names of labels or columns, or of ``COMPUTED`` targets.
+        cutoff: of the encoder that will use the graphs, Å.
+        split: a split of a data set of shards; all of them if omitted.
+        keys: ids of crystals; the result is in this order, without those that have no target.
         where: a condition on columns of the graph table of a data set of shards; see ``subset.condition``.
-        columns: further columns to read, numbers or text: of the CSV or Parquet file itself, or of ``table``.
+        columns: further columns to read, numbers or text: from the CSV or Parquet file itself, or from ``table``.
         table: a CSV or Parquet file that holds labels and columns, by the ids of the crystals.
-        classes: the one target names a class, so it may be text; it is read like ``columns``, not as a number.
-        unlabeled: take crystals without any target, too.
+        classes: the only target is a class name, so it may be text; it is read like ``columns``, not as a number.
+        unlabeled: include crystals without any target, too.
 
     Raises:
-        DataSetError: where a target, a column or a key does not exist, no crystal has a target, or the cutoff is
+        DataSetError: if a target, a column or a key does not exist, no crystal has a target, or the cutoff is
             another one.
     """
     names = (targets,) if isinstance(targets, str) else tuple(targets)
@@ -141,7 +141,7 @@ def load_labeled(
     values[~np.isfinite(values)] = np.nan
     for t, name in enumerate(names):
         if len(values) and np.isnan(values[:, t]).all():
-            hint = "" if classes else ": is the column there, and of numbers? A column of text is for classes"
+            hint = "" if classes else ": does the column exist, and hold numbers? A column of text is for classes"
             raise DataSetError(f"{path}: no crystal has a finite value of {name!r}{hint}")
     known = np.flatnonzero(np.isfinite(values).any(axis=1))
     if unlabeled:
@@ -158,13 +158,13 @@ def load_labeled(
 
 
 def _numbers(path: str, name: str, column: Sequence[Any]) -> list[float]:
-    """The numbers of a column, NaN where there is none."""
+    """Convert a column to numbers, NaN if missing; a column of both numbers and text is an error."""
     values = [math.nan if (v := number(x)) is None else v for x in column]
     known = sum(map(math.isfinite, values))
     if known and (texts := [x for x in column if isinstance(x, str) and number(x) is None and not is_missing(x)]):
         raise DataSetError(
-            f"{path}: {len(texts)} values of {name!r} are text, such as {texts[0]!r}, and {known} are numbers; to drop "
-            "them could bias what is learned: make them numbers, or leave them empty"
+            f"{path}: {len(texts)} values of {name!r} are text, such as {texts[0]!r}, and {known} are numbers; "
+            "dropping them could bias what is learned: make them numbers, or leave them empty"
         )
     return values
 
@@ -175,7 +175,7 @@ def class_names(column: Sequence[Any]) -> tuple[str, ...]:
 
 
 def _class(value: Any) -> str | None:
-    """The name of a class; 1, 1.0 and "1" are one."""
+    """The name of a class, None if missing; 1, 1.0 and "1" are the same class."""
     text = "" if value is None else str(value).strip()
     if text.lower() in MISSING:
         return None
@@ -236,7 +236,7 @@ def _from_source(path: str, targets: list[str], cutoff: float, keys: Sequence[st
         print(f"{path}: {refused.total():,} inputs cannot be used: {reasons}{more}", file=sys.stderr)
     if repeated:
         print(
-            f"{path}: {repeated} crystals have the id of an earlier one; the first of each id is taken", file=sys.stderr
+            f"{path}: {repeated} crystals have the id of an earlier one; the first of each id is used", file=sys.stderr
         )
     if not parts or sum(len(p) for p in parts) == 0:
         hint = "; a column of text is for classes" if "label" in reasons else ""
@@ -246,7 +246,7 @@ def _from_source(path: str, targets: list[str], cutoff: float, keys: Sequence[st
         place = {key: i for i, key in enumerate(graphs.keys)}
         if absent := [key for key in keys if key not in place]:
             raise DataSetError(
-                f"{path}: {len(absent)} of {len(keys)} keys are not in it, as {absent[0]!r}; those that are look like "
+                f"{path}: {len(absent)} of {len(keys)} keys are not in it, e.g. {absent[0]!r}; its keys look like "
                 f"{graphs.keys[0]!r}"
             )
         graphs, groups = graphs.take(np.array([place[k] for k in keys])), [groups[place[k]] for k in keys]
@@ -255,7 +255,7 @@ def _from_source(path: str, targets: list[str], cutoff: float, keys: Sequence[st
 
 
 def in_batches(items: Iterator[Crystal | Refusal], size: int) -> Iterator[tuple[list[Crystal], list[Refusal]]]:
-    """Crystals some at a time, and what was refused meanwhile."""
+    """Yield batches of crystals, each with the refusals met on the way."""
     crystals: list[Crystal] = []
     refused: list[Refusal] = []
     for item in items:
@@ -271,4 +271,4 @@ def in_batches(items: Iterator[Crystal | Refusal], size: int) -> Iterator[tuple[
 
 def _known(names: dict[str, dict[str, str]]) -> str:
     listed = ", ".join([*names, *COMPUTED])
-    return f"known are {listed} (labels are carried along by cdssl shard --label NAME=COLUMN)"
+    return f"known are {listed} (cdssl shard --label NAME=COLUMN stores further labels)"

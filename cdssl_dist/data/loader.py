@@ -1,7 +1,7 @@
-"""Shards → packs, in the order of the plan, read ahead in a thread.
+"""Read packs from shards, in the order of the plan, ahead of use in a thread.
 
-Every block is checked against its checksum before it is used. What goes wrong is raised in the loop that asks for the
-next pack, never swallowed in the thread.
+Every block is verified against its checksum before use. Errors are raised in the loop that asks for the next step,
+never swallowed in the thread.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from cdssl_dist.data.waiting import POLL, StoppedError, warn
 from sharding.manifest import DataSetError
 from sharding.sources.streams import is_remote
 
-FEW: Final = 10  # bad blocks that ``skip`` always bears
-SHARE: Final = 0.01  # of the blocks read: beyond it the data are not spoiled in places but wrong
+FEW: Final = 10  # bad blocks that ``skip`` always tolerates
+SHARE: Final = 0.01  # of the blocks read: if more are bad, the data as a whole are suspect
 
 BadBlocks = Literal["error", "skip"]
 
@@ -35,7 +35,7 @@ class Step:
     edges: int  # scored edges of the whole step, all ranks, those of skipped blocks too
     packs: list[RawPack]  # one for each micro-step; empty packs are all padding
     skipped: tuple[int, ...] = ()  # blocks of this rank that were bad
-    error: str = ""  # why the run must end for them, where ranks are to raise it together
+    error: str = ""  # why they must end the run, with ``together``
 
 
 class Loader:
@@ -46,17 +46,17 @@ class Loader:
         plan: of the split.
         shape: static shape of a pack.
         rank, world_size: which lanes are read.
-        first, end: steps; ``end`` is not one of them.
-        prefetch: packs read ahead. Of a remote data set, another thread loads the shards that come after them into the
-            cache: those that each lane mixes next.
+        first, end: range of steps; ``end`` is exclusive.
+        prefetch: packs read ahead. For a remote data set, another thread loads the shards that each lane mixes next
+            into the cache.
         pin: copy packs to pinned memory, for a GPU.
-        bad_blocks: what becomes of a block that is not what the block table says. ``error`` raises ``BadBlockError``.
-            ``skip`` leaves it out of its pack and out of nothing else: order, noise and ``Step.edges`` stay what the
-            plan says. All ranks know the same normaliser without a word between them; the loss of the step is that of
-            a model without error on the block, and its gradient is smaller by the block's share, about 1/(P·k).
-            A lost shard or a dead endpoint is an error always, and so are more than 1% bad blocks.
-        together: what bad blocks end is ``Step.error``, for all ranks to raise, and is not raised here: of a rank that
-            ended alone the others would wait. The block is left out meanwhile.
+        bad_blocks: what to do with a block that does not match the block table. ``error`` raises ``BadBlockError``.
+            ``skip`` leaves it out of its pack, but changes nothing else: order, noise and ``Step.edges`` stay as
+            planned. So all ranks agree on the normaliser without communication; the step's loss is that of a model
+            without error on the block, and its gradient is smaller by the block's share, about 1/(P·k). A lost shard
+            or a dead endpoint is always an error, and so are more than 1% bad blocks, once there are more than ten.
+        together: store an error from bad blocks in ``Step.error``, for all ranks to raise together, instead of raising
+            it here, since others would wait for a rank that ended alone. The block is left out meanwhile.
 
     Raises:
         DataSetError, BadBlockError: from ``next``; steps before the bad one are delivered.
@@ -84,7 +84,7 @@ class Loader:
         self._read, self._bad = 0, 0  # blocks
         self._queue: queue.Queue[Step | BaseException | None] = queue.Queue(max(1, prefetch // self.micro))
         self._stop = threading.Event()
-        self._at = first  # the step that is read now
+        self._at = first  # the step being read
         self._threads = [threading.Thread(target=self._work, name="cdssl-loader", daemon=True)]
         if is_remote(data.folder):
             self._threads.append(threading.Thread(target=self._fetch, name="cdssl-loader-shards", daemon=True))
@@ -125,11 +125,11 @@ class Loader:
             self._put(None)
         except StoppedError:
             pass
-        except BaseException as error:  # handed over: raised where the next step is asked for
+        except BaseException as error:  # passed on, to be raised where the next step is asked for
             self._put(error)
 
     def _fetch(self) -> None:
-        """Load shards before they are read. Reading does not depend on it: what fails here is tried again there."""
+        """Load shards before they are read. Failures are ignored, since reading will try again."""
         reach = -(-self.plan.window // self.plan.blocks_per_pack)  # steps: the shards that are mixed next
         try:
             for number in range(self.first, self.end):
@@ -145,7 +145,7 @@ class Loader:
             self._put(error)
 
     def _shards(self, number: int) -> list[int]:
-        """The shards of a step, of this rank's lanes."""
+        """The shards that this rank's lanes read in a step."""
         packs = [self.plan.pack(number, lane) for lane in self.lanes]
         return list(dict.fromkeys(int(self.plan.table.shard[e.index]) for pack in packs for e in pack))
 
@@ -178,7 +178,7 @@ class Loader:
         return Step(number, self.plan.edges_of(number), packs, tuple(skipped), next(filter(None, errors), ""))
 
     def _put(self, item: Step | BaseException | None) -> None:
-        """Wait for room, but not once nobody takes any more."""
+        """Add an item to the queue, waiting for room until the loader is stopped."""
         while not self._stop.is_set():
             try:
                 return self._queue.put(item, timeout=POLL)

@@ -1,9 +1,9 @@
 """Which blocks are in which pack of which step: integer arithmetic, the same at any number of ranks.
 
-The blocks of epoch after epoch, each epoch in a seeded order of its own, form one endless stream. Steps take P·k
-blocks: the steps that lie inside an epoch (with what the epoch before left over) form a segment of the stream, and a
-segment is cut into P contiguous lanes. Pack p of a step is the next k blocks of lane p. A rank owns whole lanes, so
-that it reads few shards, and what a step holds does not depend on who reads it. The cursor of a run is its step number.
+The blocks of all epochs, each epoch in its own seeded order, form one endless stream. A step takes P·k blocks. The
+steps that fall into an epoch (starting with blocks left over from the previous one) form a segment of the stream,
+which is cut into P contiguous lanes. Pack p of a step is the next k blocks of lane p. A rank owns whole lanes, so that
+it reads few shards, and the content of a step does not depend on who reads it. The cursor of a run is its step number.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 SHARDS_MIXED: Final = 4  # consecutive shards of a lane whose blocks are shuffled together
-IDLE: Final = 0.05  # share of the ranks' time above which the user is warned
-CHUNK: Final = 2**20  # blocks; temporary arrays are no longer than this
+IDLE: Final = 0.05  # idle share of the ranks' time above which the user is warned
+CHUNK: Final = 2**20  # blocks: maximum length of temporary arrays
 
 Last = Literal["carry", "pad", "drop"]
 
@@ -36,7 +36,7 @@ class BlockTable:
         return len(self.block)
 
     def part(self, share: float) -> BlockTable:
-        """A share of the blocks, one at least, drawn once and for all: a smaller share is part of a larger one."""
+        """A fixed random share of the blocks, at least one; a smaller share is a subset of a larger one."""
         if share == 1.0:
             return self
         drawn = np.random.default_rng(0).permutation(len(self))[: max(1, round(share * len(self)))]
@@ -61,7 +61,7 @@ class EpochPlan:
         seed: of the order; hashed with the epoch.
         blocks_per_pack: k.
         packs_per_step: P.
-        last: what becomes of the blocks that do not fill a step at the end of an epoch: ``carry`` them into the next
+        last: what to do with blocks that do not fill a step at the end of an epoch: ``carry`` them into the next
             epoch, ``pad`` the last step with empty places (each epoch stands alone), or ``drop`` them.
     """
 
@@ -142,7 +142,7 @@ class EpochPlan:
         """Packs that each rank takes in a step, empty ones included.
 
         Raises:
-            ValueError: with more ranks than packs.
+            ValueError: if there are more ranks than packs.
         """
         if world_size > self.packs_per_step:
             raise ValueError(
@@ -166,11 +166,11 @@ class EpochPlan:
         return read / len(_shards(self.table))
 
     def idle(self, world_size: int) -> float:
-        """Share of the packs that ranks take which are empty, as P is no multiple of their number."""
+        """Share of the ranks' packs that are empty because P is not a multiple of the number of ranks."""
         return 1 - self.packs_per_step / (self.micro_steps(world_size) * world_size)
 
     def about(self, world_size: int) -> list[str]:
-        """What the plan costs with so many ranks, in lines for the user."""
+        """Describe the cost of the plan at this number of ranks, in lines for the user."""
         idle = self.idle(world_size)
         read = self.read_amplification(self.epoch_of(0), world_size)
         lines = [
@@ -194,9 +194,9 @@ def _random(plan: EpochPlan, epoch: int, use: str) -> np.random.Philox:
 def _shuffled(
     n: int, group_of: Callable[[slice], NDArray[Any]], groups: int, source: np.random.Philox
 ) -> NDArray[np.int64]:
-    """The numbers 0 … n − 1, sorted by their group, at random inside each: (n,).
+    """Return the numbers 0 … n − 1, sorted by group, in random order within each: (n,).
 
-    One sort of 64-bit words: group, random bits, number. No two are equal, so that all machines sort them alike.
+    Sorts 64-bit words of group, random bits and number. No two are equal, so that all machines sort them alike.
     """
     number_bits, group_bits = (n - 1).bit_length(), (groups - 1).bit_length()
     random_bits = 64 - number_bits - group_bits
@@ -222,7 +222,7 @@ def _order(plan: EpochPlan, epoch: int) -> NDArray[np.int64]:
     return _shuffled(len(plan.table), lambda part: place[plan.table.shard[part]], len(shards), source)
 
 
-@lru_cache(maxsize=3)  # two epochs of training, where shards are fetched ahead, and one of validation
+@lru_cache(maxsize=3)  # two training epochs, as shards are fetched ahead, and one of validation
 def _segment(plan: EpochPlan, epoch: int) -> NDArray[np.int64]:
     """See ``EpochPlan.segment``.
 
@@ -233,7 +233,7 @@ def _segment(plan: EpochPlan, epoch: int) -> NDArray[np.int64]:
     first, end = plan.steps_before(epoch) * plan.blocks_per_step, plan.steps_before(epoch + 1) * plan.blocks_per_step
     places = np.full(end - first, -1, np.int64)
     if plan.last == "carry":
-        for e in range(first // n, -(-end // n)):  # the rest of the epoch before, and this one as far as it goes
+        for e in range(first // n, -(-end // n)):  # what is left of the previous epoch, then this one
             begin, stop = max(first, e * n), min(end, (e + 1) * n)
             np.add(plan.order(e)[begin - e * n : stop - e * n], e * n, out=places[begin - first : stop - first])
     else:
@@ -246,7 +246,7 @@ def _segment(plan: EpochPlan, epoch: int) -> NDArray[np.int64]:
 
 
 def _mix(lane: NDArray[np.int64], window: int, source: np.random.Philox) -> None:
-    """Shuffle the places of a lane in windows; what is empty stays behind the blocks."""
+    """Shuffle the places of a lane within windows; empty places stay behind the blocks."""
 
     def group_of(part: slice) -> NDArray[np.int64]:
         return 2 * (np.arange(part.start, part.stop) // window) + (lane[part] < 0)
@@ -274,7 +274,7 @@ def _chunks(n: int) -> Iterator[slice]:
 
 
 def table_of(blocks: Any, split: int) -> BlockTable:
-    """The block table of one split, from the columns of ``blocks.parquet``; they are copied only where they must be."""
+    """The block table of one split, from the columns of ``blocks.parquet``; copied only if necessary."""
     mine = np.asarray(blocks["split"]) == split
     columns = [np.asarray(blocks[name]) for name in ("block", "shard", "scored_edges")]
     return BlockTable(*(columns if mine.all() else [column[mine] for column in columns]))

@@ -1,6 +1,6 @@
-"""Bytes from an object store or a web server: in timed requests that are repeated, and never waited for without end.
+"""Read from an object store or a web server, with timeouts and a bounded number of retries.
 
-Everything goes through fsspec, so that ``s3://`` needs s3fs and ``gs://`` gcsfs to be installed.
+Everything goes through fsspec, so ``s3://`` needs s3fs to be installed, and ``gs://`` gcsfs.
 """
 
 from __future__ import annotations
@@ -19,50 +19,50 @@ from sharding.manifest import DataSetError
 from sharding.sources.streams import redacted
 
 PIECE: Final = 4 * 2**20  # bytes of one request; a slow link must carry FETCHERS of them within ``Patience.request``
-FETCHERS: Final = 4  # requests at the same time
-PASSING: Final = (408, 425, 429)  # of HTTP's 4xx, those that may be gone when asked again
-LONG: Final = 2.0  # s; from a pause of this length on, the user is told what is waited for
+FETCHERS: Final = 4  # concurrent requests
+PASSING: Final = (408, 425, 429)  # the HTTP 4xx statuses that may pass on a retry
+LONG: Final = 2.0  # s; the user is told about pauses of this length or more
 
-CREDENTIALS: Final = ("NoCredentialsError", "DefaultCredentialsError")  # botocore's and Google's: there are none
+CREDENTIALS: Final = ("NoCredentialsError", "DefaultCredentialsError")  # of botocore and Google: no credentials found
 
 T = TypeVar("T")
 
 
 class MissingError(DataSetError):
-    """The endpoint answers, and has no such file."""
+    """The endpoint answers, but has no such file."""
 
 
 class DeniedError(DataSetError):
-    """The endpoint answers, and refuses."""
+    """The endpoint answers, but denies access."""
 
 
 class Remote:
     """The files below a URL.
 
-    Every method takes ``stop``: an event that ends the waiting with ``StoppedError``.
+    Every method takes ``stop``: an event that ends waiting, with ``StoppedError``.
 
     Raises:
-        DataSetError: where no file system is installed for the URL.
+        DataSetError: if no file system is installed for the URL.
     """
 
     def __init__(self, url: str, patience: Patience | None = None) -> None:
         self.name = redacted(url).rstrip("/")  # for messages
         self.patience = patience or Patience()
         self._system, self._root = _filesystem(url.rstrip("/"))
-        self._parts = True  # whether the server gives parts of files
+        self._parts = True  # whether the server supports range requests
         self._told = False
 
     def size(self, name: str, stop: threading.Event | None = None) -> int:
-        """Bytes of a file.
+        """Size of a file, bytes.
 
         Raises:
-            MissingError: where there is none.
-            DataSetError: where the endpoint is dead, or refuses.
+            MissingError: if there is none.
+            DataSetError: if the endpoint is dead, or refuses.
         """
 
         def checked(info: dict[str, Any]) -> int:
             if info.get("size") is None:
-                raise OSError("the server does not say how large the file is")
+                raise OSError("the server does not report the size of the file")
             return int(info["size"])
 
         return self._retried(name, lambda limit: checked(self._answer("info", name, limit, stop)), stop)
@@ -78,11 +78,11 @@ class Remote:
         """The bytes [begin, end) of a file; raises as ``size`` does."""
 
         def checked(data: bytes) -> bytes:
-            if len(data) > end - begin and len(data) >= end:  # the whole file: a plain server
+            if len(data) > end - begin and len(data) >= end:  # the whole file: the server ignores ranges
                 self._parts = False
                 data = data[begin:end]
             if len(data) != end - begin:
-                raise OSError(f"{len(data)} bytes came of {end - begin}")
+                raise OSError(f"received {len(data)} of {end - begin} bytes")
             return data
 
         def request(limit: float) -> bytes:
@@ -106,7 +106,7 @@ class Remote:
 
         Raises:
             DataSetError: as ``size`` does.
-            OSError: where it cannot be written.
+            OSError: if it cannot be written.
         """
 
         def keep(begin: int, piece: bytes) -> None:
@@ -119,7 +119,7 @@ class Remote:
         self, name: str, size: int, keep: Callable[[int, bytes], None], stop: threading.Event | None
     ) -> None:
         begin = min(PIECE, size)
-        keep(0, self.range(name, 0, begin, stop))  # by itself: it shows whether the server gives parts
+        keep(0, self.range(name, 0, begin, stop))  # alone: it shows whether ranges are supported
 
         def fetch(begin: int) -> None:
             keep(begin, self.range(name, begin, min(begin + step, size), stop))
@@ -134,7 +134,7 @@ class Remote:
                 raise
 
     def _retried(self, name: str, request: Callable[[float], T], stop: threading.Event | None) -> T:
-        """What ``request(seconds that it may take)`` returns, in the end."""
+        """Return the result of ``request(timeout)``, retried until patience runs out."""
         patience = self.patience
         begin, pause, tries, text = patience.clock(), patience.first_pause, 0, ""
         while True:
@@ -147,17 +147,17 @@ class Remote:
                 raise
             except Exception as error:  # each kind of storage has errors of its own
                 why = _behind(error)
-                if not text or limit >= patience.request:  # not that there was little time left for a last try
+                if not text or limit >= patience.request:  # ignore a last try cut short
                     text = f"{type(why).__name__}: {why}"
                 if _missing(why):
                     raise MissingError(f"{self.name}/{name}: there is no such file") from None
                 if _lasting(why):
-                    raise DeniedError(f"{self.name}/{name}: refused ({text}); is the access right?") from None
+                    raise DeniedError(f"{self.name}/{name}: access denied ({text}); check the credentials") from None
             wait = patience.uniform(pause / 2, pause)
             if patience.clock() + wait >= begin + patience.give_up:
                 raise DataSetError(
-                    f"{self.name}/{name}: not to be had in {patience.give_up:g} s and {tries} tries, the last: {text}; "
-                    "is the endpoint up, and the network?"
+                    f"{self.name}/{name}: not available after {patience.give_up:g} s and {tries} tries, the last: "
+                    f"{text}; are the endpoint and the network up?"
                 )
             if wait >= LONG and not self._told:
                 self._told = True
@@ -166,7 +166,7 @@ class Remote:
             pause = min(2 * pause, patience.longest_pause)
 
     def _answer(self, method: str, name: str, limit: float, stop: threading.Event | None, **more: Any) -> Any:
-        """One call of the file system, given up after ``limit`` seconds."""
+        """Make one call to the file system, with a timeout of ``limit`` seconds."""
         path = f"{self._root}/{name}"
         if not self._system.async_impl:  # memory, local: they do not hang
             return getattr(self._system, method)(path, **more)
@@ -178,17 +178,17 @@ class Remote:
                 if stop is not None and stop.is_set():
                     raise StoppedError
                 if time.monotonic() > end:
-                    raise TimeoutError(f"no end of the answer in {limit:g} s")
+                    raise TimeoutError(f"no complete answer within {limit:g} s")
             return future.result()
         finally:
             future.cancel()
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, one of its own, and the path in it."""
+    """Create an fsspec file system for a URL; return it, and the path in it."""
     import fsspec
 
-    # a compressed answer would have other offsets
+    # compression would change byte offsets
     options = {"headers": {"Accept-Encoding": "identity"}} if url.startswith("http") else {}
     try:
         return fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)
@@ -203,7 +203,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _behind(error: Exception) -> BaseException:
-    """What happened: fsspec's ``info`` over HTTP calls every error a missing file."""
+    """Return the underlying error, since fsspec's ``info`` over HTTP reports any error as a missing file."""
     cause = error.__cause__
     http = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
     return cause if cause is not None and http and isinstance(error, FileNotFoundError) else error

@@ -15,8 +15,8 @@ from cdssl_dist.data.cache import ShardCache
 from cdssl_dist.data.remote import PIECE, Remote
 from sharding.manifest import DataSetError
 
-OPEN_SHARDS: Final = 128  # of a process; more than it has lanes, times shards that are mixed, as a rule
-STALE: Final = 60.0  # s; a shard that left the cache is held, and takes room on the disk, while it is read more often
+OPEN_SHARDS: Final = 128  # per process; usually more than its lanes times the shards mixed
+STALE: Final = 60.0  # s; a shard evicted from the cache is closed, freeing its disk space, if not read for so long
 
 Entries = Sequence[dict[str, Any]]  # of the manifest: name, size, sha256
 
@@ -28,23 +28,23 @@ class Storage(Protocol):
         """Bytes of a shard, unverified and perhaps too few."""
 
     def fetch(self, shard: int, stop: threading.Event | None) -> bool:
-        """Bring a shard near before it is read; False where there is no nearer place, and nothing was done."""
+        """Load a shard into the cache before it is read; False if it is not cached, and nothing was done."""
 
     def distrust(self, shard: int) -> bool:
-        """Told that a shard gave wrong bytes: whether reading once more may help."""
+        """Report that a shard gave wrong bytes; return whether reading again may help."""
 
     def open(self, name: str) -> IO[bytes]:
-        """A file other than a shard."""
+        """Open a file other than a shard."""
 
     def close(self) -> None:
-        """Close all shards, for now."""
+        """Close all open shards; reading opens them again."""
 
 
 class LocalShards:
     """Shards in a folder.
 
     Raises:
-        DataSetError: where one is missing or of the wrong size.
+        DataSetError: if one is missing or of the wrong size.
     """
 
     def __init__(self, folder: Path, entries: Entries) -> None:
@@ -52,7 +52,7 @@ class LocalShards:
         self._folder, self._open = folder, _Descriptors()
         for path, entry in zip(self._paths, entries, strict=True):
             if not path.exists():
-                raise DataSetError(f"{path}: the shard is missing; copy it again from where the data set was made")
+                raise DataSetError(f"{path}: the shard is missing; copy it again from the original data set")
             if path.stat().st_size != entry["size"]:
                 raise DataSetError(
                     f"{path}: {path.stat().st_size} bytes, {entry['size']} expected; the shard is damaged"
@@ -63,17 +63,17 @@ class LocalShards:
         try:
             file = self._open.get(shard, lambda: os.open(self._paths[shard], os.O_RDONLY))
             assert file is not None
-            # Not mapped: a shard that is cut while it is read must be an error and not a bus error.
+            # Not memory-mapped: truncating a shard that is being read must raise an error, not kill the process.
             return os.pread(file.number, size, offset)
         except OSError as why:
             raise DataSetError(f"{self._paths[shard]}: the shard was lost after the start ({why.strerror})") from None
 
     def fetch(self, shard: int, stop: threading.Event | None) -> bool:
-        """The system reads ahead."""
+        """Do nothing: the operating system reads ahead."""
         return False
 
     def distrust(self, shard: int) -> bool:
-        """A disk says the same twice."""
+        """Return False: a disk would give the same bytes again."""
         return False
 
     def open(self, name: str) -> IO[bytes]:
@@ -89,7 +89,7 @@ class LocalShards:
 
 
 class RemoteShards:
-    """Shards behind a URL: read from a cache of this node, or by ranges where there is none or it cannot keep them."""
+    """Shards behind a URL: read from a cache on this node, or by range requests if they cannot be cached."""
 
     def __init__(self, remote: Remote, entries: Entries, cache: ShardCache | None) -> None:
         self._remote, self._entries, self._cache = remote, entries, cache
@@ -107,7 +107,7 @@ class RemoteShards:
         return self._open.get(shard, lambda: self._cached(shard, stop)) is not None
 
     def distrust(self, shard: int) -> bool:
-        """The cached copy is thrown away; a network may do better the second time."""
+        """Drop the cached copy; a second download may be intact."""
         file = self._open.take(shard)
         if file is not None and self._cache is not None:
             self._cache.drop(self._entries[shard]["sha256"], file.number)
@@ -133,7 +133,7 @@ class RemoteShards:
 
 
 class _RemoteFile(io.RawIOBase):
-    """A remote file as Python's ``io`` wants it."""
+    """A remote file with the interface of Python's ``io``."""
 
     def __init__(self, remote: Remote, name: str) -> None:
         self._remote, self._name, self._size, self._at = remote, name, remote.size(name), 0
@@ -157,7 +157,7 @@ class _RemoteFile(io.RawIOBase):
 
 
 class _Descriptor:
-    """An open file; closed when nobody refers to it any more, so that one thread cannot close it under another."""
+    """An open file, closed with the last reference to it, so that one thread cannot close it while another reads."""
 
     __slots__ = ("number", "used")
 
@@ -169,14 +169,14 @@ class _Descriptor:
 
 
 class _Descriptors:
-    """The shards that are open, the least recently used leaving first."""
+    """The open shards; the least recently used are closed first."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._files: OrderedDict[int, _Descriptor] = OrderedDict()
 
     def get(self, shard: int, opened: Callable[[], int | None]) -> _Descriptor | None:
-        """An open shard; else what ``opened`` returns, kept."""
+        """Return an open shard, or open it with ``opened`` and keep it."""
         with self._lock:
             if shard in self._files:
                 self._files.move_to_end(shard)
@@ -196,7 +196,7 @@ class _Descriptors:
         return file
 
     def take(self, shard: int) -> _Descriptor | None:
-        """Remove one."""
+        """Remove and return one."""
         with self._lock:
             return self._files.pop(shard, None)
 

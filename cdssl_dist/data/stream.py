@@ -1,4 +1,4 @@
-"""Crystals of any number, some at a time: for what is done to each of them, in bounded memory."""
+"""Stream any number of crystals, in chunks: for processing each of them in bounded memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Chunk = tuple[Multigraphs, list[Refusal]]
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    """What all commands take that stream crystals through a model into a file."""
+    """Add the arguments of commands that stream crystals through a model into a file."""
     p.add_argument("--registry", help="MLflow URI; if omitted, MLFLOW_TRACKING_URI, else runs/mlflow.db")
     p.add_argument("--data", required=True, help="a data set of shards, or a file or source that cdssl shard reads")
     p.add_argument("--split", choices=("train", "val", "test"), help="use this split of a data set of shards only")
@@ -47,14 +47,14 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class FromSource:
-    """Records of a database, to be parsed where the part is used."""
+    """Records of a database, to be parsed by the process that uses the part."""
 
-    source: Source  # that parses; it does not read
+    source: Source  # used to parse, not to read
     records: list[Record]
     cutoff: float
 
     def chunks(self) -> Iterator[Chunk]:
-        """Their graphs, and what was refused."""
+        """Yield their graphs, and what was refused."""
         for crystals, refused in in_batches(parse_records(self.source, self.records), AT_ONCE):
             graphs, bad = build(crystals, self.cutoff)
             name = self.source.name
@@ -69,10 +69,10 @@ class FromBlock:
     path: str
     digest: str  # of the data set
     block: int
-    keys: frozenset[str] | None = None  # all where left out
+    keys: frozenset[str] | None = None  # if omitted, all
 
     def chunks(self) -> Iterator[Chunk]:
-        """Its graphs; none is refused."""
+        """Yield its graphs; none is refused."""
         graphs = decode(_opened(self.path, self.digest).read(self.block))
         if self.keys is not None:
             graphs = graphs.take(np.array([i for i, key in enumerate(graphs.keys) if key in self.keys]))
@@ -84,20 +84,20 @@ Part = FromSource | FromBlock
 
 @functools.lru_cache(maxsize=1)
 def _opened(path: str, digest: str) -> DataSet:
-    """Once in each process."""
+    """Open a data set, once per process."""
     return DataSet(path)
 
 
 def parts_of(path: str, cutoff: float, split: str | None = None, where: str | None = None) -> Iterator[Part]:
-    """A data set of shards, block by block, or anything that ``cdssl shard`` reads, some records at a time.
+    """Cut a data set of shards into blocks, or anything else that ``cdssl shard`` reads into batches of records.
 
     Args:
         path: of either.
-        cutoff: of the model that will see the graphs, Å.
-        split, where: of a data set of shards, which crystals; see ``subset.select``.
+        cutoff: of the model that will use the graphs, Å.
+        split, where: which crystals of a data set of shards; see ``subset.select``.
 
     Raises:
-        DataSetError: where the cutoff is another one, or there is nothing to choose by.
+        DataSetError: if the cutoff is another one, or ``split`` or ``where`` is given for anything but shards.
     """
     if is_data_set(path):
         yield from _of_shards(path, cutoff, split, where)
@@ -109,7 +109,7 @@ def parts_of(path: str, cutoff: float, split: str | None = None, where: str | No
 
 
 def stream(path: str, cutoff: float, split: str | None = None, where: str | None = None) -> Iterator[Chunk]:
-    """The chunks of ``parts_of``, one after the other: one bad input costs no other."""
+    """Yield the chunks of all ``parts_of``; a bad input does not affect others."""
     for part in parts_of(path, cutoff, split, where):
         yield from part.chunks()
 
@@ -132,10 +132,10 @@ def _of_shards(path: str, cutoff: float, split: str | None, where: str | None) -
 
 
 def check_out(out: str, data: str) -> None:
-    """Whether a file of ``Rows`` can be written there.
+    """Check that ``Rows`` can be written to a path.
 
     Raises:
-        UseError: where it is no Parquet file, by its name, a folder, or the data themselves.
+        UseError: if its name is not that of a Parquet file, or it is a folder or the data themselves.
     """
     path = Path(out)
     if path.suffix != ".parquet" or path.is_dir():
@@ -149,7 +149,7 @@ class Rows:
 
     Args:
         path: of the file.
-        fields: its columns, beside ``key`` and ``refused``.
+        fields: its columns, besides ``key`` and ``refused``.
         about: metadata of the schema.
     """
 
@@ -164,7 +164,7 @@ class Rows:
         self.rows = 0
 
     def add(self, columns: dict[str, Any]) -> None:
-        """Rows by column; a column that is left out is null."""
+        """Add rows, given by column; omitted columns are null."""
         n = len(columns["key"])
         arrays = [
             pa.array(columns[f.name], f.type, from_pandas=True) if f.name in columns else pa.nulls(n, f.type)
@@ -200,18 +200,21 @@ Answers = tuple[list[dict[str, Any]], list[Refusal]]
 
 
 def write_rows(rows: Rows, parts: Iterator[Part], use: Use, what: str, workers: int = 1, threads: int = 1) -> int:
-    """Apply a function to all graphs, and write what it says, in the order of the parts.
+    """Apply a function to all graphs, and write its results, in the order of the parts.
 
     Args:
         rows: the file.
         parts: of ``parts_of``.
-        use: graphs → columns of the file; it travels to the workers.
-        what: for the progress line.
-        workers: processes; 1 does all in this one.
+        use: graphs → columns of the file; it is sent to the workers.
+        what: label of the progress line.
+        workers: number of processes; 1 does everything in this one.
         threads: of torch in each.
 
     Returns:
         The number of inputs that were refused; each has a row that says why.
+
+    Raises:
+        DataSetError: if there is no input at all.
     """
     refusals = 0
     answer = functools.partial(_answer, use, threads)

@@ -1,4 +1,4 @@
-"""Crystals from what people hold in their hands: pymatgen structures, ASE atoms, CIF or JSON text, our own."""
+"""Crystals from Python objects: pymatgen structures, ASE atoms, CIF or JSON text, our own ``Crystal``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sharding.graph import Multigraphs, build
 from sharding.sources import ReadOptions, dialects
 from sharding.sources.pieces import Fault
 
-CHUNK: Final = 256  # structures that are in memory as graphs at a time
+CHUNK: Final = 256  # structures in memory as graphs at a time
 
 
 class RefusedStructuresError(ValueError):
-    """Structures that are no ordered crystals, by the rows in which they were given."""
+    """Inputs that are not ordered crystals, by row."""
 
     def __init__(self, refused: Mapping[int, str], given: int, hint: str = "") -> None:
         some = "; ".join(f"row {i}: {refused[i]}" for i in sorted(refused)[:5])
@@ -29,12 +29,12 @@ class RefusedStructuresError(ValueError):
 
 
 def graphs_of(items: Sequence[Any], cutoff: float, refused: dict[int, str]) -> Iterator[Multigraphs]:
-    """Multigraphs of structures, some at a time; their keys are the rows.
+    """Yield the multigraphs of structures, in chunks; their keys are the row numbers.
 
     Args:
         items: see ``read_crystal``.
         cutoff: Å.
-        refused: filled with the rows that are no ordered crystals, and why.
+        refused: filled with the rows that are not ordered crystals, and the reasons.
     """
     for first in range(0, len(items), CHUNK):
         crystals: list[Crystal] = []
@@ -49,22 +49,21 @@ def graphs_of(items: Sequence[Any], cutoff: float, refused: dict[int, str]) -> I
 
 
 def as_list(structures: Any) -> list[Any]:
-    """The structures of a list, an array or a series; one structure is a list of one."""
+    """Return structures as a list: those of a list, an array or a series, or a single one."""
     one = isinstance(structures, (str, Mapping, Crystal)) or _is_atoms(structures) or _is_structure(structures)
     return [structures] if one else list(structures)
 
 
 def read_crystal(item: Any, key: str) -> Crystal:
-    """One crystal from whatever it is given as; read as training data are read.
+    """Read one crystal from any supported form, exactly as training data are read.
 
     Args:
         item: a pymatgen ``Structure``, ASE ``Atoms``, a ``Crystal``, text or a dictionary. Text is a CIF, or the JSON
-            of a ``Structure`` or of another dialect that ``sharding`` reads; a dictionary is such a JSON.
+            of a ``Structure`` or of another dialect that ``sharding`` reads; a dictionary is such JSON, parsed.
         key: of the crystal.
 
-
     Raises:
-        RefusedError: where it is none, or not an ordered one.
+        RefusedError: if it is not a crystal, or not an ordered one.
     """
     try:
         found = list(_read(item, key))
@@ -92,12 +91,12 @@ def _read(item: Any, key: str) -> Iterable[Crystal | Fault]:
     elif _is_structure(item):
         item = item.as_dict()
     if not isinstance(item, Mapping):
-        raise RefusedError("unparsable", f"a {type(item).__name__} is no structure: give CIF or JSON text")
+        raise RefusedError("unparsable", f"a {type(item).__name__} is not a structure: give CIF or JSON text")
     return dialects.crystals(item, key, "", ReadOptions())
 
 
 def _read_cif(text: str, key: str) -> Iterable[Crystal | Fault]:
-    """With the first of gemmi, pymatgen and ASE that is installed."""
+    """Read CIF with gemmi, pymatgen or ASE, the first that is installed."""
     if importlib.util.find_spec("gemmi"):
         from sharding.sources import cif
 

@@ -1,7 +1,7 @@
-"""Some of the crystals of a data set, for downstream jobs: chosen by the rows of its graph table, read block by block.
+"""A selection of a data set's crystals for downstream jobs, by rows of its graph table, read block by block.
 
-Of the graph table only the columns that are asked for are read, and of the shards only the blocks that hold a chosen
-crystal. The result is in memory.
+Only the requested columns of the graph table are read, and only the blocks that hold a selected crystal. The result
+is in memory.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def select(
         split: one of ``SPLITS``.
         keys: ids of crystals; the rows come in this order, else in that of the blocks.
         where: see ``condition``.
-        having: columns with a value that is neither missing nor NaN.
-        columns: to read beside ``key`` and ``block``.
+        having: columns whose values must be neither missing nor NaN.
+        columns: to read besides ``key`` and ``block``.
 
     Raises:
-        DataSetError: where a key, a split or a column does not exist, or the condition cannot be read.
+        DataSetError: if a key, a split or a column does not exist, or the condition cannot be read.
     """
     if split is not None and split not in SPLITS:
         raise DataSetError(f"no split {split!r}; known are {', '.join(SPLITS)}")
@@ -72,8 +72,8 @@ def select(
                 conditions += [~pc.field(column).is_null(nan_is_null=True) for column in having]
                 conditions += [pc.field("key").isin(list(keys))] if keys is not None else []
                 needed = dict.fromkeys([*wanted, *having, *(n for n in names if where and n in where)])
-                # A part holds one split, so others are passed over; the other conditions are not left to Parquet: it
-                # would leave out row groups by their range of values, which says nothing of NaN.
+                # A part holds one split, so others are skipped; the other conditions are not left to Parquet, which
+                # skips row groups by their ranges of values, and these ignore NaN.
                 rows = pq.read_table(file, columns=list(needed), filters=[("split", "==", split)] if split else None)
                 chosen = rows.filter(reduce(operator.and_, conditions)) if conditions else rows
                 parts.append(chosen.select(wanted))
@@ -85,10 +85,10 @@ def select(
 
 
 def read(data: DataSet, rows: pa.Table) -> Multigraphs:
-    """The crystals of some rows of the graph table, in their order, with their labels.
+    """Read the crystals of some rows of the graph table, in that order, with their labels.
 
     Raises:
-        DataSetError: where there are no rows, a block is bad, or it does not hold what the graph table says.
+        DataSetError: if there are no rows, a block is bad, or it does not match the graph table.
     """
     if len(rows) == 0:
         raise DataSetError(f"{data.name}: no crystal meets the conditions")
@@ -101,7 +101,7 @@ def read(data: DataSet, rows: pa.Table) -> Multigraphs:
             parts.append(graphs.take(np.array([number[keys[i]] for i in np.flatnonzero(blocks == block)])))
         except KeyError as why:
             raise DataSetError(
-                f"{data.name}: block {block} has no {why}; graphs.parquet is of another data set"
+                f"{data.name}: block {block} has no {why}; graphs.parquet belongs to another data set"
             ) from None
     found = concatenate(parts)
     place = np.empty(len(keys), np.int64)
@@ -129,17 +129,17 @@ def elements(data: DataSet, split: str, blocks: NDArray[Any] | None = None) -> l
 
 
 def condition(text: str, names: Sequence[str]) -> pc.Expression:
-    """A condition on columns, written as in Python: ``0 < y.gap < 3 and source in ["mp", "jarvis"] or n_atoms == 2``.
+    """Parse a condition, in Python syntax: ``0 < y.gap < 3 and source in ["mp", "jarvis"] or n_atoms == 2``.
 
-    Comparisons (chained, too), ``in``, ``is None`` (missing, or not a number), ``and``, ``or``, ``not``; columns by
-    name, numbers, texts and lists of them. Nothing is executed.
+    Allowed are comparisons (also chained), ``in``, ``is None`` (missing or NaN), ``and``, ``or`` and ``not``, on column
+    names, numbers, strings and lists of these. Nothing is executed.
 
     Args:
         text: the condition.
         names: of the columns that exist.
 
     Raises:
-        DataSetError: where it is anything else, or a column does not exist.
+        DataSetError: if it is anything else, or a column does not exist.
     """
 
     def value(node: ast.expr) -> Any:
@@ -149,7 +149,7 @@ def condition(text: str, names: Sequence[str]) -> pc.Expression:
             return pc.field(name)
         constant = ast.literal_eval(node)
         if not isinstance(constant, int | float | str):
-            raise ValueError(f"{constant!r} cannot be compared with")
+            raise ValueError(f"{constant!r} cannot be used in a comparison")
         return constant
 
     def compared(left: ast.expr, sign: ast.cmpop, right: ast.expr) -> Any:
@@ -159,7 +159,7 @@ def condition(text: str, names: Sequence[str]) -> pc.Expression:
         if isinstance(sign, ast.In | ast.NotIn):
             choices = ast.literal_eval(right)
             if not isinstance(choices, list | tuple):
-                raise ValueError("'in' wants a list")
+                raise ValueError("'in' needs a list")
             found = value(left).isin(list(choices))
             return found if isinstance(sign, ast.In) else ~found
         return _COMPARE[type(sign)](value(left), value(right))
@@ -172,7 +172,7 @@ def condition(text: str, names: Sequence[str]) -> pc.Expression:
         if isinstance(node, ast.Compare):
             sides = zip([node.left, *node.comparators[:-1]], node.ops, node.comparators, strict=True)
             return reduce(operator.and_, (compared(*side) for side in sides))
-        raise ValueError("a comparison is wanted")
+        raise ValueError("expected a comparison")
 
     try:
         found = parsed(ast.parse(text.strip(), mode="eval").body)
@@ -195,7 +195,7 @@ def _known(wanted: Sequence[str], names: Sequence[str]) -> None:
 
 
 def _in_order(data: DataSet, rows: pa.Table, keys: Sequence[str], conditions: bool) -> pa.Table:
-    """Rows in the order of a list of keys. A key may miss a further condition, but it must be in the data set."""
+    """Return rows in the order of ``keys``. A key may fail a further condition, but must be in the data set."""
     place = {key: i for i, key in enumerate(rows["key"].to_pylist())}
     absent = [key for key in keys if key not in place]
     if absent and conditions:

@@ -1,4 +1,4 @@
-"""Columns of a CSV or Parquet file by the ids of crystals: splits, folds, classes, and labels that lie elsewhere."""
+"""Columns of a CSV or Parquet file, looked up by crystal id: splits, folds, classes, and separate labels."""
 
 from __future__ import annotations
 
@@ -15,40 +15,38 @@ import pyarrow.parquet as pq
 from sharding.manifest import DataSetError
 from sharding.sources.pieces import IDS
 
-KEYS: Final = ("key", *IDS, "immutable_id")  # columns that hold the id
+KEYS: Final = ("key", *IDS, "immutable_id")  # possible id columns, in order of preference
 
 
 def read_columns(
     path: str, names: Sequence[str], keys: Sequence[str], repeated: Literal["refuse", "first"] = "refuse"
 ) -> dict[str, list[Any]]:
-    """Some columns of a table, in the order of crystals.
+    """Read columns of a table, in the order of the crystals.
 
     Args:
         path: a CSV or Parquet file.
         names: of the columns.
-        keys: of the crystals. A row belongs to the crystal with its id; where ids are mere numbers, to the crystal
+        keys: of the crystals. A row belongs to the crystal with its id or, if ids are plain numbers, to the crystal
             whose key ends in # and the id.
-        repeated: what to do where rows of one id differ: refuse the table, or take the first, as of crystals.
+        repeated: what to do if rows with the same id differ: refuse the table, or use the first, as for crystals.
 
     Returns:
-        Name → a value for each crystal, None where the table has none.
+        Name → a value for each crystal, None if the table has none.
 
     Raises:
-        DataSetError: where it is no table, a column is missing, ids included, no row is a crystal's, two rows of one
-            id differ, or a number is the id of two crystals.
+        DataSetError: if the file is not a table, a column (or that of ids) is missing, no row belongs to a crystal,
+            rows with the same id differ and are refused, or a number is the id of two crystals.
     """
     values: dict[str, tuple[Any, ...]] = {}
     for key, row in rows_of(path, names):
         differ = _difference(names, values.setdefault(key, row), row)
         if differ and repeated == "refuse":
             raise DataSetError(f"{path}: two rows have the id {key!r} and differ: {differ}; keep the right one")
-    owner: dict[str, str] = {}  # of an id that is a mere number
+    owner: dict[str, str] = {}  # id that is a plain number → key
     for key in keys:
         number = key.rpartition("#")[2]
         if key not in values and number in values and owner.setdefault(number, key) != key:
-            raise DataSetError(
-                f"{path}: the id {number!r} is that of {owner[number]!r} and of {key!r}; write the whole ids"
-            )
+            raise DataSetError(f"{path}: the id {number!r} fits both {owner[number]!r} and {key!r}; write the full ids")
     nothing = (None,) * len(names)
     found = [values.get(key) or values.get(key.rpartition("#")[2]) or nothing for key in keys]
     if keys and all(row is nothing for row in found):
@@ -59,7 +57,7 @@ def read_columns(
 
 
 def rows_of(path: str, names: Sequence[str]) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """The id of every row of a CSV or Parquet file, and its values of some columns; errors as of ``read_columns``."""
+    """Yield the id of each row of a CSV or Parquet file, and its values in ``names``; raises as ``read_columns``."""
     ending = Path(path).suffix.lower()
     try:
         if ending == ".parquet":
@@ -77,19 +75,19 @@ def rows_of(path: str, names: Sequence[str]) -> Iterator[tuple[str, tuple[Any, .
                     yield str(record[key]), tuple(record[name] for name in names)
         else:
             listed = ", ".join(names)
-            raise DataSetError(f"{path}: {listed} can be read of a CSV or Parquet file; give one by --labels")
+            raise DataSetError(f"{path}: {listed} can only be read from a CSV or Parquet file; give one with --labels")
     except (OSError, pa.ArrowException, csv.Error, UnicodeDecodeError) as why:
-        raise DataSetError(f"{path}: no table that can be read ({why})") from None
+        raise DataSetError(f"{path}: cannot be read as a table ({why})") from None
 
 
 def _difference(names: Sequence[str], first: tuple[Any, ...], second: tuple[Any, ...]) -> str:
-    """Where two rows differ; two NaN do not."""
+    """Describe where two rows differ; NaN equals NaN."""
     pairs = zip(names, first, second, strict=True)
     return ", ".join(f"{name} is {a!r} and {b!r}" for name, a, b in pairs if a != b and (a == a or b == b))
 
 
 def _check(path: str, there: Sequence[str], names: Sequence[str]) -> str:
-    """The column of ids; complains about columns that are missing."""
+    """Return the name of the id column; raise if a column is missing."""
     for name in names:
         if name not in there:
             near = difflib.get_close_matches(name, there, n=1)
@@ -100,7 +98,7 @@ def _check(path: str, there: Sequence[str], names: Sequence[str]) -> str:
     key = next((name for name in KEYS if name in there), None)
     if key is None:
         raise DataSetError(
-            f"{path}: no column of ids, so nothing tells which crystal a row of {', '.join(names)} belongs to; "
+            f"{path}: no column of ids, so rows of {', '.join(names)} cannot be assigned to crystals; "
             f"add one of {', '.join(KEYS)}"
         )
     return key

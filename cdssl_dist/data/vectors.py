@@ -1,4 +1,4 @@
-"""Vectors of crystals from a file, whatever made them: ``cdssl embed``, or another program."""
+"""Vectors of crystals from a file, written by ``cdssl embed`` or any other program."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from sharding.manifest import DataSetError
 
 
 def vectors_of(path: str | Path, keys: Sequence[str]) -> NDArray[np.float64]:
-    """Vectors from a Parquet with ``key`` and ``embedding``, in the order of these keys: (n, features).
+    """Read vectors from a Parquet file with ``key`` and ``embedding``, in the order of ``keys``: (n, features).
 
     Raises:
-        DataSetError: where it cannot be read, or has no vector for some of them.
+        DataSetError: if it cannot be read, or has no vector for some of them.
     """
     try:
         place, rows = _read(Path(path), Path(path).stat().st_mtime_ns)
     except (OSError, ValueError, AttributeError, pa.ArrowException) as why:
-        raise DataSetError(f"{path}: no Parquet with key and embedding ({one_line(why, 200)})") from None
+        raise DataSetError(f"{path}: not a Parquet file with key and embedding ({one_line(why, 200)})") from None
     if missing := [key for key in keys if key not in place]:
         raise DataSetError(
-            f"{path}: no vector for {len(missing):,} of {len(keys):,} crystals, {missing[0]} for one; what is compared "
-            "is of the same crystals: embed these as well, or leave them out of the data"
+            f"{path}: no vector for {len(missing):,} of {len(keys):,} crystals, e.g. {missing[0]}; only vectors of "
+            "the same crystals can be compared: embed these as well, or leave them out of the data"
         )
     return rows[[place[key] for key in keys]]
 
 
 @functools.lru_cache(maxsize=4)
 def _read(path: Path, _written: int) -> tuple[dict[str, int], NDArray[np.float64]]:
-    """Key → row, and the rows. Of twice one id the first counts; of a row that was refused there is no vector."""
+    """Return key → row number, and the rows. The first row with an id counts; refused rows have no vector."""
     table = pq.read_table(path, columns=["key", "embedding"])
     table = table.filter(table["embedding"].is_valid())
     numbers = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)

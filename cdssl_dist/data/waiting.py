@@ -1,4 +1,4 @@
-"""How long we wait for others, how the waiting is ended from outside, and how the user is told of it."""
+"""Waiting for endpoints and other processes: how long, how it is cancelled, and how the user is warned."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-POLL: Final = 0.1  # s between looks at whether anybody still waits
+POLL: Final = 0.1  # s between checks whether to stop waiting
 
 
 class StoppedError(Exception):
-    """Reading was stopped because nobody waits for it any more."""
+    """Reading was stopped because its result is no longer needed."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long an endpoint is waited for.
+    """How long to wait for an endpoint.
 
     After failure n comes a pause drawn from (p/2, p), p = ``first_pause`` · 2ⁿ, at most ``longest_pause``.
     """
 
-    request: float = 30.0  # s until one request must be answered to its last byte
-    give_up: float = 120.0  # s; where one piece failed for so long, the endpoint is called dead
+    request: float = 30.0  # s until one request must be answered completely
+    give_up: float = 120.0  # s of failures of one piece after which the endpoint counts as dead
     first_pause: float = 0.25  # s
     longest_pause: float = 10.0  # s
     clock: Callable[[], float] = time.monotonic
@@ -33,7 +33,7 @@ class Patience:
     uniform: Callable[[float, float], float] = random.uniform
 
     def pause(self, seconds: float, stop: threading.Event | None = None) -> None:
-        """Sleep.
+        """Sleep, unless stopped.
 
         Raises:
             StoppedError: soon after ``stop`` was set.
@@ -46,5 +46,5 @@ class Patience:
 
 
 def warn(text: str) -> None:
-    """One line for the user."""
+    """Print a one-line warning for the user."""
     print(f"warning: {text}", file=sys.stderr, flush=True)

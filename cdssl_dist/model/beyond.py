@@ -1,6 +1,6 @@
-"""Options of pretraining that the paper does not have. None is on by default: docs/results.md says what each is worth.
+"""Pretraining options beyond the paper. None is on by default: docs/results.md reports what each is worth.
 
-The encoder stays as it is, so that what fine-tunes it need not know: whatever an option adds is left behind with the
+The encoder is unchanged, so that fine-tuning does not depend on the options: whatever they add is discarded with the
 pretext head.
 """
 
@@ -24,15 +24,15 @@ from cdssl_dist.model.pretext import Denoising
 
 @dataclass(frozen=True)
 class Options:
-    """Which of them, and how much.
+    """The options, and their strengths.
 
     Attributes:
-        strain: of the cell, which is denoised as well: standard deviation of a component on the diagonal.
-        sigma_in_state: the state is told by how much atoms are displaced; of a crystal as it is, by nothing.
-        conditioned: the state is told what the encoder makes of the true crystal, a bottleneck of one vector
+        strain: of the cell, which is denoised as well: standard deviation of a diagonal component.
+        sigma_in_state: give the state the σ of the displacements; for a crystal that is not displaced, nothing.
+        conditioned: give the state the encoder's output for the true crystal, a bottleneck of one vector
             (self-conditioned denoising, Perez and Gómez-Bombarelli 2026).
-        displacement: weight of a loss of the displacements at the nodes (Zaidi et al. 2022), in units of σ.
-        masked: share of the atoms whose element is hidden, and recovered from what is around them.
+        displacement: weight of a node-level loss on the displacements (Zaidi et al. 2022), in units of σ.
+        masked: share of the atoms whose element is hidden, and recovered from their surroundings.
     """
 
     strain: float = 0.0
@@ -43,7 +43,7 @@ class Options:
 
 
 class Recovered(NamedTuple):
-    """What the model gives back."""
+    """The outputs of the model."""
 
     edges: Tensor  # (E, M) f32 | ê
     pulls: Tensor | None  # (E,) f32 | along each edge, on the atom that receives
@@ -63,7 +63,7 @@ class BeyondModel(PretextModel):
     def forward(  # type: ignore[override]
         self, noisy: Tensor, batch: GraphBatch, clean: Tensor | None, sigma: Tensor
     ) -> Recovered:
-        """From e(d̃) of half edges, (H, M) f32, e(d) where the state is told of it, and σ, (G,), of the largest."""
+        """Compute from e(d̃) of half edges, (H, M) f32, e(d) if ``conditioned``, and σ / max σ of each graph, (G,)."""
         dtype = self.out.weight.dtype
         hint = None
         if self.of_sigma is not None:
@@ -84,8 +84,9 @@ class BeyondModel(PretextModel):
 
 @dataclass(frozen=True)
 class BeyondDenoising(Denoising):
-    """The task for a ``BeyondModel``. Each loss counts an atom as often as it has scored edges, so that sums and the
-    normaliser of a step are those of the edges.
+    """The task for a ``BeyondModel``.
+
+    Losses per atom are weighted by the atom's number of scored edges, so that all losses share the step's normaliser.
     """
 
     options: Options
@@ -101,7 +102,7 @@ class BeyondDenoising(Denoising):
         )
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
-        """And ``skill_displacement``, against saying none; ``element_accuracy``, the share of hidden ones found."""
+        """Add ``skill_displacement``, against predicting zero, and ``element_accuracy``, of the hidden elements."""
         named = dict(zip(self.sums, sums.tolist(), strict=True))
         metrics = super().metrics(sums)
         if self.options.displacement:
@@ -125,7 +126,7 @@ class BeyondDenoising(Denoising):
     def recovered(
         self, model: nn.Module, features: Tensor, clean: Tensor, batch: GraphBatch
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """See ``Denoising``; the loss is the sum of all."""
+        """See ``Denoising``; the loss is the weighted sum of all losses."""
         hides = masked(batch.noise_counter, self.options.masked, self.seed) if self.options.masked else None
         seen = batch if hides is None else replace(batch, atomic_numbers=batch.atomic_numbers.masked_fill(hides, 0))
         sigma = sigma_of(batch.graph_counter, *self.sigma, self.seed) / self.sigma[1]
@@ -148,7 +149,7 @@ class BeyondDenoising(Denoising):
         return found.edges, loss, further
 
     def _pulled(self, pulls: Tensor, batch: GraphBatch) -> Tensor:
-        """Mean of the pulls along the edges of each atom, which turns as the crystal does: (E,) → (N, 3)."""
+        """Mean of the pulls along the edges of each atom, equivariant under rotations: (E,) → (N, 3)."""
         vector = self._strained(batch)
         towards_sender = torch.where(batch.receiver == batch.src.index_select(0, batch.half), 1.0, -1.0)
         direction = (vector / norms(vector).clamp(min=1e-6)[:, None]).index_select(0, batch.half)
@@ -156,11 +157,11 @@ class BeyondDenoising(Denoising):
         return segment_mean(pull, batch.receiver, batch.edges_of_atom)
 
     def _displacements(self, batch: GraphBatch) -> Tensor:
-        """ε without its mean over each crystal, which nothing can tell: (N, 3), in units of σ."""
+        """ε minus its mean over each crystal, which cannot be recovered: (N, 3), in units of σ."""
         noise = gaussian(batch.noise_counter, self.seed)
         mean = segment_mean(noise, batch.graph_of_atom, batch.atoms_of_graph)
         return noise - mean.index_select(0, batch.graph_of_atom)
 
 
 class CompiledBeyond(CompiledDenoising, BeyondDenoising):
-    """The same, its passes over (E, M) fused."""
+    """``BeyondDenoising`` with fused passes over (E, M)."""

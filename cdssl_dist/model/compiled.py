@@ -1,4 +1,4 @@
-"""``torch.compile`` for the model: part by part, kept on disk; for the one static shape of packs, or for any."""
+"""``torch.compile`` for the model: part by part, cached on disk, for the static shape of packs or for any shape."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from cdssl_dist.model.loss import squared_error
 from cdssl_dist.model.megnet import MEGNet, PretextModel
 from cdssl_dist.model.pretext import Denoising
 
-LIMIT: Final = 64  # shapes and parts that are compiled before torch gives up; 8 where nothing is said
+LIMIT: Final = 64  # compilations, of parts and shapes, before torch gives up; torch's default is 8
 
 
 class NoCompilerError(RuntimeError):
-    """torch.compile makes C++, and nothing is there to compile it."""
+    """torch.compile generates C++, but there is no C++ compiler."""
 
 
 def default_folder() -> Path:
@@ -31,35 +31,35 @@ def default_folder() -> Path:
 def compile_model(model: PretextModel, backend: str = "inductor") -> PretextModel:
     """Compile the training pass of a model, in place; names and values of its parameters stay as they are.
 
-    Blocks are compiled one by one and not the whole: all but the first are the same code, which is compiled once, so
-    that a deep model starts as soon as a flat one. Passes without gradients (validation) stay eager: they come rarely,
-    and in another shape. What was compiled is kept on disk under a digest of code, shapes and versions.
+    Blocks are compiled one by one, not as a whole: all but the first share their code, which is compiled once, so that
+    a deep model starts as fast as a shallow one. Passes without gradients (validation) stay eager: they are rare, and
+    have another shape. Compiled code is cached on disk under a digest of code, shapes and versions.
 
     Args:
-        model: as it was made, before an engine takes it.
+        model: the model, before an engine wraps it.
         backend: of ``torch.compile``.
 
     Returns:
         The model.
 
     Raises:
-        NoCompilerError: where there is no C++ compiler.
+        NoCompilerError: if there is no C++ compiler.
     """
     _compile([model.encoder.input_u, *model.encoder.blocks, model.head], backend, dynamic=False)
     return model
 
 
 def compile_encoder(encoder: MEGNet, backend: str = "inductor") -> None:
-    """The same of an encoder that is fine-tuned, for batches of any shape.
+    """Compile an encoder for fine-tuning, in place, for batches of any shape.
 
     Raises:
-        NoCompilerError: where there is no C++ compiler.
+        NoCompilerError: if there is no C++ compiler.
     """
     _compile([encoder.input_u, *encoder.blocks], backend, dynamic=True)
 
 
 class CompiledDenoising(Denoising):
-    """The same task, its passes over (E, M) fused: expansions are made where they are needed, and never stored twice.
+    """The same task with fused passes over (E, M): expansions are computed where needed, and never stored twice.
 
     As with the model, passes without gradients stay eager.
     """
@@ -79,7 +79,7 @@ def _error(predicted: Tensor, clean: Tensor, centers: Tensor, scored: Tensor) ->
     return squared_error(predicted, gaussians(clean, centers), scored)
 
 
-# Made once and compiled at the first call. Centres come from outside: compiled code would make them anew for each edge.
+# Created once, compiled at the first call. Centres are arguments: compiled code would recompute them for each edge.
 _expand: Callable[..., Tensor] = torch.compile(gaussians, dynamic=False)
 _squared_error: Callable[..., Tensor] = torch.compile(_error, dynamic=False)
 
@@ -87,16 +87,16 @@ _squared_error: Callable[..., Tensor] = torch.compile(_error, dynamic=False)
 def _compile(parts: Iterable[Any], backend: str, dynamic: bool) -> None:
     if backend == "inductor":
         _check_compiler()
-        # Before the first compilation; where torch was told otherwise, that holds.
+        # Must precede the first compilation; a value that the user has set takes precedence.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(default_folder()))
     torch._dynamo.config.recompile_limit = max(LIMIT, torch._dynamo.config.recompile_limit)
-    torch._dynamo.config.specialize_float = True  # LOG1P are constants, where sizes are not
+    torch._dynamo.config.specialize_float = True  # so that LOG1P stay constants, even if sizes are dynamic
     for part in parts:
         part.forward = _trained(part.forward, torch.compile(part.forward, dynamic=dynamic, backend=backend))
 
 
 def _trained(eager: Callable[..., Any], fast: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled where gradients are wanted, eager elsewhere."""
+    """Run compiled code if gradients are enabled, eager code otherwise."""
     return lambda *args: fast(*args) if torch.is_grad_enabled() else eager(*args)
 
 

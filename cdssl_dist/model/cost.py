@@ -1,4 +1,4 @@
-"""What a model of some size costs: parameters, arithmetic and memory, from its sizes alone; and a machine's speed."""
+"""The cost of a model, computed from its sizes: parameters, FLOPs and memory; and the speed of a machine."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 
 from cdssl_dist.model.megnet import PretextModel
 
-DEGREE: Final = 35.5  # directed edges of an atom, Materials Project at 5 Å
+DEGREE: Final = 35.5  # directed edges per atom, Materials Project at 5 Å
 
 
 def parameters(centers: int, width: int, hidden: int, blocks: int) -> int:
-    """Of the model with its head, counted without making it."""
+    """Number of parameters of the model with its head, counted without allocating it."""
     with torch.device("meta"):
         model = PretextModel(edge_features=centers, width=width, hidden=hidden, blocks=blocks)
     return sum(p.numel() for p in model.parameters())
 
 
 def flops_per_edge(centers: int, width: int, hidden: int, blocks: int) -> float:
-    """Of matrix products, forward and backward (twice the forward), with an edge's share of its atom.
+    """FLOPs of matrix products per edge, forward and backward (twice the forward), with the edge's share of its atom.
 
-    The input layers see each half edge once.
+    The input layers process each half edge once.
     """
     m, w, h = centers, width, hidden
     update = w * h + h * h + h * w
@@ -32,9 +32,9 @@ def flops_per_edge(centers: int, width: int, hidden: int, blocks: int) -> float:
 
 
 def saved_per_edge(centers: int, bf16: bool, width: int, hidden: int, blocks: int) -> float:
-    """Bytes that the eager model keeps for its backward pass: of each layer what comes in and what φ is taken of.
+    """Bytes per edge that the eager model keeps for its backward pass: each layer's input, and the argument of its φ.
 
-    With an edge's share of its atom.
+    Includes the edge's share of its atom.
     """
     m, w, h = centers, width, hidden
     dense = 2 * h + 2 * w
@@ -45,10 +45,10 @@ def saved_per_edge(centers: int, bf16: bool, width: int, hidden: int, blocks: in
 
 
 def state_bytes(count: int, bf16: bool, stage: int, ranks: int) -> float:
-    """Weights, gradients, masters and Adam's two moments of a rank under ZeRO (Rajbhandari et al. 2020).
+    """Bytes per rank of weights, gradients, masters and Adam's two moments under ZeRO (Rajbhandari et al. 2020).
 
-    Gradients are summed in f32 whatever the weights are. DeepSpeed keeps f32 masters at every stage but the first, in
-    f32 too. A running mean of the weights (``optim.ema``) comes on top, 4 bytes a parameter, sharded as moments are.
+    Gradients are summed in f32 at either precision. DeepSpeed keeps f32 masters at every stage but 0, even if the
+    weights are f32. A running mean of the weights (``optim.ema``) adds 4 bytes per parameter, sharded like the moments.
     """
     masters = bf16 or stage >= 1
     weights, gradients, optimizer = count * (2 if bf16 else 4), count * 4, count * (12 if masters else 8)
@@ -61,7 +61,7 @@ def state_bytes(count: int, bf16: bool, stage: int, ranks: int) -> float:
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product, the best of five: what ``perf/mfu`` is measured against."""
-    size = 8192 if device.type == "cuda" else 1024  # so that a launch, and waiting for it, do not count
+    size = 8192 if device.type == "cuda" else 1024  # so that launch and synchronization are negligible
     a = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")
     for _ in range(5):

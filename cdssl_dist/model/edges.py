@@ -26,14 +26,14 @@ def vectors(batch: GraphBatch, positions: Tensor) -> Tensor:
 
 
 def norms(vector: Tensor) -> Tensor:
-    """(n, 3) → (n,)."""
+    """Lengths of vectors: (n, 3) → (n,)."""
     return torch.sqrt((vector * vector).sum(dim=1))
 
 
 def distances(batch: GraphBatch, positions: Tensor) -> Tensor:
-    """Lengths of the half edges, (H,) f32, Å: an edge and its reverse have one, computed once. See ``vectors``.
+    """Lengths of the half edges, (H,) f32, Å; an edge and its reverse share one. See ``vectors``.
 
-    ``distances(…).index_select(0, batch.half)`` are those of the directed edges.
+    ``distances(…).index_select(0, batch.half)`` gives those of the directed edges.
     """
     return norms(vectors(batch, positions))
 
@@ -42,7 +42,7 @@ def distances(batch: GraphBatch, positions: Tensor) -> Tensor:
 class GaussianExpansion:
     """e_m(d) = exp(−(d − μ_m)² / γ²), as in MEGNet (Chen et al. 2019).
 
-    No module and no buffer: an engine that casts a model to bf16 must not touch the centres.
+    Neither a module nor a buffer, so that an engine that casts a model to bf16 leaves the centres alone.
     """
 
     centers: int  # M, spread evenly over [0, end]

@@ -1,6 +1,6 @@
-"""The representation of crystals by an encoder.
+"""Embed crystals with an encoder.
 
-Nothing compiled, configured or distributed is imported: the pyfunc carries this module.
+Imports nothing that is compiled, configured or distributed, since the MLflow pyfunc ships this module.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cdssl_dist.model.edges import GaussianExpansion, distances
 from cdssl_dist.model.megnet import MEGNet, pooled
 from sharding.graph import Multigraphs, offsets
 
-HALF_EDGES: Final = 32_768  # of one forward pass: bounds the memory
+HALF_EDGES: Final = 32_768  # per forward pass, to bound memory
 
 
 def batch_of(graphs: Multigraphs, device: torch.device) -> GraphBatch:
@@ -43,7 +43,7 @@ def embed_graphs(encoder: MEGNet, expansion: GaussianExpansion, graphs: Multigra
 def embed_structures(
     encoder: MEGNet, expansion: GaussianExpansion, cutoff: float, items: Sequence[Any]
 ) -> tuple[NDArray[np.float32], dict[int, str]]:
-    """The same of structures, see ``structures.read_crystal``; a refused one has a row of NaN, and a reason."""
+    """Embed structures (see ``structures.read_crystal``); refused ones get a row of NaN, and a reason by row."""
     refused: dict[int, str] = {}
     rows = np.full((len(items), 3 * encoder.width), np.nan, np.float32)
     for graphs in graphs_of(items, cutoff, refused):
@@ -52,7 +52,7 @@ def embed_structures(
 
 
 def parts(graphs: Multigraphs, half_edges: int) -> Iterator[NDArray[np.int64]]:
-    """Indices of the graphs, cut into parts of about so many half edges; one graph at least."""
+    """Yield the indices of the graphs, in parts of about ``half_edges`` half edges, each of at least one graph."""
     part = offsets(graphs.n_edges)[:-1] // half_edges
     for p in np.unique(part):
         yield np.flatnonzero(part == p)

@@ -1,4 +1,4 @@
-"""The encoder as it is shared: ``encoder.safetensors`` and ``encoder.json``, data and nothing else."""
+"""The files that an encoder is shared as: ``encoder.safetensors`` and ``encoder.json``, pure data."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ PREFIX: Final = "encoder."  # of the encoder's weights in a pretext model
 
 
 Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
-# version → what makes the next one of it. 1 → 2: the elements seen in pretraining.
+# version → upgrade to the next one. 1 → 2: the elements seen in pretraining.
 UPGRADES: Final[dict[int, Upgrade]] = {1: lambda content: content | {"elements": []}}
 
 
 class ExportError(ValueError):
-    """An encoder that cannot be read: said in one line."""
+    """An encoder cannot be read; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class EncoderCard:
     sigma: tuple[float, float]  # Å
     precision: str
     data_digest: str
-    validation_digest: str  # of the validation blocks and of how they are displaced: what makes figures comparable
+    validation_digest: str  # of the validation blocks and their noise: metrics are comparable if it is equal
     config_digest: str
     metrics: dict[str, float]
     sources: list[dict[str, str]]
     code_version: str
-    elements: list[int] = field(default_factory=list)  # atomic numbers seen in pretraining; empty where not known
+    elements: list[int] = field(default_factory=list)  # atomic numbers seen in pretraining; empty if unknown
     weights_sha256: str = ""
     tie: float = TIE
     format: str = FORMAT
@@ -65,7 +65,7 @@ class EncoderCard:
 
 
 def write_encoder(folder: Path, weights: dict[str, Tensor], card: EncoderCard) -> None:
-    """Write both files; the JSON, which names the digest of the other, last."""
+    """Write both files; the JSON, which holds the digest of the other, last."""
     mine = {n.removeprefix(PREFIX): w for n, w in weights.items() if n.startswith(PREFIX)}
     write_pair(folder, STEM, mine, asdict(card))
 
@@ -74,11 +74,11 @@ def read_card(folder: str | Path) -> EncoderCard:
     """Read ``encoder.json``.
 
     Raises:
-        ExportError: where it is missing, no card, or of a newer version.
+        ExportError: if it is missing, not a card, or of a newer version.
     """
     path = Path(folder) / f"{STEM}.json"
     if not path.exists() and path.with_name("property.json").exists():
-        raise ExportError(f"{folder}: a fine-tuned model, where an encoder is wanted; its property.json names its own")
+        raise ExportError(f"{folder}: a fine-tuned model, but an encoder is needed; property.json names the one it has")
     content = read_content(path, FORMAT, VERSION, UPGRADES)
     try:
         return EncoderCard(**{**content, "sigma": tuple(content["sigma"])})
@@ -90,7 +90,7 @@ def read_encoder(folder: str | Path) -> tuple[MEGNet, EncoderCard]:
     """Read an encoder: safetensors and JSON only, checked against the digest.
 
     Raises:
-        ExportError: where a file is missing, damaged, or does not fit the card.
+        ExportError: if a file is missing, damaged, or does not fit the card.
     """
     card = read_card(folder)
     path = Path(folder) / f"{STEM}.safetensors"
@@ -104,26 +104,26 @@ def read_encoder(folder: str | Path) -> tuple[MEGNet, EncoderCard]:
 
 
 def write_pair(folder: Path, stem: str, weights: dict[str, Tensor], card: dict[str, Any]) -> None:
-    """``STEM.safetensors``, then ``STEM.json`` with its digest as ``weights_sha256``."""
+    """Write ``STEM.safetensors``, then ``STEM.json`` with its digest as ``weights_sha256``."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stem}.safetensors"
     data = save({name: w.contiguous() for name, w in weights.items()})
-    write_atomically(path, data)  # safetensors' own file could be read by nobody else, through a shared registry
+    write_atomically(path, data)  # safetensors writes files that only their owner can read
     content = card | {"weights_sha256": hashlib.sha256(data).hexdigest()}
     write_atomically(folder / f"{stem}.json", json.dumps(content, indent=1, sort_keys=True).encode())
 
 
 def read_content(path: Path, format_name: str, version: int, upgrades: dict[int, Upgrade]) -> dict[str, Any]:
-    """The content of a card, brought up to the newest version.
+    """Read the content of a card, upgraded to the newest version.
 
     Args:
         path: of the JSON file.
-        format_name: it must have.
-        version: the newest one that is known.
-        upgrades: version → function that makes the content of the next one.
+        format_name: the format it must have.
+        version: the newest version known here.
+        upgrades: version → function that upgrades the content to the next one.
 
     Raises:
-        ExportError: where it is missing, no such card, or of a newer version.
+        ExportError: if it is missing, not such a card, or of a newer version.
     """
     try:
         content = json.loads(path.read_text())
@@ -140,10 +140,10 @@ def read_content(path: Path, format_name: str, version: int, upgrades: dict[int,
 
 
 def read_weights(path: Path, digest: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, checked.
+    """Read and verify the tensors of a safetensors file.
 
     Raises:
-        ExportError: where it is missing, damaged, or no safetensors.
+        ExportError: if it is missing, damaged, or not a safetensors file.
     """
     try:
         if hashlib.sha256(path.read_bytes()).hexdigest() != digest:

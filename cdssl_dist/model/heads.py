@@ -1,4 +1,4 @@
-"""What is put on an encoder downstream: a readout, of three kinds."""
+"""Models for downstream tasks: an encoder with one of three readouts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Set2SetReadout(nn.Module):
 
     def __init__(self, width: int, hidden: int = 64, targets: int = 1, steps: int = 3) -> None:
         super().__init__()
-        from torch_geometric.nn.aggr import Set2Set  # two seconds of imports, which a list of models does without
+        from torch_geometric.nn.aggr import Set2Set  # takes two seconds, and is needed only here
 
         self.nodes = Set2Set(width, processing_steps=steps)
         self.edges = Set2Set(width, processing_steps=steps)
@@ -35,15 +35,15 @@ class Set2SetReadout(nn.Module):
     def forward(self, x: Tensor, u: Tensor, s: Tensor, batch: GraphBatch) -> Tensor:
         """(N, W), (E, W), (G, W) → (G, targets)."""
         nodes = self.nodes(x, batch.graph_of_atom, dim_size=batch.n_graphs)
-        # Edges are sorted by receiver, and atoms by graph: edges are sorted by graph as Set2Set wants them.
+        # Edges are sorted by receiver, and atoms by graph: so edges are sorted by graph, as Set2Set requires.
         edges = self.edges(u, batch.graph_of_edge, dim_size=batch.n_graphs)
         return self.mlp(torch.cat([nodes, edges, s], dim=1))
 
 
 class AtomsReadout(nn.Module):
-    """What each atom adds, by an MLP of x̂, the mean of û over its edges, and ŝ; their mean is the answer.
+    """A contribution of each atom, by an MLP of x̂, the mean of û over its edges, and ŝ; the output is their mean.
 
-    So N times the answer, which an extensive target is, is a sum over atoms (as in SchNet, Schütt et al. 2018).
+    So an extensive target, N times the output, is a sum over atoms (as in SchNet, Schütt et al. 2018).
 
     Args:
         width: of the encoder.

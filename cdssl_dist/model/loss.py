@@ -1,4 +1,4 @@
-"""The pretext loss and the figures that tell what it is worth, all as sums that add up over packs and ranks."""
+"""The pretext loss and its metrics, all as sums that add up over packs and ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def squared_error(predicted: Tensor, target: Tensor, scored: Tensor) -> Tensor:
 
 
 class SquaredError(torch.autograd.Function):
-    """``squared_error`` with the passes over (E, M) that it needs and no more: half the time of autograd's on CPU."""
+    """``squared_error`` with the fewest passes over (E, M): half the time of autograd's version on CPU."""
 
     @staticmethod
     def forward(ctx: Any, predicted: Tensor, target: Tensor, scored: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class SquaredError(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """What can be said of a clean embedding without messages: fitted on training packs."""
+    """Predictions of the clean embedding without messages, fitted on training packs."""
 
     mean: Tensor  # (M,) the mean embedding
     table: Tensor  # (BINS, M) the mean embedding given the bin of the noisy distance
@@ -55,7 +55,7 @@ def bin_of(distance: Tensor, end: float) -> Tensor:
 
 
 def baseline_sums(target: Tensor, noisy: Tensor, scored: Tensor, end: float) -> Tensor:
-    """What a baseline is fitted from: (BINS, M + 1) f64, sums of embeddings and, last, counts. Adds up over packs."""
+    """Sums that a baseline is fitted from: (BINS, M + 1) f64, embeddings and, last, counts. They add up over packs."""
     weighted = torch.cat([target, torch.ones_like(target[:, :1])], dim=1) * scored[:, None]
     sums = torch.zeros(BINS, weighted.shape[1], dtype=torch.float64, device=target.device)
     return sums.index_add(0, bin_of(noisy, end), weighted.double())
@@ -79,7 +79,7 @@ def figures(
         predicted, target, features: (E, M) ê, e(d) and e(d̃).
         noisy: (E,) d̃, Å.
         scored: (E,) bool.
-        baseline: see above.
+        baseline: what ``r2`` and ``skill_edge`` compare with.
     """
     weight = scored[:, None]
 
@@ -101,11 +101,11 @@ def figures(
 
 
 def metrics_of(sums: Tensor, features: int) -> dict[str, float]:
-    """Metrics from summed figures: divided once, at the end.
+    """Compute metrics from summed figures, which are divided only here.
 
     Returns:
-        ``loss`` (per scored edge), ``mae`` (per feature), ``r2`` against the mean embedding, ``skill`` against the
-        noisy embedding handed back, ``skill_edge`` against the best function of the noisy distance alone.
+        ``loss`` (per scored edge), ``mae`` (per feature), ``r2`` against the mean embedding, ``skill`` against
+        returning the noisy embedding, ``skill_edge`` against the best function of the noisy distance alone.
     """
     edges, squared, absolute, noisy, mean, single = (float(v) for v in sums)
     edges = max(edges, 1.0)

@@ -30,10 +30,10 @@ LOG1P: Final = (
 
 
 class CompiledSoftplus(torch.autograd.Function):
-    """softplus(x) − ln 2 as compiled code has it: one pass forward and one backward, f32.
+    """softplus(x) − ln 2 for compiled code: one pass forward and one backward, f32.
 
-    log1p is a polynomial, which takes less time than the function. What comes out is kept for the backward pass and not
-    what goes in, since the next layer keeps it too; the derivative is 1 − exp(−y)/2.
+    log1p is a polynomial, which is faster than the function. The output is kept for the backward pass rather than the
+    input, since the next layer keeps it, too; the derivative is 1 − exp(−y)/2.
     """
 
     @staticmethod
@@ -55,26 +55,25 @@ class CompiledSoftplus(torch.autograd.Function):
 
 
 class CompiledBias(torch.autograd.Function):
-    """x + b as compiled code has it: in the pass over x that comes next, and its gradient a product with ones.
+    """x + b for compiled code: fused into the next pass over x, with the gradient of b as a product with ones.
 
-    A matrix product that adds b would begin by copying it to every row; a sum over rows would read them once for each
-    16 columns.
+    A matrix product that adds b would first copy it to every row; a sum over rows would read them once per 16 columns.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
         """(n, W), (W,) → (n, W)."""
-        return (x.unsqueeze(0) + bias).squeeze(0)  # in two dimensions torch would make it part of the product again
+        return (x.unsqueeze(0) + bias).squeeze(0)  # in two dimensions torch would merge it into the product again
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """Of x and of the bias."""
+        """Gradients of x and of the bias."""
         (gradient,) = gradients
         return gradient, gradient.new_ones(1, len(gradient)).mm(gradient).squeeze(0)
 
 
 def _is_fused(x: Tensor) -> bool:
-    """Whether passes over it are compiled, in f32: bf16 has no digits for a derivative from what came out."""
+    """Whether passes over it are compiled, in f32: bf16 is too coarse to derive the gradient from the output."""
     return torch.compiler.is_compiling() and x.dtype == torch.float32
 
 
@@ -86,7 +85,7 @@ def shifted_softplus(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """``nn.Linear``, which compiled code has in two parts: the product and the bias."""
+    """``nn.Linear``, split in compiled code into the product and the bias."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(n, in) → (n, out)."""
@@ -110,10 +109,10 @@ class Dense(nn.Module):
 
 
 class SplitLinear(nn.Module):
-    """A linear layer on concatenated inputs, applied to each input by itself.
+    """A linear layer on concatenated inputs, applied to each input separately.
 
-    W·[a; b; …] + bias = W_a·a + W_b·b + … + bias, so that what belongs to atoms or graphs is multiplied once for each
-    of them and gathered afterwards, not once for each edge.
+    W·[a; b; …] + bias = W_a·a + W_b·b + … + bias, so that inputs of atoms or graphs are multiplied once per atom or
+    graph and gathered afterwards, not once per edge.
     """
 
     def __init__(self, parts: int, width: int, out: int) -> None:
@@ -123,8 +122,8 @@ class SplitLinear(nn.Module):
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         """The contribution of each input, in order; the bias is in the last."""
-        # Transposed first, and then split: gradients are joined as they come, and not transposed one by one, which code
-        # that torch 2.13 compiles for CPUs gets wrong in bf16 (not a number here and there).
+        # Transpose before splitting: the gradients are then joined first, not transposed one by one, which torch 2.13's
+        # compiled code for CPUs gets wrong in bf16 (occasional NaNs).
         *others, last = self.joint.weight.t().chunk(self.parts)
         *before, x = inputs
         return [*map(torch.mm, before, others), torch.addmm(self.joint.bias, x, last)]
@@ -160,7 +159,7 @@ class EdgeUpdate(nn.Module):
         receiving, sending, edge, state = self.first(x, x, u, s)
         # The state of a graph is added to its atoms first: one gather fewer over the edges.
         receiving = receiving + state.index_select(0, batch.graph_of_atom)
-        # In two dimensions compiled code would gather first, copy what it gathered and add the product to it.
+        # In two dimensions, compiled code would gather first, copy the result and add the product to it.
         h = edge.unsqueeze(0) if torch.compiler.is_compiling() else edge
         h = h.add_(receiving.index_select(0, batch.receiver)).add_(sending.index_select(0, batch.sender))
         return self.rest(shifted_softplus(h.view_as(edge)))
@@ -172,7 +171,7 @@ class Block(nn.Module):
     Args:
         width: of node, edge and state vectors.
         hidden: of the layers inside.
-        dense: whether dense layers come before the updates; the first block stands behind the input layers instead.
+        dense: whether dense layers precede the updates; the first block follows the input layers instead.
     """
 
     def __init__(self, width: int, hidden: int, dense: bool) -> None:
@@ -192,7 +191,7 @@ class Block(nn.Module):
         edges = averaged(received, batch.edges_of_atom).to(x.dtype)
         x2 = self.node(torch.cat([edges, x1, s1.index_select(0, batch.graph_of_atom)], dim=1))
 
-        # Of a graph: from the sums of its atoms, which are far fewer than its edges.
+        # Per graph: from the sums of its atoms, which are far fewer than its edges.
         received = segment_sum(received, batch.graph_of_atom, batch.n_graphs)
         edges = averaged(received, batch.edges_of_graph).to(x.dtype)
         nodes = segment_mean(x2, batch.graph_of_atom, batch.atoms_of_graph).to(x.dtype)
@@ -215,7 +214,7 @@ class MEGNet(nn.Module):
         super().__init__()
         self.width, self.recompute = width, recompute
         self.element = nn.Embedding(N_ELEMENTS, ELEMENT_WIDTH)
-        self.initial_state = nn.Parameter(torch.randn(1, ELEMENT_WIDTH))  # not 0: what it is multiplied with must learn
+        self.initial_state = nn.Parameter(torch.randn(1, ELEMENT_WIDTH))  # not 0: its weights must get a gradient
         self.input_x = Dense(ELEMENT_WIDTH, hidden, width)
         self.input_u = Dense(edge_features, hidden, width)
         self.input_s = Dense(ELEMENT_WIDTH, hidden, width)
@@ -227,10 +226,10 @@ class MEGNet(nn.Module):
         """Encode.
 
         Args:
-            edge_features: (H, M) f32, the Gaussian expansion of the distances of half edges. What is made of them alone
-                is the same in both directions of an edge.
+            edge_features: (H, M) f32, the Gaussian expansion of the distances of half edges. The input layers see only
+                these, so their output is the same in both directions of an edge.
             batch: the graphs.
-            hint: (G, 16), added to the initial state; only options of pretraining give one.
+            hint: (G, 16), added to the initial state; used only by pretraining options.
 
         Returns:
             x̂ (N, W), û (E, W) and ŝ (G, W), after the last block.
@@ -261,7 +260,7 @@ class PretextModel(nn.Module):
         self.out = nn.Linear(width, edge_features)
 
     def forward(self, edge_features: Tensor, batch: GraphBatch) -> Tensor:
-        """(H, M) of the displaced crystal → ê, (E, M) f32, of the true one."""
+        """Expansion of the displaced crystal, (H, M) → ê, that of the true crystal, (E, M) f32."""
         x, u, s = self.encoder(edge_features, batch)
         return self.out(self.head(x, u, s, batch)).to(torch.float32)
 

@@ -1,7 +1,7 @@
 """Counter-based noise: the displacement of an atom depends on (seed, epoch, block, atom), and on nothing else.
 
 Philox4x32-10 (Salmon et al., SC 2011) in integer tensor arithmetic, so that a CPU and a GPU draw the same numbers, at
-any rank and after any restart, and no state of a generator has to be saved.
+any rank and after any restart, and no generator state has to be saved.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def _uniform(counter: Tensor, seed: int, use: int) -> Tensor:
 
 
 def gaussian(counter: Tensor, seed: int, use: int = _ATOMS) -> Tensor:
-    """Standard normal vectors by Box and Muller (1958), in f64 so that every device rounds alike to f32.
+    """Standard normal vectors by Box and Muller (1958), in f64, so that all devices round to the same f32.
 
     Args:
         counter: (n, 3) i64 | epoch, block, atom in block.
         seed: of the noise.
-        use: what they are for; each use draws numbers of its own.
+        use: purpose of the numbers; each use draws different ones.
 
     Returns:
         (n, 3) f32.
@@ -74,11 +74,11 @@ def sigma_of(counter: Tensor, low: float, high: float, seed: int) -> Tensor:
 
 
 def strain_of(counter: Tensor, size: float, seed: int) -> Tensor:
-    """Random symmetric strains, alike in all directions (Gaussian orthogonal ensemble).
+    """Random symmetric strains, isotropic (Gaussian orthogonal ensemble).
 
     Args:
         counter: (G, 3) i64 | epoch, block, graph in block.
-        size: standard deviation of a component on the diagonal; the others have 1/√2 of it.
+        size: standard deviation of a diagonal component; that of the others is smaller by √2.
         seed: of the noise.
 
     Returns:
@@ -90,5 +90,5 @@ def strain_of(counter: Tensor, size: float, seed: int) -> Tensor:
 
 
 def masked(counter: Tensor, share: float, seed: int) -> Tensor:
-    """Which atoms hide their element, each with a probability: (N, 3) counters → (N,) bool."""
+    """Which atoms hide their element, each with probability ``share``: (N, 3) counters → (N,) bool."""
     return _uniform(counter, seed, _MASK)[:, 0] < share

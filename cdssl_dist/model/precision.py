@@ -1,4 +1,4 @@
-"""bf16 as it is meant here: bf16 weights, their f32 masters, and gradients summed in f32."""
+"""bf16 training: bf16 weights, their f32 masters, and gradients summed in f32."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def bf16_twin(model: nn.Module) -> nn.Module:
         return hook
 
     for p, master in zip(twin.parameters(), model.parameters(), strict=True):
-        master.data.copy_(p)  # as DeepSpeed begins at the other stages
+        master.data.copy_(p)  # as DeepSpeed initializes masters at the other stages
         p.register_post_accumulate_grad_hook(add_to(master))  # type: ignore[no-untyped-call]
     model.forward = twin.forward
     return twin
@@ -31,6 +31,6 @@ def bf16_twin(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def round_into(twin: nn.Module, model: nn.Module) -> None:
-    """The bf16 weights from the f32 ones, after an update."""
+    """Round the f32 weights into the bf16 twin, after an update."""
     for p, master in zip(twin.parameters(), model.parameters(), strict=True):
         p.copy_(master)

@@ -15,7 +15,7 @@ from cdssl_dist.model.noise import gaussian, sigma_of
 
 @dataclass(frozen=True)
 class Denoising:
-    """How crystals are displaced and what is recovered; plain numbers, no state."""
+    """How crystals are displaced and what is recovered; plain settings, no state."""
 
     expansion: GaussianExpansion
     sigma: tuple[float, float]  # Å; log-uniform per graph between the two
@@ -27,7 +27,7 @@ class Denoising:
         return SUMS
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
-        """Of sums over packs and ranks, see ``loss.metrics_of``."""
+        """Compute metrics from sums over packs and ranks; see ``loss.metrics_of``."""
         return metrics_of(sums[: len(SUMS)], self.expansion.centers)
 
     def displaced_positions(self, batch: GraphBatch) -> Tensor:
@@ -36,7 +36,7 @@ class Denoising:
         return batch.positions + sigma[:, None] * gaussian(batch.noise_counter, self.seed)
 
     def distances(self, batch: GraphBatch) -> tuple[Tensor, Tensor]:
-        """Of half edges, Å: d̃, (H,), whose expansion is the input, and d, (H,), which the model never sees."""
+        """Lengths of half edges, Å: noisy d̃, (H,), whose expansion is the input, and clean d, (H,), the target's."""
         return distances(batch, self.displaced_positions(batch)), distances(batch, batch.positions)
 
     def expand(self, distance: Tensor) -> Tensor:
@@ -46,10 +46,10 @@ class Denoising:
     def loss(
         self, model: nn.Module, batch: GraphBatch, baseline: Baseline | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Sum of squared errors over the scored edges of a pack, and with a baseline the sums behind all metrics.
+        """Compute the loss of a pack, summed over its scored edges, and, given a baseline, the sums behind all metrics.
 
         Returns:
-            (), f32, and as many sums as ``sums`` names, f64, or None.
+            The loss, () f32, and the sums that ``sums`` names, f64, or None without a baseline.
         """
         noisy, clean = self.distances(batch)
         features = self.expand(noisy)
@@ -64,12 +64,12 @@ class Denoising:
     def recovered(
         self, model: nn.Module, features: Tensor, clean: Tensor, batch: GraphBatch
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """ê, (E, M), from e(d̃), (H, M); the loss that d, (H,), gives it; sums behind further metrics."""
+        """Return ê, (E, M), from e(d̃), (H, M); its loss, given d, (H,); and the sums behind further metrics."""
         predicted = model(features, batch)
         return predicted, self.squared_error(predicted, clean, batch), []
 
     def squared_error(self, predicted: Tensor, clean: Tensor, batch: GraphBatch) -> Tensor:
-        """Σ over scored edges and features of (ê − e(d))², of (E, M) and d of half edges, (H,) Å."""
+        """Σ (ê − e(d))² over scored edges and features, from ê, (E, M), and d of half edges, (H,) Å."""
         target = self.expand(clean).index_select(0, batch.half)
         return SquaredError.apply(predicted, target, batch.scored)  # type: ignore[no-untyped-call]
 

@@ -1,1 +1,1 @@
-"""A pretraining run: the loop of a rank, engine, guard, checkpoints, what a run writes down, and Ray above it."""
+"""A pretraining run: training loop, engine, guard, checkpoints, logs, and the Ray layer above them."""

@@ -1,8 +1,8 @@
-"""Checkpoints: a uniquely named folder, written by all ranks, and a marker with checksums last.
+"""Checkpoints: uniquely named folders, written by all ranks and committed by a marker with checksums.
 
-The marker alone decides what is resumed. A folder without one is what a crash left, and is removed. What is saved are
-full tensors by name, in safetensors, each by one of the ranks: so a run goes on at any number of ranks and any ZeRO
-stage without a conversion, and nothing is pickled.
+The marker alone decides what is resumed; a folder without one was left by a crash, and is removed. Full tensors are
+saved by name, as safetensors, each by one rank, so that a run can resume at any number of ranks and any ZeRO stage
+without conversion, and nothing is pickled.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cdssl_dist.train.ledger import Ledger
 from sharding.manifest import write_atomically
 
 if TYPE_CHECKING:
-    from cdssl_dist.train.engine import Engine  # DeepSpeed: who looks at checkpoints does without
+    from cdssl_dist.train.engine import Engine  # imports DeepSpeed, which readers of checkpoints do without
 
 VERSION: Final = 2
 MARKER: Final = "COMMITTED"
@@ -39,33 +39,33 @@ SHAPE: Final = ("model.width", "model.hidden", "model.blocks", "graph.", "pretex
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that does not fit the run, or is damaged: said in one line."""
+    """A checkpoint does not fit the run, or is damaged; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """All of a run's state that is not weights: everything else follows from the config."""
+    """All of a run's state except its weights; everything else follows from the config."""
 
-    cursor: int  # consumed steps: the next step to take
+    cursor: int  # number of consumed steps, and so of the next one
     guard: GuardState
     data_digest: str
     config_digest: str
-    config: dict[str, Any]  # to print what differs
+    config: dict[str, Any]  # to report what differs
     world_size: int
-    data: dict[str, Any]  # counts of the data set, to print what differs
-    loss: float | None = None  # val/loss of these weights, where they were validated
+    data: dict[str, Any]  # counts of the data set, to report what differs
+    loss: float | None = None  # val/loss of these weights, if they were validated
     saved: float = 0.0  # seconds since the epoch
     version: int = VERSION
 
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints are kept beside the newest that is known to be good, the one to roll back to."""
+    """Which checkpoints to keep besides the newest good one, which a roll-back would return to."""
 
     keep: int = 2  # the newest
-    quiet: int = 50  # steps after which a checkpoint is known to be good
+    quiet: int = 50  # steps after which a checkpoint counts as good
     best: bool = True  # the one with the lowest validation loss
-    hours: float | None = None  # one of each such span
+    hours: float | None = None  # one per span of this length
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Checkpoint:
 
 
 def save(root: Path, engine: Engine, progress: Progress, retention: Retention, ledger: Ledger) -> Path:
-    """Save, commit, and remove what is not kept; a collective. Returns the folder of the checkpoint."""
+    """Save and commit a checkpoint, remove those not kept, and return its folder; a collective."""
     rank = dist.get_rank()
     name = [f"step-{progress.cursor:09d}-w{progress.world_size}-{uuid.uuid4().hex[:8]}"]
     dist.broadcast_object_list(name, src=0)
@@ -107,7 +107,7 @@ def load(found: Checkpoint, engine: Engine) -> None:
     with opened(found.folder) as where:
 
         def read(name: str) -> Tensor:
-            if name not in where and name.startswith(f"{EMA}/"):  # saved without: the mean begins here
+            if name not in where and name.startswith(f"{EMA}/"):  # saved without: start from the weights
                 name = name.replace(f"{EMA}/", "weight/", 1)
             return where[name].get_tensor(name)
 
@@ -116,7 +116,7 @@ def load(found: Checkpoint, engine: Engine) -> None:
 
 @contextmanager
 def opened(folder: Path) -> Iterator[dict[str, Any]]:
-    """The file that each tensor of a checkpoint is in, by the name of the tensor; open meanwhile."""
+    """Open the files of a checkpoint; yield the open file of each tensor, by tensor name."""
     with ExitStack() as files:
         where: dict[str, Any] = {}
         for path in sorted(folder.glob("state-*.safetensors")):
@@ -130,11 +130,11 @@ def newest(root: Path, ledger: Ledger, before: int | None = None) -> Checkpoint 
 
     Args:
         root: folder of the checkpoints.
-        ledger: checkpoints that a roll-back has passed over are left out.
+        ledger: its roll-backs; checkpoints that they discarded are left out.
         before: the highest cursor allowed.
 
     Raises:
-        CheckpointError: where a file of it is not what its marker says.
+        CheckpointError: if one of its files does not match its marker.
     """
     found = [f for f in _not_passed_over(root, ledger) if before is None or cursor_of(f.name) <= before]
     if not found:
@@ -147,7 +147,7 @@ def verified(folder: Path) -> None:
     """Check every file of a committed checkpoint.
 
     Raises:
-        CheckpointError: where a file is not what the marker says.
+        CheckpointError: if a file is missing or does not match the marker.
     """
     for name, expected in json.loads((folder / MARKER).read_text()).items():
         if not (folder / name).exists() or _checksum(folder / name) != expected:
@@ -157,10 +157,10 @@ def verified(folder: Path) -> None:
 
 
 def read_progress(folder: Path) -> Progress:
-    """What a checkpoint says of its run, upgraded to this version.
+    """Read the progress stored in a checkpoint, upgraded to this version.
 
     Raises:
-        CheckpointError: where a newer version wrote it.
+        CheckpointError: if a newer version wrote it.
     """
     content = json.loads((folder / "progress.json").read_text())
     if content["version"] > VERSION:
@@ -172,7 +172,7 @@ def read_progress(folder: Path) -> Progress:
 
 
 def _upgrade_1(content: dict[str, Any]) -> dict[str, Any]:
-    """Version 2 knows the loss, counts of the data set, when it was saved, and a guard that looks for new levels."""
+    """Version 2 adds the loss, counts of the data set, the time of saving, and the guard's detection of new levels."""
     level = {"loss": 0.0, "level_steps": 0, "level_low": 0.0, "level_high": 0.0, "level_sum": 0.0}
     new: dict[str, Any] = {"data": {}, "loss": None, "saved": 0.0, "version": 2}
     return content | new | {"guard": content["guard"] | level}
@@ -182,21 +182,21 @@ UPGRADES: Final = {1: _upgrade_1}  # version → to the next
 
 
 def check_fits(checkpoint: Checkpoint, config: Config, digest: str, counts: dict[str, Any]) -> list[str]:
-    """Refuse to continue another run.
+    """Check that a checkpoint belongs to this run.
 
     Args:
-        checkpoint: to go on from.
-        config: of now; ``checkpoint.allow_changed`` names what may differ.
-        digest, counts: of the data set of now.
+        checkpoint: the checkpoint to resume from.
+        config: the current configuration; its ``checkpoint.allow_changed`` names what may differ.
+        digest, counts: of the current data set.
 
     Returns:
-        What differs and is allowed to: ``section.key: old → new``.
+        The differences that are allowed, each ``section.key: old → new``.
 
     Raises:
-        CheckpointError: where anything else differs; says what.
+        CheckpointError: if anything else differs; the message lists it.
     """
     old = checkpoint.progress
-    # Through the typed config, so that what an older version did not know has its default.
+    # Parsed as a typed config, so that settings unknown to an older version have their defaults.
     before = Config.model_validate(old.config).decisive()
     changes = dict(_differences(before, config.decisive()))
     if old.data_digest != digest:
@@ -210,11 +210,11 @@ def check_fits(checkpoint: Checkpoint, config: Config, digest: str, counts: dict
     if found := shape or ended or refused:
         way = "another network, which these weights do not fit: use another run folder"
         if ended and not shape:
-            way = "the run has ended, and its encoder has learned nothing from other data: use another run folder"
+            way = "the run has ended, and its encoder was not trained on other data: use another run folder"
         elif not shape:
-            way = f"use another run folder, or go on nevertheless with --allow-changed {','.join(refused)}"
+            way = f"use another run folder, or continue anyway with --allow-changed {','.join(refused)}"
         raise CheckpointError(
-            f"{checkpoint.folder}: this run began with something else: "
+            f"{checkpoint.folder}: this run began with other settings or data: "
             + "; ".join(f"{key}: {change}" for key, change in found.items())
             + f"; {way}"
         )
@@ -249,10 +249,10 @@ def _not_passed_over(root: Path, ledger: Ledger) -> list[Path]:
 
 
 def _retain(root: Path, retention: Retention, ledger: Ledger, cursor: int) -> None:
-    """Remove what is not kept, markers first, what crashes left, and what a roll-back made worthless."""
+    """Remove, markers first, checkpoints that are not kept, were left by crashes or discarded by a roll-back."""
     found = _not_passed_over(root, ledger)
     good = [f for f in found if cursor_of(f.name) <= cursor - retention.quiet]
-    kept = {*found[-retention.keep :], *good[-1:], *found[len(good) :]}  # the last have yet to become good
+    kept = {*found[-retention.keep :], *good[-1:], *found[len(good) :]}  # the later ones may yet prove bad
     about = {f: read_progress(f) for f in found}
     validated = [(p.loss, f) for f, p in about.items() if p.loss is not None and math.isfinite(p.loss)]
     if retention.best and validated:

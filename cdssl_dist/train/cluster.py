@@ -1,7 +1,7 @@
-"""Ray, as the driver sees it: a group of workers that run the training loop, restarted when one dies.
+"""The driver's side of Ray: a group of workers that run the training loop, restarted when one dies.
 
-Checkpoints are ours, in the run folder; Ray's book-keeping of them is not used, so that what is resumed is decided by
-one marker alone. The run folder must be visible to the driver and to every worker. What runs in a worker is ``rank``.
+Checkpoints are our own, in the run folder, and Ray's checkpointing is not used, so that the marker alone decides what
+is resumed. The run folder must be visible to the driver and to every worker. Code that runs in a worker is in ``rank``.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from sharding.commands import one_line
 from sharding.ray_start import LOCAL, start_ray
 
 POLL: Final = 0.5  # s
-PREEMPTED: Final = 75  # the exit code of a run that was stopped: run it again
+PREEMPTED: Final = 75  # exit code of a run that was stopped and can be resumed
 
 
 class ClusterError(RuntimeError):
-    """The cluster could not run the job, or the guard stopped it; said in a few lines."""
+    """The cluster could not run the job, or the run failed, e.g. stopped by the guard."""
 
 
 class RunError(ValueError):
-    """A run folder that belongs to another run, or a configuration that asks for what a worker has not."""
+    """The run folder belongs to another run, or a worker lacks what the configuration asks for."""
 
 
 class _TooLateError(Exception):
@@ -44,15 +44,15 @@ def launch(config: Config) -> bool:
     """Run ``train.loop.train`` on the workers of a Ray cluster.
 
     Starts Ray in this process, with token authentication, or joins the cluster at ``cluster.address`` (inside a
-    submitted job, the cluster it was submitted to). When Ray says that a node will be taken away, the group saves its
-    state and starts again on the nodes that are left.
+    submitted job, the cluster it was submitted to). When Ray announces that a node will be removed, the group saves its
+    state and restarts on the remaining nodes.
 
     Returns:
-        True when the run is complete, False when it was stopped: its state is saved, or its last checkpoint stands.
+        True if the run is complete, False if it was stopped and can be resumed from its last checkpoint.
 
     Raises:
-        ClusterError: where workers failed more often than allowed, or the guard stopped the run.
-        RunError: where the run folder holds another run, or a worker lacks what the configuration asks for.
+        ClusterError: if workers failed more often than allowed, or the guard or a bad block stopped the run.
+        RunError: if the run folder holds another run, or a worker lacks what the configuration asks for.
     """
     folder = Path(config.run)
     (folder / rank.STOP_FILE).unlink(missing_ok=True)
@@ -61,7 +61,7 @@ def launch(config: Config) -> bool:
     state, reason = "moved", ""
     try:
         _start_ray(config)
-        with _stop_on_signal(folder / rank.STOP_FILE) as asked:  # after Ray has started, which takes SIGTERM for itself
+        with _stop_on_signal(folder / rank.STOP_FILE) as asked:  # after Ray, which takes SIGTERM over at its start
             while state == "moved":
                 state, reason = _fit(config, asked)
     except ClusterError as why:
@@ -75,7 +75,7 @@ def launch(config: Config) -> bool:
         import ray
 
         if state == "stopped" and reason:
-            # A thread still waits inside Ray, which aborts the process where it is shut down under it, now or at exit.
+            # A thread is still waiting inside Ray: shutting Ray down now, or at exit, would abort the process.
             atexit.register(_leave)
         else:
             ray.shutdown()
@@ -87,15 +87,15 @@ def launch(config: Config) -> bool:
 
 
 def _fit(config: Config, asked: Callable[[], float]) -> rank.Outcome:
-    """One life of a worker group with its restarts.
+    """Run one worker group, including its restarts after failures.
 
     Args:
         config: of the run.
-        asked: for how many seconds a stop has been asked for; 0 where it has not.
+        asked: returns the seconds since a stop was requested, or 0 if none was.
 
     Raises:
-        ClusterError: where workers failed more often than allowed.
-        _TooLateError: where state is not saved ``cluster.stop_within`` seconds after a stop was asked for.
+        ClusterError: if workers failed more often than allowed.
+        _TooLateError: if state is not saved within ``cluster.stop_within`` seconds of a stop request.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -106,7 +106,7 @@ def _fit(config: Config, asked: Callable[[], float]) -> rank.Outcome:
     trainer = TorchTrainer(
         rank.run,
         train_loop_config=config.model_dump(mode="json"),
-        # A collective must outlast the watchdog, which knows more about a hang.
+        # Collectives must time out later than the watchdog, which reports more about a hang.
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(2 * cluster.hang_after + 60)),
         scaling_config=ScalingConfig(
             num_workers=cluster.workers,
@@ -128,16 +128,16 @@ def _fit(config: Config, asked: Callable[[], float]) -> rank.Outcome:
     def fit() -> None:
         try:
             found.append(trainer.fit().return_value)
-        except Exception as why:  # Ray's errors of many kinds, and those of workers
+        except Exception as why:  # Ray raises many types, and passes on those of workers
             found.append(why)
 
-    # In a thread, so that Ray leaves Ctrl-C to us; a daemon, so that it cannot keep us when we go.
+    # In a thread, so that Ray leaves Ctrl-C to us; a daemon, so that it cannot keep the process alive.
     thread = threading.Thread(target=fit, name="cdssl-fit", daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(POLL)
         if asked() > cluster.stop_within:
-            raise _TooLateError(f"not saved within {cluster.stop_within:.0f} s: the checkpoint before it stands")
+            raise _TooLateError(f"state was not saved within {cluster.stop_within:.0f} s: the last checkpoint remains")
     (answer,) = found
     if isinstance(answer, Exception):
         failures = getattr(answer, "worker_failures", None)
@@ -146,14 +146,14 @@ def _fit(config: Config, asked: Callable[[], float]) -> rank.Outcome:
 
 
 def _leave() -> None:
-    """End this process without a word to Ray; what belongs to it, workers too, ends with it."""
+    """End this process without shutting Ray down; its child processes, workers included, end with it."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(PREEMPTED)
 
 
 def _failures_told(folder: Path) -> Any:
-    """A callback in Ray's controller that writes what befell workers, whether or not they are restarted."""
+    """Return a callback for Ray's controller that records worker failures, whether or not the group restarts."""
     from ray.train import UserCallback
 
     class Failures(UserCallback):  # type: ignore[misc]  # Ray ships no types that mypy follows
@@ -161,13 +161,13 @@ def _failures_told(folder: Path) -> Any:
             what = _told(worker_exceptions, folder)
             append_event(folder, None, "workers failed", what=what)
             with open(folder / "train.log", "a") as log:
-                log.write(f"{what}; unless that was once too often, the group starts again from its last checkpoint\n")
+                log.write(f"{what}; unless the failure limit is reached, the group restarts from its last checkpoint\n")
 
     return Failures()
 
 
 def _told(failures: Mapping[int, Exception], folder: Path) -> str:
-    """One line on why workers failed: a hang where one was found, else the cause, not what it led to on other ranks."""
+    """Say in one line why workers failed: a hang if one was found, else the cause, not its effects on other ranks."""
     if hangs := rank.hung(folder, since=time.time() - 60.0):
         return "; ".join(hangs)
     lines = {number: _last_line(why) for number, why in failures.items()}
@@ -177,10 +177,10 @@ def _told(failures: Mapping[int, Exception], folder: Path) -> str:
 
 
 def _last_line(error: Exception) -> str:
-    """What is said at the end of a trace; of a worker that died, how."""
+    """Return the last line of a traceback or, for a worker that died, how it died."""
     text = str(error).strip()
-    if "connection error code 2" in text:  # Ray's words for a process that ended without its own
-        return "was killed, by hand or because its machine ran out of memory"
+    if "connection error code 2" in text:  # how Ray reports a process that ended silently
+        return "was killed, by a user or because its machine ran out of memory"
     if "exit detail:" in text:
         text = text.partition("exit detail:")[2]
         return "died: " + " ".join(text.split())[:200]
@@ -188,13 +188,13 @@ def _last_line(error: Exception) -> str:
 
 
 def _start_ray(config: Config) -> None:
-    """Connect, or start a cluster of this machine's that has room for the workers."""
+    """Join a cluster, or start one on this machine with room for the workers."""
     needed = int(config.cluster.max_workers * config.cluster.cpus_per_worker) + 1
     address = config.cluster.address or os.environ.get("RAY_ADDRESS") or LOCAL
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         start_ray(address, num_cpus=max(os.cpu_count() or 1, needed))
-    except Exception as why:  # one kind for each part of Ray that fails
+    except Exception as why:  # each part of Ray raises its own types
         raise ClusterError(f"no Ray cluster at {address} can be joined: {one_line(why, 500)}") from None
 
 
@@ -203,12 +203,12 @@ def _stop_on_signal(stop: Path) -> Iterator[Callable[[], float]]:
     """SIGTERM and Ctrl-C ask the workers to save and stop; a second one ends the driver at once.
 
     Yields:
-        A function that tells for how many seconds they have been asked to, by a signal or by the file itself.
+        A function that returns the seconds since a stop was requested, by a signal or by the file itself.
     """
     since: list[float] = []
 
     def ask(number: int, _frame: Any) -> None:
-        print("asked to stop: saving a checkpoint first (once more to end at once)", file=sys.stderr, flush=True)
+        print("stop requested: saving a checkpoint first (repeat to exit at once)", file=sys.stderr, flush=True)
         stop.touch()
         since.append(time.monotonic())
         signal.signal(number, before[number])
@@ -220,7 +220,7 @@ def _stop_on_signal(stop: Path) -> Iterator[Callable[[], float]]:
         signal.signal(number, ask)
 
     def asked() -> float:
-        if not since and stop.exists():  # made by somebody else
+        if not since and stop.exists():  # created by someone else
             since.append(time.monotonic())
         return time.monotonic() - since[0] if since else 0.0
 

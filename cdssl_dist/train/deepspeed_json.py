@@ -1,4 +1,4 @@
-"""What decides how a step is computed, and the JSON that says so to DeepSpeed."""
+"""The settings of the engine, and their translation into DeepSpeed's JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Final, Literal
 
 from cdssl_dist.train.setup import SetupError
 
-ELSEWHERE: Final = {  # keys of DeepSpeed's that the typed configuration stands for
+ELSEWHERE: Final = {  # DeepSpeed keys that the typed configuration replaces
     "optimizer": "the section optim",
     "scheduler": "the section schedule",
     "fp16": "engine.precision",
@@ -19,12 +19,12 @@ ELSEWHERE: Final = {  # keys of DeepSpeed's that the typed configuration stands 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What decides how a step is computed."""
+    """The settings that determine how a step is computed."""
 
     stage: Literal[0, 1, 2, 3]
     precision: Literal["fp32", "bf16"]
     micro_steps: int
-    clip: float  # largest norm, 0 for none
+    clip: float  # maximum gradient norm, 0 for no clipping
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -33,10 +33,10 @@ class EngineSettings:
 
 
 def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
-    """The JSON that DeepSpeed wants.
+    """Build the configuration that DeepSpeed expects.
 
     Raises:
-        SetupError: where the raw section contradicts what the typed config says.
+        SetupError: if the raw section contradicts the typed config, or sets what only the typed config may set.
     """
     bf16 = settings.precision == "bf16" and settings.stage > 0
     config: dict[str, Any] = {
@@ -54,7 +54,7 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
         config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     for key, value in settings.extra.items():
         if key in ELSEWHERE:
-            raise SetupError(f"engine.deepspeed.{key} would do nothing here, or harm: {ELSEWHERE[key]} decides this")
+            raise SetupError(f"engine.deepspeed.{key} does nothing here, or does harm: set {ELSEWHERE[key]} instead")
         if isinstance(value, dict) and isinstance(config.get(key), dict):
             clash = [k for k in value if k in config[key] and config[key][k] != value[k]]
             config[key] = value | config[key]
@@ -64,6 +64,6 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
         if clash:
             raise SetupError(
                 f"engine.deepspeed.{key} contradicts the typed configuration ({', '.join(clash)}): "
-                "say it in one place, the typed one"
+                "set it in the typed configuration only"
             )
     return config

@@ -1,13 +1,13 @@
-"""DeepSpeed, and the only file that knows it.
+"""The engine, and the only module that knows DeepSpeed.
 
-DeepSpeed reduces the gradients, takes their global norm, clips, and then calls ``step`` of the optimizer that it was
-given, at every ZeRO stage and precision. That call is the gate: ours asks what to do with the norm, and leaves the
-weights and its own state untouched when told to skip. Where DeepSpeed finds a non-finite norm by itself, it does not
-call the optimizer at all; the question is then asked afterwards. Either way it is asked once a step, on all ranks.
+At every ZeRO stage and precision, DeepSpeed reduces the gradients, computes their global norm, clips, and then calls
+``step`` of the optimizer that it was given. That call is the gate: our optimizer asks what to do with the norm, and
+leaves the weights and its own state untouched when told to skip. If DeepSpeed itself finds a non-finite norm, it does
+not call the optimizer at all, and the engine asks afterwards. Either way, it is asked once per step, on all ranks.
 
-What the optimizer keeps for each weight, it keeps sharded as DeepSpeed shards the weights: Adam's moments, and the
-running mean of the weights, which is one more of them. So it needs no place of its own at any stage, a skipped step
-cannot move it, and it travels in checkpoints as the moments do.
+The optimizer's state for each weight (Adam's moments and, kept like a third moment, the running mean of the weights)
+is sharded as DeepSpeed shards the weights. So the mean needs no special handling at any stage, a skipped step does not
+change it, and checkpoints store it like the moments.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# What DeepSpeed is told that it would otherwise find out by compiling or guessing; before its import.
+# Must be set before DeepSpeed is imported, which would otherwise find it out by compiling or guessing.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
 
@@ -52,12 +52,12 @@ Decide = Callable[[float], float | None]
 
 def init_distributed(device: torch.device) -> None:
     """Join the process group that the launcher described in the environment."""
-    # DeepSpeed would compile its shared-memory all-reduce at first use: 95 s, and a compiler needed.
+    # Otherwise DeepSpeed compiles its shared-memory all-reduce at first use, which takes 95 s and needs a compiler.
     __compatible_ops__["deepspeed_shm_comm"] = False
     if device.type == "cpu" and get_accelerator().device_name() != "cpu":
-        set_accelerator(CPU_Accelerator())  # a run on CPU where there are GPUs
+        set_accelerator(CPU_Accelerator())  # a CPU run on a machine with GPUs
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # NCCL sends what ranks tell one another from the current device
+        torch.cuda.set_device(device)  # NCCL sends Python objects from the current device
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
@@ -66,10 +66,10 @@ class Engine:
     """One model under DeepSpeed.
 
     Args:
-        model: on any device, in f32.
-        settings: how.
+        model: the model, on any device, in f32.
+        settings: how steps are computed.
         device: of this rank.
-        decide: asked once a step with the global gradient norm.
+        decide: called once per step with the global gradient norm.
     """
 
     def __init__(self, model: nn.Module, settings: EngineSettings, device: torch.device, decide: Decide) -> None:
@@ -94,7 +94,7 @@ class Engine:
             dist_init_required=False,
         )
         self._make_moments()
-        self._optimizer.gate = self._ask  # from here on: DeepSpeed may have stepped once to make its state
+        self._optimizer.gate = self._ask  # only now: DeepSpeed may have stepped once to create its state
 
     @property
     def module(self) -> nn.Module:
@@ -103,7 +103,7 @@ class Engine:
 
     @property
     def computing(self) -> nn.Module:
-        """The model itself, whose modules are called as it computes."""
+        """The module that actually computes, for hooks: the model, or its bf16 twin."""
         return self.ds.module if self._twin is None else self._twin
 
     def backward(self, loss: Tensor) -> None:
@@ -123,7 +123,7 @@ class Engine:
             round_into(self._twin, self.ds.module)
 
     def _ask(self) -> float | None:
-        """Asked by each parameter group or sub-group of a step; decided once."""
+        """Answer the optimizer, which asks for each parameter (sub-)group; decide once per step."""
         if not self._answer:
             self._answer.append(self._decide(self._norm()))
         return self._answer[0]
@@ -132,17 +132,17 @@ class Engine:
         wrapper = self.ds.optimizer
         if wrapper is not self._optimizer:
             return float(wrapper._global_grad_norm)
-        # ZeRO 0 has neither norm nor clipping of its own that could be seen before it acts
+        # At stage 0 DeepSpeed does not expose the norm before the update, so compute it, and clip, here.
         grads = [p.grad for p in self.ds.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         if self.settings.clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.ds.module.parameters(), self.settings.clip, norm)
         return float(norm)
 
-    # -- what is watched every now and then ---------------------------------------------------------------------------
+    # -- occasional measurements --------------------------------------------------------------------------------------
 
     def watch(self) -> None:
-        """Look closely at the next step."""
+        """Measure the next step in detail; see ``watched``."""
         self._optimizer.changes = torch.zeros(2, dtype=torch.float32, device=self.device)
         self._block_norms = {}
 
@@ -157,7 +157,7 @@ class Engine:
         return {"watch/update_ratio": change / size if size else 0.0, **self._block_norms}
 
     def _norms_by_block(self) -> dict[str, float]:
-        """‖gradient‖ of each block and of what stands before and after; a collective, before the update clears them."""
+        """Gradient norm of each block, of the input layers and of the head; a collective, before the update."""
         squares: dict[str, Tensor] = {}
         for name, p in self.ds.module.named_parameters():
             gradient = p.grad if self.settings.stage == 0 else safe_get_full_grad(p)
@@ -169,9 +169,9 @@ class Engine:
     # -- state: full tensors by name, whatever the stage and the number of ranks --------------------------------------
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """``weight/…``, ``exp_avg/…``, ``exp_avg_sq/…`` and with it ``ema/…`` of every parameter, f32.
+        """Yield ``weight/…``, ``exp_avg/…``, ``exp_avg_sq/…`` and, if kept, ``ema/…`` of every parameter, f32.
 
-        A collective, one at a time.
+        Each is a collective.
         """
         for name, p, master in self._parameters():
             yield f"weight/{name}", self._full(p, master)
@@ -179,13 +179,13 @@ class Engine:
                 yield f"{kept}/{name}", self._full(p, master, kept)
 
     def weights(self) -> dict[str, Tensor]:
-        """Full f32 weights by name, on CPU: their running mean where one is kept; a collective."""
+        """Full f32 weights by name, on CPU, or their running mean if one is kept; a collective."""
         what = EMA if self.settings.ema else None
         return {name: self._full(p, master, what).cpu().clone() for name, p, master in self._parameters()}
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the model computes with the running mean of the weights, where one is kept; a collective."""
+        """Within the context, compute with the running mean of the weights, if one is kept; a collective."""
         if not self.settings.ema:
             yield
             return
@@ -201,11 +201,11 @@ class Engine:
                 p.copy_(value)
 
     def set_tensors(self, read: Callable[[str], Tensor], applied: int) -> None:
-        """Take over what ``tensors`` gave, at any stage and number of ranks; a collective.
+        """Load what ``tensors`` yielded, at any stage and number of ranks; a collective.
 
         Args:
             read: name → full tensor, on CPU.
-            applied: updates made, which Adam counts for itself.
+            applied: number of updates made, which becomes Adam's step count.
         """
         for name, p, master in self._parameters():
             weight = read(f"weight/{name}").to(self.device)
@@ -219,7 +219,7 @@ class Engine:
                     self._set(p, weight)
                     for what, value in kept.items():
                         self._set(p, value, what)
-                # The weights that the model computes with stand beside the f32 ones that the optimizer updates.
+                # The model computes with its own copy of the f32 weights that the optimizer updates.
                 with self._whole(p):
                     p.copy_(weight)
         for state in self._optimizer.state.values():
@@ -230,20 +230,20 @@ class Engine:
         return (*MOMENTS, EMA) if self.settings.ema else MOMENTS
 
     def _full(self, p: nn.Parameter, master: Tensor | None, what: str | None = None) -> Tensor:
-        """The whole of one parameter, f32: its weight, or of what Adam keeps; a collective."""
+        """Return one full tensor, f32: the weight of a parameter, or its optimizer state ``what``; a collective."""
         if master is not None:
             return (master.detach() if what is None else self._optimizer.state[master][what]).float()
         return safe_get_full_fp32_param(p) if what is None else safe_get_full_optimizer_state(p, what)
 
     def _set(self, p: nn.Parameter, value: Tensor, what: str | None = None) -> None:
-        """Give this rank its part of a full tensor: of the f32 weight, or of what Adam keeps."""
+        """Set this rank's part of the f32 weight, or of the optimizer state ``what``, from a full tensor."""
         if self.settings.stage < 3:
             if what is None:
                 safe_set_full_fp32_param(p, value)
             else:
                 safe_set_full_optimizer_state(p, value, what)
             return
-        # ZeRO-3's own way to do so fails where the ranks do not divide a tensor, of which the last part is padded.
+        # DeepSpeed's own function fails at stage 3 if a tensor is not divisible by the ranks: its last part is padded.
         part = p.ds_tensor.numel()  # type: ignore[attr-defined]
         missing = part * dist.get_world_size() - value.numel()
         mine = nn.functional.pad(value.flatten(), (0, missing)).narrow(0, part * dist.get_rank(), part)
@@ -253,23 +253,23 @@ class Engine:
             safe_set_local_optimizer_state(p, mine, what)
 
     def _whole(self, p: nn.Parameter) -> Any:
-        """A context in which all of a parameter is here and can be changed."""
+        """Return a context in which the full parameter is present and can be changed."""
         return deepspeed.zero.GatheredParameters([p], modifier_rank=0, enabled=self.settings.stage == 3)
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter, Tensor | None]]:
-        """Name, parameter, and at stage 0 the f32 tensor that the optimizer updates, which is whole there."""
+        """Yield name, parameter and, at stage 0, the (unsharded) f32 tensor that the optimizer updates."""
         masters = list(self.ds.module.parameters()) if self.settings.stage == 0 else None
         for i, (name, p) in enumerate(self.computing.named_parameters()):
             yield name, p, masters[i] if masters else None
 
     def _make_moments(self) -> None:
-        """Adam's state as before its first step, at every stage.
+        """Create Adam's initial state, at every stage.
 
-        DeepSpeed makes it at the first update: then a checkpoint could not be read into a new engine, and a first step
-        that is skipped would leave it half made.
+        DeepSpeed would create it at the first update, so that a checkpoint could not be loaded into a new engine, and
+        skipping the first step would leave it half initialized.
         """
         wrapper = self.ds.optimizer
-        masters = getattr(wrapper, "fp32_partitioned_groups_flat", None)  # ZeRO-3, which lends them for each step
+        masters = getattr(wrapper, "fp32_partitioned_groups_flat", None)  # stage 3, which lends them to the optimizer
         for p in masters or [p for group in self._optimizer.param_groups for p in group["params"]]:
             state = self._optimizer.state[p]
             fused = self._optimizer.defaults["fused"]

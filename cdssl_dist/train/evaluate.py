@@ -1,4 +1,4 @@
-"""Sums over many packs without training: the baseline of skill_edge, and validation."""
+"""Evaluation over many packs: the baseline of skill_edge, and validation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cdssl_dist.model.pretext import Denoising
 from cdssl_dist.train.together import raise_together
 from sharding.manifest import DataSetError
 
-VALIDATION_SEED: Final = 0  # one noise for all validations of all runs, so that their figures compare
+VALIDATION_SEED: Final = 0  # the same noise in all validations of all runs, so that metrics are comparable
 
 
 def sum_over_split(
@@ -34,14 +34,14 @@ def sum_over_split(
     zero: Tensor,
     bad_blocks: BadBlocks,
 ) -> tuple[Tensor, list[int]]:
-    """Σ function(batch) over the first packs of a plan with ``last='pad'``, all ranks together; a collective.
+    """Sum function(batch) over the first packs of a plan with ``last='pad'``, on all ranks together; a collective.
 
     Returns:
-        The sum, and the numbers of the bad blocks that it goes without.
+        The sum, and the numbers of the bad blocks that it leaves out.
 
     Raises:
-        BadBlockError: on all ranks, where one met a bad block that ends the run, or too many.
-        DataSetError: where no block is left; and what ``Loader`` raises.
+        BadBlockError: on all ranks, if one met a bad block that ends the run, or too many.
+        DataSetError: if no block is left, and as raised by ``Loader``.
     """
     steps = plan.steps_before(1)
     if packs is not None:
@@ -77,7 +77,7 @@ def sum_over_split(
 
 
 def gathered(numbers: Sequence[int]) -> list[int]:
-    """The numbers of all ranks, ascending; a collective."""
+    """Gather the numbers of all ranks, in ascending order; a collective."""
     found: list[Sequence[int]] = [[]] * dist.get_world_size()
     dist.all_gather_object(found, list(numbers))
     return sorted(number for rank in found for number in rank)
@@ -86,7 +86,7 @@ def gathered(numbers: Sequence[int]) -> list[int]:
 def fitted_baseline(
     data: DataSet, plan: EpochPlan, task: Denoising, packs: int, device: torch.device, bad_blocks: BadBlocks
 ) -> Baseline:
-    """Fit what can be said without messages, on the training packs that can be read; a collective."""
+    """Fit the baseline, which uses no messages, on the readable training packs; a collective."""
     zero = torch.zeros(BINS, task.expansion.centers + 1, dtype=torch.float64, device=device)
     sums, _ = sum_over_split(data, plan, "train", packs, task.baseline_sums, zero, bad_blocks)
     return fit_baseline(sums, task.expansion.end)
@@ -97,15 +97,15 @@ class Validation:
 
     Args:
         data: the data set.
-        task: of the training; only the noise seed is replaced.
-        baseline: of skill_edge.
+        task: the training task; only its noise seed is replaced.
+        baseline: for skill_edge.
         blocks_per_pack, packs_per_step: as in training.
-        packs: how many of them, rounded up to whole steps; all where None.
+        packs: number of packs, rounded up to whole steps; all if None.
         device: of this rank.
-        bad_blocks: ``skip`` gives figures of the blocks that can be read, with a digest of their own.
+        bad_blocks: with ``skip``, metrics cover only the readable blocks, and have another digest.
 
     Attributes:
-        skipped: the bad blocks that the last figures go without.
+        skipped: bad blocks left out of the latest metrics.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Validation:
         self.plan = EpochPlan(data.table("val"), VALIDATION_SEED, blocks_per_pack, packs_per_step, last="pad")
 
     def run(self, model: nn.Module) -> dict[str, float]:
-        """The metrics of a model; a collective."""
+        """Compute the metrics of a model; a collective."""
 
         def figures(batch: GraphBatch) -> Tensor:
             _, sums = self.task.loss(model, batch, self.baseline)
@@ -140,7 +140,7 @@ class Validation:
         return self.task.metrics(sums)
 
     def digest(self) -> str:
-        """Figures of two encoders may be compared where this is equal: same blocks, σ, noise, cutoff and expansion."""
+        """Digest of blocks, σ, noise, cutoff and expansion: metrics of two encoders are comparable if it is equal."""
         block = self.plan.table.block
         blocks = self.data.checksums[block[~np.isin(block, self.skipped)]].tobytes()
         shape = None if self.packs is None else [self.packs, self.plan.blocks_per_pack, self.plan.packs_per_step]

@@ -1,4 +1,4 @@
-"""The optimizer with a gate: what DeepSpeed is given, and calls once a step; see ``engine.py``."""
+"""The gated optimizer that DeepSpeed is given, and calls once per step; see ``engine.py``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-EMA: Final = "ema"  # the running mean of the weights, beside Adam's moments of each
+EMA: Final = "ema"  # key of the running mean of a weight, besides Adam's moments
 
 
 class GatedAdamW(torch.optim.AdamW):
@@ -16,11 +16,11 @@ class GatedAdamW(torch.optim.AdamW):
 
     gate: Callable[[], float | None] | None = None
     ema: float = 0.0
-    changes: Tensor | None = None  # while it is a vector: Σ Δw² and Σ w² of what this rank updates are added to it
+    changes: Tensor | None = None  # if set, (2,): Σ Δw² and Σ w² of this rank's updates are added to it
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Update, with the learning rate that the gate gives; nothing changes when it gives None."""
+        """Update with the learning rate that the gate returns; change nothing if it returns None."""
         if self.gate is not None:
             lr = self.gate()
             if lr is None:
@@ -30,7 +30,7 @@ class GatedAdamW(torch.optim.AdamW):
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         before = [p.clone() for p in params] if self.changes is not None else []
         super().step(closure)
-        for p, old in zip(params, before):  # noqa: B905  nothing before unless changes are asked for
+        for p, old in zip(params, before):  # noqa: B905  ``before`` is empty unless changes are measured
             assert self.changes is not None
             self.changes += torch.stack([(p - old).square().sum(), old.square().sum()])
         for p in params if self.ema else []:

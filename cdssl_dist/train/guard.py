@@ -3,10 +3,10 @@
 Statistics are of the logarithm of the norm, exponentially weighted. A non-finite norm or loss is never applied and
 never enters the statistics; a spike enters clipped, so that the statistics follow a moderate rise that lasts.
 
-Several bad steps in a row ask for a roll-back, too many in all, or too many roll-backs, for a stop. One kind of row is
-no trouble: norms that are high but agree with one another, while the loss is what it was. That is a new level, of other
-data or of another phase of training; after some steps the statistics move there. Without the loss it would look like a
-network that one step has thrown far off, whose norms agree too.
+Several bad steps in a row call for a roll-back; too many overall, or too many roll-backs, for a stop. One kind of
+streak is harmless: norms that are high but agree with one another, while the loss is unchanged. That is a new level,
+due to other data or another phase of training; after some steps the statistics move there. Only the loss tells it from
+a network that one step has thrown far off, whose norms agree, too.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from cdssl_dist.config import GuardConfig
 
 Verdict = Literal["apply", "clip", "skip", "rollback", "stop"]
 VERDICTS: Final = ("apply", "clip", "skip", "rollback", "stop")
-WINDOW: Final = 1000  # steps in which the share of bad ones is watched
+WINDOW: Final = 1000  # steps over which the share of bad ones is tracked
 
 
 @dataclass(frozen=True, slots=True)
 class GuardState:
-    """All that the guard remembers. Saved with a checkpoint, and rolls back with it."""
+    """The guard's memory, saved with a checkpoint and rolled back with it."""
 
     seen: int = 0  # finite norms
     mean: float = 0.0  # of the log norm
@@ -41,7 +41,7 @@ class GuardState:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What is done with one step, and why."""
+    """The verdict on one step, and why."""
 
     verdict: Verdict
     z: float  # of the log norm; nan before there are statistics, inf for a non-finite norm
@@ -54,18 +54,18 @@ class Judgement:
 
 
 class GuardStop(RuntimeError):
-    """The guard gave up; the message says what was seen."""
+    """The guard stopped the run; the message says why."""
 
 
 class Guard:
-    """The state machine with its state, for a loop that asks once a step."""
+    """The state machine together with its state, for a loop that calls it once per step."""
 
     def __init__(self, rules: GuardConfig) -> None:
         self.rules, self.state = rules, GuardState()
         self.norm, self.last = math.nan, Judgement("apply", math.nan)
 
     def judge(self, norm: float, rollbacks: int, loss: float | None = None) -> None:
-        """Judge a step; ``last`` is the judgement."""
+        """Judge a step, and keep the judgement in ``last``."""
         self.norm = norm
         self.last, self.state = judge(norm, self.state, self.rules, rollbacks, loss)
 
@@ -83,14 +83,14 @@ def z_score(norm: float, state: GuardState, rules: GuardConfig) -> float:
 def judge(
     norm: float, state: GuardState, rules: GuardConfig, rollbacks: int = 0, loss: float | None = None
 ) -> tuple[Judgement, GuardState]:
-    """One step.
+    """Judge one step.
 
     Args:
-        norm: global gradient norm, all-reduced; NaN or infinite where a gradient is.
+        norm: global gradient norm, all-reduced; NaN or infinite if a gradient is.
         state: before the step.
         rules: every threshold.
         rollbacks: how often the run was rolled back already (from the ledger, which no checkpoint resets).
-        loss: of the step, over all ranks; where it is not known, no rise is taken for a new level.
+        loss: of the step, over all ranks; without it, no rise is taken for a new level.
 
     Returns:
         The judgement and the state after it.
@@ -100,17 +100,17 @@ def judge(
     spike = finite and rules.on_spike != "apply" and state.seen >= rules.warmup and z > rules.z_spike
     bad = spike or not finite
     state = _level(norm, loss, spike, _count(state, bad), rules)
-    if finite and norm > 0.0:  # a step without scored edges has no gradient, and says nothing of the others
+    if finite and norm > 0.0:  # a step without scored edges has no gradient, and says nothing about other steps
         state = _learn(norm, state, rules)
     if not bad:
         return Judgement("apply", z), _applied(state, loss, rules)
 
-    what = f"gradient norm {norm:.4g}" + (f", {z:.1f} deviations above the usual" if spike else "")
+    what = f"gradient norm {norm:.4g}" + (f", {z:.1f} deviations above the mean" if spike else "")
     if loss is not None and not math.isfinite(loss):
         what += f", loss {loss:.4g}"
     if state.level_steps >= rules.level_after:
         mean = state.level_sum / state.level_steps
-        reason = f"{what}; the new level after {state.level_steps} that agree, with the loss as before"
+        reason = f"{what}; accepted as a new level: {state.level_steps} norms agree, with an unchanged loss"
         return Judgement("clip", z, reason), _applied(replace(state, mean=mean, level_steps=0), loss, rules)
     if state.bad_recent > rules.max_bad_share * WINDOW:
         return Judgement("stop", z, f"{what}; {state.bad_recent:.0f} bad steps of the last {WINDOW}"), state
@@ -131,7 +131,7 @@ def _applied(state: GuardState, loss: float | None, rules: GuardConfig) -> Guard
 
 
 def _level(norm: float, loss: float | None, spike: bool, state: GuardState, rules: GuardConfig) -> GuardState:
-    """Count the spikes in a row that agree with one another while the loss is as before."""
+    """Count the spikes in a row that agree with one another while the loss is unchanged."""
     if not spike or loss is None or loss > rules.level_loss * state.loss:
         return replace(state, level_steps=0)
     value = math.log(norm)
@@ -150,8 +150,8 @@ def _count(state: GuardState, bad: bool) -> GuardState:
 def _learn(norm: float, state: GuardState, rules: GuardConfig) -> GuardState:
     """Update the running mean and variance; the first norms weigh equally, as in a plain average.
 
-    After the warm-up a norm enters clipped on both sides: none may widen the statistics so far that the next spike goes
-    unseen.
+    After the warm-up, norms are clipped on both sides first, so that none widens the statistics so much that the next
+    spike goes unnoticed.
     """
     value = math.log(max(norm, 1e-30))
     if state.seen >= rules.warmup:

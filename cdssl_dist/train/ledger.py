@@ -20,18 +20,18 @@ class Rollback:
 
 @dataclass(frozen=True)
 class Ledger:
-    """What the guard did that must outlive a roll-back and a kill; ``guard-ledger.json``."""
+    """Guard actions that must survive a roll-back and a kill; ``guard-ledger.json``."""
 
     rollbacks: list[Rollback] = field(default_factory=list)
 
     def passed_over(self, cursor: int) -> bool:
-        """Whether a roll-back made the checkpoint at ``cursor`` worthless."""
+        """Whether a roll-back discarded the checkpoint at ``cursor``."""
         return self.resume_point(cursor) is None
 
     def resume_point(self, cursor: int) -> int | None:
-        """Where to go on from a checkpoint at ``cursor``; None where the checkpoint was rolled back over.
+        """Return the step at which a run resumes from a checkpoint at ``cursor``; None if a roll-back discarded it.
 
-        A roll-back from b to a makes checkpoints between the two worthless, and sends that of a on to b.
+        A roll-back from b to a discards the checkpoints after a and before b; from the one at a, the run resumes at b.
         """
         for rollback in reversed(self.rollbacks):
             if cursor >= rollback.resumed_at:
@@ -43,18 +43,18 @@ class Ledger:
         return cursor
 
     def with_rollback(self, rollback: Rollback) -> Ledger:
-        """One more."""
+        """Return the ledger with one more roll-back."""
         return Ledger([*self.rollbacks, rollback])
 
     def known_at(self, cursor: int) -> Ledger:
-        """The roll-backs that a run which goes on from a checkpoint at ``cursor`` has behind it.
+        """Return the roll-backs that precede a resume from the checkpoint at ``cursor``.
 
-        Later ones are of a life that was given up, by removing the checkpoints that it left.
+        Later ones belong to a continuation that was abandoned by removing its checkpoints.
         """
         return Ledger([rollback for rollback in self.rollbacks if rollback.to <= cursor])
 
     def write(self, folder: Path) -> None:
-        """Synced before anything is reloaded, so that a kill cannot forget it."""
+        """Write and sync the ledger; done before anything is reloaded, so that a kill cannot lose a roll-back."""
         write_atomically(folder / "guard-ledger.json", json.dumps(asdict(self), indent=1).encode())
 
     @staticmethod

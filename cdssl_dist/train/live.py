@@ -1,4 +1,4 @@
-"""Watching a run from its folder alone, wherever that is read from: a snapshot, a page of text, a live view."""
+"""Watch a run through its folder, local or remote: a snapshot, a page of text, a live view."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from sharding.sources import SourceError
 from sharding.sources.streams import folder_system, redacted
 
 POLL: Final = 1.0  # s
-TAIL: Final = 1 << 17  # bytes of a log that are looked at
-SILENT: Final = 120.0  # s without a word after which a run is taken to be gone, or three times the usual, if more
-PROGRESS: Final = re.compile(r"step \d+(/\d+)?  ")  # lines of the log that the live view says better
+TAIL: Final = 1 << 17  # bytes read from the end of a log
+SILENT: Final = 120.0  # s without output after which a run counts as silent; or three times the usual interval
+PROGRESS: Final = re.compile(r"step \d+(/\d+)?  ")  # lines of the log that the live view replaces
 
 
 class RunFolderError(ValueError):
-    """A place where no run is."""
+    """There is no run at this place."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What can be known of a run from outside.
+    """The state of a run, as seen from outside.
 
     Attributes:
-        state: ``starting``, ``training``, ``silent`` (says it trains, but has not spoken for long), ``done``,
+        state: ``starting``, ``training``, ``silent`` (should be training, but writes nothing), ``done``,
             ``stopped``, ``failed`` or ``refused``.
-        age: s since it last spoke.
+        age: s since it last wrote something.
         steps_s: steps per second over the last lines; None before there are two.
         metrics: the latest value of each.
         validated: step of the last validation.
-        events: the last ones.
+        events: the latest ones.
     """
 
     run: str
@@ -58,27 +58,27 @@ class Snapshot:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the present rate; None where it does not train."""
+        """Estimated from the current rate; None if the run is not training."""
         return (self.steps - self.step) / self.steps_s if self.state == "training" and self.steps_s else None
 
     @property
     def over(self) -> bool:
-        """Whether nothing more will come of this life of the run."""
+        """Whether the run has ended, though it may be resumed later."""
         return self.state in ("done", "stopped", "failed", "refused")
 
     def json(self) -> str:
-        """All of it, on one line."""
+        """All fields as JSON, on one line."""
         return json.dumps(asdict(self) | {"seconds_left": self.seconds_left})
 
 
 def snapshot(run: str) -> Snapshot:
-    """Look at a run.
+    """Take a snapshot of a run.
 
     Args:
-        run: a run folder, or a URL of one that fsspec knows.
+        run: a run folder, or the URL of one, for any file system that fsspec supports.
 
     Raises:
-        RunFolderError: where there is none.
+        RunFolderError: if there is no run, or it cannot be read.
     """
     system, root = _place(run)
     try:
@@ -91,8 +91,8 @@ def snapshot(run: str) -> Snapshot:
         raise RunFolderError(f"{redacted(run)}: cannot be read ({one_line(why)})") from None
     if not there:
         raise RunFolderError(
-            f"{redacted(run)}: no run is here (neither config.yaml nor status.json), or nobody answers; give the run= "
-            "of a pretraining"
+            f"{redacted(run)}: no run here (neither config.yaml nor status.json), or the server does not answer; give "
+            "the run folder of a pretraining"
         )
     metrics = {name: value for line in lines for name, value in line.items() if name not in ("step", "time")}
     training = [line for line in lines if "train/loss" in line][-10:]
@@ -128,13 +128,13 @@ def _place(run: str) -> tuple[Any, str]:
 def _status(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text or "{}")
-    except ValueError:  # half of it, from a storage that does not rename
+    except ValueError:  # half-written, on storage without atomic renames
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _tail(system: Any, path: str) -> str:
-    """The last part of a file, from the start of a line; empty where there is none."""
+    """Read the end of a file, from the start of a line; empty if there is no file."""
     try:
         start = max((system.size(path) or 0) - TAIL, 0)  # a web server may not say how large it is
         text: str = system.cat_file(path, start=start or None).decode(errors="replace")
@@ -144,7 +144,7 @@ def _tail(system: Any, path: str) -> str:
 
 
 def _rate(lines: list[dict[str, Any]]) -> tuple[float | None, float]:
-    """Steps per second and the time between two lines, s: medians, as a validation or a resume stands between some."""
+    """Return steps per second and s between lines: medians, since some gaps include a validation or a resume."""
     gaps = [
         (b["step"] - a["step"], max(b["time"] - a["time"], 1) / 1000.0) for a, b in zip(lines, lines[1:], strict=False)
     ]
@@ -154,10 +154,10 @@ def _rate(lines: list[dict[str, Any]]) -> tuple[float | None, float]:
 
 
 def rows(seen: Snapshot) -> list[tuple[str, str]]:
-    """A page of text, as (heading, text)."""
+    """Return a page of text, as (heading, text)."""
     m = seen.metrics
     ranks = f", {seen.world_size} rank{'s' * (seen.world_size != 1)}" if seen.world_size else ""
-    about = {"silent": f"no word for {duration(seen.age)}: killed, or hanging", "starting": "no step yet"}
+    about = {"silent": f"no output for {duration(seen.age)}: killed, or hanging", "starting": "no step yet"}
     say = seen.reason or about.get(seen.state, "")
     found = [("run", f"{seen.run}: {seen.state}{ranks}{f' ({say})' if say else ''}")]
     if seen.steps:
@@ -184,17 +184,17 @@ def rows(seen: Snapshot) -> list[tuple[str, str]]:
         at = "" if event.get("step") is None else f"step {event['step']}: "
         found.append(("" if i else "events", f"{at}{event['event']} {extra}".strip()[:160]))
     if seen.age is not None:
-        found.append(("spoke", f"{duration(seen.age)} ago"))
+        found.append(("written", f"{duration(seen.age)} ago"))
     return [(heading, text) for heading, text in found if text]
 
 
 def page(seen: Snapshot) -> str:
-    """Text for a terminal, or what is not one."""
+    """Format a snapshot as plain text."""
     return "\n".join(f"{heading:9} {text}" for heading, text in rows(seen))
 
 
 def table(seen: Snapshot) -> Any:
-    """The same page, as rich draws it, with a bar."""
+    """Format a snapshot as a rich table, with a progress bar."""
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
@@ -208,7 +208,7 @@ def table(seen: Snapshot) -> Any:
 
 
 def line(seen: Snapshot) -> str:
-    """One line, for logs."""
+    """Format a snapshot as one line, for logs."""
     loss, skill = (_short(seen.metrics.get(f"train/{name}")) for name in ("loss", "skill"))
     left = f"  {duration(seen.seconds_left)} left" if seen.seconds_left is not None else ""
     return f"{seen.state}  step {seen.step}/{seen.steps}  loss {loss}  skill {skill}{left}"
@@ -245,7 +245,7 @@ def watching(folder: Path) -> Iterator[None]:
 
 
 def _new_lines(path: Path, start: int, done: threading.Event) -> Iterator[list[str]]:
-    """Each second the lines that a file has gained, until told that it is over, and once more."""
+    """Yield, once a second, the lines added to a file, until ``done`` is set, and then once more."""
     at = start
     while True:
         last = done.wait(POLL)

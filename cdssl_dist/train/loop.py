@@ -45,26 +45,26 @@ def train(
     report: Callable[[int, dict[str, float]], None] = lambda step, values: None,
     echo: bool = True,
 ) -> bool:
-    """Train, from the newest checkpoint of the run folder where there is one.
+    """Train, resuming from the newest checkpoint in the run folder if there is one.
 
     Rank, world size and rendezvous come from the environment (``RANK``, ``WORLD_SIZE``, …).
 
     Args:
         config: of the run.
-        stop_requested: asked once a step on every rank; when any says yes, all save and return.
+        stop_requested: called once per step on every rank; if any returns True, all save and return.
         report: called on rank 0 with each line of metrics.
-        echo: print progress, beside writing it to ``train.log``.
+        echo: also print progress, which is always written to ``train.log``.
 
     Returns:
-        True when the run is complete, False when it was asked to stop.
+        True if the run is complete, False if it was stopped on request.
 
     Raises:
-        GuardStop: where the guard gives up.
-        CheckpointError: where the run folder holds another run.
-        DataSetError: where the copy of the checkpoints that the run would go on from cannot be used.
-        SetupError: where there is no such device, or no such kernel.
-        BadBlockError: where a block is not what its checksum says, unless such blocks are to be skipped.
-        OutOfMemory: names the packs that it was met in.
+        GuardStop: if the guard stops the run.
+        CheckpointError: if the run folder holds another run.
+        DataSetError: if the copy of a checkpoint to resume from cannot be used.
+        SetupError: if the requested device or kernels are not available.
+        BadBlockError: if a block fails its checksum, unless such blocks are to be skipped, or too many do.
+        OutOfMemory: if memory runs out; names the packs involved.
     """
     device = device_of(config)
     torch.set_num_threads(config.engine.threads)
@@ -84,7 +84,7 @@ class Trainer:
     Attributes:
         cursor: consumed steps.
         guard: judges the gradient norm of each step, on all ranks alike.
-        stopping: some rank was asked to stop.
+        stopping: whether any rank was asked to stop.
     """
 
     def __init__(
@@ -135,16 +135,16 @@ class Trainer:
         self.stopping = False
         self.lr = 0.0
         self.metrics: dict[str, float] = {}  # of the last validation
-        self.validated = -1  # the cursor then
-        self.log: RunLog | Silence = Silence()  # of rank 0 a ``RunLog``, from ``resume`` on
-        self.mirror: Mirror | None = None  # of rank 0, where checkpoints are copied
-        # Of the step under way, on this rank: its part of the loss, those of its packs, and bad blocks left out.
+        self.validated = -1  # cursor at that validation
+        self.log: RunLog | Silence = Silence()  # on rank 0 a ``RunLog``, once ``resume`` was called
+        self.mirror: Mirror | None = None  # on rank 0, if checkpoints are copied
+        # Of the current step, on this rank: loss, losses of its packs, bad blocks left out, and error from bad blocks.
         self.loss = torch.zeros((), device=device)
         self.pack_losses: list[torch.Tensor] = []
         self.skipped: tuple[int, ...] = ()
         self.error = ""
 
-    # -- the story of a run -------------------------------------------------------------------------------------------
+    # -- life cycle ---------------------------------------------------------------------------------------------------
 
     def resume(self) -> None:
         """Continue from the newest checkpoint, if there is one."""
@@ -155,7 +155,7 @@ class Trainer:
         elif there := checkpoint.committed(self.checkpoints):
             raise checkpoint.CheckpointError(
                 f"{self.checkpoints}: the guard rolled back over {', '.join(f.name for f in there)}, and nothing "
-                "before is left to go on from; begin anew in another run folder, with a lower optim.lr perhaps"
+                "before is left to resume from; start over in another run folder, perhaps with a lower optim.lr"
             )
         else:
             self._forget_later_rollbacks(-1)
@@ -178,7 +178,7 @@ class Trainer:
                 self.mirror.copy(found.folder)
 
     def run(self) -> None:
-        """Step until the end, a stop request, or the guard's word; after a roll-back the loader starts anew."""
+        """Train until the end, a stop request or a stop by the guard; a roll-back restarts the loader."""
         while self.cursor < self.config.schedule.steps and not self.stopping:
             with self._loader() as steps:
                 for step in self.meter.timed(steps):
@@ -196,22 +196,22 @@ class Trainer:
                         break
 
     def finish(self) -> bool:
-        """Export the encoder, or say that the run was stopped; returns whether it is complete."""
-        complete = self.cursor >= self.config.schedule.steps  # although a stop may have been asked for at the last step
+        """Export the encoder if the run is complete; return whether it is."""
+        complete = self.cursor >= self.config.schedule.steps  # even if a stop was requested at the last step
         if complete and self.validated != self.cursor:  # a finished run, started again; or a roll-back at its end
             self._validate()
         weights = self.engine.weights() if complete else {}
         if complete and self.rank == 0:
             write_encoder(self.folder, weights, self._card())
         if self.mirror and not self.mirror.close(self.config.checkpoint.mirror_wait):
-            self.log.say("the last checkpoint is not copied yet, and is left to the next start")
+            self.log.say("the last checkpoint has not been copied yet; the next start will do so")
         self._status("done" if complete else "stopped", self.metrics)
         self.log.close()
         dist.barrier()
         return complete
 
     def where(self) -> str:
-        """The step that this rank is at, with the packs that it takes in it, for the reports of errors."""
+        """Describe the current step of this rank and its packs, for error reports."""
         table, lanes = self.plan.table, self.plan.lanes(self.rank, self.world_size)
         packs = [[e.index for e in self.plan.pack(self.cursor, lane)] for lane in lanes]
         said = (f"blocks {table.block[p].tolist()} with {table.edges[p].sum()} scored edges" for p in packs if p)
@@ -223,7 +223,7 @@ class Trainer:
         """Forward and backward over this rank's packs; returns the sums behind the metrics when they are due."""
         due = (step.number + 1) % self.config.tracking.every == 0
         sums = torch.zeros(len(self.task.sums), dtype=torch.float64, device=self.device) if due else None
-        # Compiled code would be compiled anew for each hook, and kernels call none.
+        # Hooks would make compiled code recompile, and kernels do not call them.
         plain = not self.config.engine.compile and self.config.engine.kernels == "torch"
         if watched := self._look_is_due(step.number):
             self.engine.watch()
@@ -252,7 +252,7 @@ class Trainer:
         return every > 0 and (step + 1) % every == 0
 
     def _report_watched(self, edges: torch.Tensor) -> None:
-        """A line of what is looked at every ``watch_every`` steps; a collective."""
+        """Write the metrics that are measured every ``watch_every`` steps; a collective."""
         dist.all_reduce(edges)
         found = self.engine.watched()
         messages, dead, saturated = (float(v) for v in edges)
@@ -261,9 +261,8 @@ class Trainer:
         self.log.metrics(self.cursor + 1, found)
 
     def _decide(self, norm: float) -> float | None:
-        """The engine's question, once a step on all ranks: the learning rate to apply it with, or None."""
-        # The norm was reduced already, so all ranks judge alike; what they do not share yet is the loss of their packs,
-        # who was asked to stop, and who met bad blocks.
+        """Judge a step, once on all ranks: return the learning rate to apply it with, or None to skip it."""
+        # The norm is already reduced, so all ranks judge alike; the loss, stop requests and bad blocks are still local.
         found = [float(self.stop_requested()), float(len(self.skipped)), float(bool(self.error))]
         shared = torch.cat([self.loss[None], torch.tensor(found, device=self.device)])
         dist.all_reduce(shared)
@@ -280,7 +279,7 @@ class Trainer:
         return self.lr if self.guard.last.verdict in ("apply", "clip") else None
 
     def _after(self, sums: torch.Tensor | None) -> None:
-        """What is due after a consumed step: metrics, validation, checkpoint."""
+        """Do what is due after a consumed step: metrics, validation, checkpoint."""
         config = self.config
         if sums is not None:
             self._report(sums)
@@ -288,7 +287,7 @@ class Trainer:
             self._validate()
         if self.cursor % config.checkpoint.every == 0 or self.cursor == config.schedule.steps or self.stopping:
             c = config.checkpoint
-            # A row of bad steps may have begun before this one, and asks for a checkpoint that was quiet before it.
+            # A streak of bad steps may have begun already, and needs a checkpoint that was good before its first step.
             longest = max(config.guard.rollback_after, config.guard.level_after)
             retention = Retention(c.keep, c.quiet + longest, c.best, c.hours)
             folder = checkpoint.save(self.checkpoints, self.engine, self._progress(), retention, self.ledger)
@@ -298,7 +297,7 @@ class Trainer:
             self.meter.restart()
 
     def _report(self, sums: torch.Tensor) -> None:
-        """A line of training metrics: of this step, over all ranks."""
+        """Write the training metrics of this step, over all ranks."""
         dist.all_reduce(sums)
         figures = {f"train/{name}": v for name, v in self.task.metrics(sums).items()}
         rates = self.meter.rates(len(self.plan.lanes(self.rank, self.world_size)) / self.plan.packs_per_step)
@@ -323,12 +322,12 @@ class Trainer:
         self.meter.restart()
 
     def _tell_skipped(self, step: int, split: str, blocks: list[int]) -> None:
-        """An event for the bad blocks that a step or a validation went without, on whatever rank."""
+        """Log the bad blocks that a step or a validation left out, on any rank."""
         if blocks:
             self.log.event(step, "bad blocks", within=split == "train", split=split, blocks=blocks)
 
     def _tell(self, step: Step) -> None:
-        """An event for a verdict that is not plainly to apply, with the packs of the step; a collective."""
+        """Log a verdict other than ``apply``, with the packs of the step; a collective."""
         last, losses = self.guard.last, self._losses_of_packs()
         if self.rank > 0:
             return
@@ -337,12 +336,12 @@ class Trainer:
         about = {"norm": self.guard.norm, "z": last.z, "reason": last.reason, "packs": packs, "losses": losses}
         graphs: list[str] = []
         for block in packs[worst]:
-            with contextlib.suppress(BadBlockError):  # left out of the step too
+            with contextlib.suppress(BadBlockError):  # also left out of the step
                 graphs += decode(self.data.read(block)).keys
         self.log.event(step.number, last.verdict, within=True, **about, pack=worst, graphs=graphs)
 
     def _losses_of_packs(self) -> list[float]:
-        """Each pack's part of the loss of the step: the largest names the pack that is looked at; a collective."""
+        """Return each pack's part of the step's loss, of which the largest marks the worst pack; a collective."""
         lanes = list(self.plan.lanes(self.rank, self.world_size))
         losses = torch.zeros(self.plan.packs_per_step, device=self.device)
         losses[lanes] = torch.stack(self.pack_losses[: len(lanes)])
@@ -350,12 +349,12 @@ class Trainer:
         return [float(v) for v in losses]
 
     def _roll_back(self) -> None:
-        """Weights back to the newest checkpoint from before the trouble; data goes on. The ledger first."""
+        """Restore the newest checkpoint from before the trouble, after writing the ledger; the data stream goes on."""
         before = self.cursor - self.guard.state.bad_in_row - self.config.checkpoint.quiet
         good = on_rank_0(lambda: checkpoint.newest(self.checkpoints, self.ledger, before))
         reason = self.guard.last.reason
         if good is None:
-            raise GuardStop(f"{reason}; there is no good checkpoint to go back to")
+            raise GuardStop(f"{reason}; there is no good checkpoint to roll back to")
         self.ledger = self.ledger.with_rollback(Rollback(good.progress.cursor, self.cursor, reason))
         if self.rank == 0:
             self.ledger.write(self.folder)
@@ -365,7 +364,7 @@ class Trainer:
     # -- state --------------------------------------------------------------------------------------------------------
 
     def _load(self, found: Checkpoint) -> list[str]:
-        """Take a checkpoint over; returns what differs from the run that wrote it, and may."""
+        """Load a checkpoint; return the allowed differences from the run that wrote it."""
         changes = checkpoint.check_fits(found, self.config, self.data.manifest.digest, self.data.counts)
         checkpoint.load(found, self.engine)
         self.guard.state = found.progress.guard
@@ -373,7 +372,7 @@ class Trainer:
         return changes
 
     def _forget_later_rollbacks(self, cursor: int) -> None:
-        """Of a life of the run whose checkpoints were removed; a collective."""
+        """Drop roll-backs of a continuation whose checkpoints were removed; a collective."""
         ledger = self.ledger.known_at(cursor)
         if ledger != self.ledger:
             self.ledger = ledger

@@ -1,8 +1,8 @@
-"""A copy of the newest checkpoint on shared storage, made beside training, and fetched where none is left here.
+"""Copies of the newest checkpoints on shared storage, made during training and fetched if none is left locally.
 
-Training hands over a folder and goes on: that is all it waits for. A copy that is not done when the next checkpoint is
-committed is followed by the newest one only. What was copied is committed there by the marker too, uploaded last. A
-dead endpoint costs the copy, which is said in the events, and never the run.
+Training only hands over a folder and goes on. If checkpoints are committed while a copy is under way, only the newest
+of them is copied next. A copy, too, is committed by its marker, which is uploaded last. A dead endpoint costs the
+copy, which is reported in the events, but never the run.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from sharding.commands import one_line
 from sharding.manifest import DataSetError
 from sharding.sources.streams import folder_system, redacted
 
-BESIDE: Final = ("guard-ledger.json", "metrics.jsonl", "events.jsonl")  # of the run folder, before the marker
-KEEP: Final = 2  # copies there
+BESIDE: Final = ("guard-ledger.json", "metrics.jsonl", "events.jsonl")  # of the run folder, uploaded before the marker
+KEEP: Final = 2  # number of copies
 
 
 class Mirror:
-    """Copies checkpoints of a run in a thread; of rank 0.
+    """Copies checkpoints of a run in a thread of rank 0.
 
     Args:
-        url: where to; a run has a place of its own.
+        url: where to copy; each run needs its own place.
         run: the run folder.
         tell: called from the thread with what went wrong, or with what was copied.
     """
@@ -38,7 +38,7 @@ class Mirror:
         self.run, self._tell = run, tell
         self._system, self._root = folder_system(url)
         self.name = redacted(url)
-        shutil.rmtree(run / "mirror", ignore_errors=True)  # of a process that was killed while it copied
+        shutil.rmtree(run / "mirror", ignore_errors=True)  # left by a process that was killed while copying
         self._next: Path | None = None
         self._changed = threading.Condition()
         self._closed = self._busy = False
@@ -46,7 +46,7 @@ class Mirror:
         self._thread.start()
 
     def copy(self, folder: Path) -> None:
-        """Have a committed checkpoint copied; returns at once."""
+        """Queue a committed checkpoint for copying; return at once."""
         staged = self.run / "mirror" / folder.name
         with self._changed:
             if self._next is not None:
@@ -56,7 +56,7 @@ class Mirror:
             self._changed.notify_all()
 
     def close(self, wait: float) -> bool:
-        """Wait for the copy under way, at most so many seconds; returns whether it is done."""
+        """Wait at most ``wait`` seconds for pending copies; return whether they are done."""
         deadline = time.monotonic() + wait
         with self._changed:
             while (self._next is not None or self._busy) and (left := deadline - time.monotonic()) > 0:
@@ -76,7 +76,7 @@ class Mirror:
             assert folder is not None
             try:
                 begin = time.monotonic()
-                if folder.name in _found(self._system, self._root):  # a run that goes on hands over what it begins with
+                if folder.name in _found(self._system, self._root):  # a resumed run hands over what it starts from
                     continue
                 self._upload(folder)
                 self._say("copied", f"{folder.name} to {self.name} in {time.monotonic() - begin:.1f} s")
@@ -108,13 +108,13 @@ class Mirror:
 
 
 def restore(url: str, run: Path) -> str | None:
-    """Fetch the newest copy that no roll-back passed over, where the run folder has no committed checkpoint.
+    """Fetch the newest copy that no roll-back discarded, if the run folder has no committed checkpoint.
 
     Returns:
-        Its name; None where nothing is fetched.
+        Its name, or None if nothing was fetched.
 
     Raises:
-        DataSetError: where the endpoint cannot be read, or the copy is damaged: a run must not begin anew over it.
+        DataSetError: if the endpoint cannot be read, or the copy is damaged: the run must not start over silently.
     """
     checkpoints = run / "checkpoints"
     if committed(checkpoints):
@@ -141,8 +141,8 @@ def restore(url: str, run: Path) -> str | None:
             verified(fetched)
         except CheckpointError as why:
             there = f"{redacted(url)}/{good[-1]}"
-            raise DataSetError(f"{there}: damaged ({why}); remove it there to go on from the one before") from None
-        for name in BESIDE:  # now that there is something they belong to
+            raise DataSetError(f"{there}: damaged ({why}); remove it there to resume from the one before") from None
+        for name in BESIDE:  # only now that the checkpoint is complete
             if (temporary / name).exists() and not (run / name).exists():
                 (temporary / name).rename(run / name)
         checkpoints.mkdir(exist_ok=True)
@@ -154,7 +154,7 @@ def restore(url: str, run: Path) -> str | None:
         text = one_line(why)
         raise DataSetError(
             f"{redacted(url)}: the copy of the checkpoints cannot be read ({text}); run the same command again, or "
-            "without checkpoint.mirror to begin anew"
+            "without checkpoint.mirror to start over"
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -170,7 +170,7 @@ def _found(system: Any, root: str) -> list[str]:
 
 
 def _link(source: str, target: str) -> None:
-    """A hard link, for which no byte is copied; a copy where the file system knows none."""
+    """Create a hard link, which copies nothing; or a copy, if the file system has no hard links."""
     Path(target).unlink(missing_ok=True)
     try:
         Path(target).hardlink_to(source)

@@ -1,4 +1,4 @@
-"""Throughput of the loop: edges and graphs a second, the share of the machine's speed, and waiting for data."""
+"""Throughput of the loop: edges and graphs per second, the share of the machine's peak, and time waiting for data."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ T = TypeVar("T")
 
 
 class Meter:
-    """Counts since the last report.
+    """Counts work since the last report.
 
     Args:
         device: of this rank.
-        precision: of the model; the peak is that of a matrix product in it, measured once.
-        flops_per_edge: forward and backward, of matrix products; what is recomputed or padding is not counted.
+        precision: of the model; the peak is measured once, on a matrix product in this precision.
+        flops_per_edge: of matrix products, forward and backward; recomputation and padding are not counted.
     """
 
     def __init__(self, device: torch.device, precision: str, flops_per_edge: float) -> None:
@@ -32,7 +32,7 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was counted: after a validation, say."""
+        """Reset the counts, e.g. after a validation."""
         self.started = time.perf_counter()
         self.waited = 0.0
         self.edges = self.graphs = self.steps = 0
@@ -51,15 +51,15 @@ class Meter:
             yield step
 
     def add(self, raw: RawPack) -> None:
-        """One pack was processed."""
+        """Count one processed pack."""
         self.graphs += int(raw.block_graphs[:-1].sum())
         self.edges += 2 * int(raw.n_edges[:-1].sum())
 
     def rates(self, share: float) -> dict[str, float]:
-        """The metrics ``perf/*``, of all ranks, ``system/*`` of this machine, and a new start.
+        """Return the metrics ``perf/*`` and, for this machine, ``system/*``; reset the counts.
 
         Args:
-            share: of the packs of a step that this rank has; packs are equal work.
+            share: this rank's share of the packs of a step, by which edges and graphs are scaled up to all ranks.
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -1,5 +1,6 @@
-"""One rank in a Ray worker: what surrounds the training loop there. Nothing here is asked on the path of a step but
-whether to stop, which is a look at three variables.
+"""One rank in a Ray worker: everything around the training loop.
+
+The only cost within a step is the check whether to stop, which reads three variables.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from typing import Any, Final
 
 from cdssl_dist.config import Config
 
-STOP_FILE: Final = "stop-requested"  # in the run folder: whoever makes it has the run saved and stopped
+STOP_FILE: Final = "stop-requested"  # in the run folder: creating it makes the run save and stop
 STACKS: Final = "stacks"  # folder in the run folder
 POLL: Final = 1.0  # s
-STARTING: Final = 600.0  # s that a start may take at least
-OTHERS: Final = 5.0  # s that ranks leave each other to write their stacks
-HUNG: Final = 70  # the exit code of a rank that ended itself
+STARTING: Final = 600.0  # s allowed for a start, at least
+OTHERS: Final = 5.0  # s that ranks give each other to write their stacks
+HUNG: Final = 70  # exit code of a rank that its watchdog ended
 
 Outcome = tuple[str, str]  # done, stopped, moved, failed or refused; and why
 
 
 def run(content: dict[str, Any]) -> Outcome:
-    """Train as one rank of Ray's worker group; the outcome is that of all ranks.
+    """Train as one rank of Ray's worker group; return the outcome of all ranks.
 
-    A stop that another start would only meet again is an outcome, not a failure of a worker, which Ray would restart.
-    Only what all ranks raise may become one (``together``): of a rank that went alone the others would wait.
+    An error that a restart would only repeat is returned as an outcome, since Ray would restart a failed worker. Only
+    errors that all ranks raise (see ``together``) may become outcomes: others would wait for a rank that left alone.
     """
     import torch
     import torch.distributed as dist
@@ -61,7 +62,7 @@ def run(content: dict[str, Any]) -> Outcome:
             return "refused", str(why)
     if complete:
         return "done", ""
-    # The rank that saw first that its node is to go may not be this one, and rank 0 answers for all.
+    # Another rank may have been the first to see that its node will be removed, and rank 0 answers for all.
     seen: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(seen, (requests.asked, requests.drained))
     asked, drained = (any(flags) for flags in zip(*seen, strict=True))
@@ -69,30 +70,30 @@ def run(content: dict[str, Any]) -> Outcome:
 
 
 class Requests:
-    """Whether this rank was asked to stop, and by whom; looked up beside training, once a second.
+    """Whether this rank was asked to stop, and how; checked once a second in a thread.
 
     Attributes:
         asked: by a SIGTERM to this process, or by the stop file (rank 0).
-        drained: Ray has said that a node of the group will be taken away.
+        drained: Ray has announced that a node of the group will be removed.
     """
 
     def __init__(self, stop_file: Path | None) -> None:
         self.stop_file, self.asked, self.drained = stop_file, False, False
         import ray
 
-        # Training is not on the main thread of the worker, where alone a handler can be set.
+        # Training does not run on the worker's main thread, the only one that can set a signal handler.
         ray.get(ray.get_runtime_context().current_actor.execute.remote(_catch_sigterm))
         threading.Thread(target=self._look, name="cdssl-requests", daemon=True).start()
 
     @property
     def stop(self) -> bool:
-        """Save and stop."""
+        """Whether to save and stop."""
         return self.asked or self.drained
 
     def _look(self) -> None:
         from ray.train.v2._internal.execution.context import get_train_context
 
-        # The public get_preemption_info is a barrier of all ranks; ours is the guard's collective.
+        # The public get_preemption_info is a barrier of all ranks; the guard's collective shares this already.
         context = get_train_context().preemption_context
         while not self.stop:
             self.asked = _SIGTERM.is_set() or (self.stop_file is not None and self.stop_file.exists())
@@ -107,7 +108,7 @@ def _catch_sigterm() -> None:
     before = signal.getsignal(signal.SIGTERM)
 
     def ask(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, before)  # the second one ends the worker
+        signal.signal(signal.SIGTERM, before)  # a second one ends the worker
         _SIGTERM.set()
 
     signal.signal(signal.SIGTERM, ask)
@@ -138,15 +139,15 @@ class Gauges:
 
 @contextlib.contextmanager
 def watchdog(path: Path, seconds: float, first: float) -> Iterator[Any]:
-    """End this process when it makes no progress for so long; the stacks of its threads are written first.
+    """End this process if it makes no progress for too long, after writing the stacks of its threads.
 
-    Ray then restarts the group. All ranks hang when one does, and each writes its stacks: who waits in a collective
-    waits for the others, and who does not is the one to look at.
+    Ray then restarts the group. If one rank hangs, all do, and each writes its stacks: those that wait in a collective
+    wait for another rank, and the one that does not is the culprit.
 
     Args:
-        path: of the stacks; gone after the block where nothing was written.
-        seconds: after the last progress.
-        first: s from the beginning of the block to the first progress, which is preceded by imports and compilation.
+        path: file for the stacks; removed after the block if nothing was written.
+        seconds: allowed since the last progress.
+        first: s allowed from the start of the block to the first progress, which includes imports and compilation.
 
     Yields:
         A function to call when progress is made.
@@ -157,7 +158,7 @@ def watchdog(path: Path, seconds: float, first: float) -> Iterator[Any]:
 
         def watch() -> None:
             while not over.wait(POLL):
-                # The interpreter's own alarm, for a call that holds its lock, when this thread cannot run either.
+                # The interpreter's own timer, in case a call holds the GIL and this thread cannot run either.
                 faulthandler.dump_traceback_later(max(seconds, first) + OTHERS, exit=True, file=file)
                 if time.monotonic() > deadline[0]:
                     faulthandler.dump_traceback(file=file, all_threads=True)
@@ -182,21 +183,21 @@ def watchdog(path: Path, seconds: float, first: float) -> Iterator[Any]:
 
 
 def forget_empty_stacks(folder: Path) -> None:
-    """Remove what ranks that were killed left open."""
+    """Remove the empty files left by ranks that were killed."""
     for path in (folder / STACKS).glob("*.txt"):
         if not path.stat().st_size:
             path.unlink()
 
 
 def hung(folder: Path, since: float) -> list[str]:
-    """What the stacks of a run folder say, of ranks that ended themselves after a time (s since the epoch)."""
+    """Explain, from their stacks, why ranks were ended by their watchdogs since a time (s since the epoch)."""
     found = [p for p in sorted((folder / STACKS).glob("*.txt")) if p.stat().st_size and p.stat().st_mtime >= since]
     stuck = {path: _top(path.read_text()) for path in found}
     # A rank that waits in a collective waits for another.
     guilty = [path for path, frames in stuck.items() if not any("torch/distributed" in f for f in frames)]
     if found and not guilty:
         waiting = ", ".join(str(_rank(path)) for path in found)
-        return [f"rank {waiting} waited for another that made no progress and left no stack: stopped, cut off or gone"]
+        return [f"rank {waiting} waited for another that left no stack: it was suspended, disconnected or lost"]
     return [
         f"rank {_rank(path)} made no progress, stuck in {(stuck[path] or ['?'])[0]}; all stacks are in {path.parent}"
         for path in guilty
@@ -208,7 +209,7 @@ def _rank(path: Path) -> int:
 
 
 def _top(text: str) -> list[str]:
-    """The frames of the thread that trains, innermost first."""
+    """The frames of the training thread, innermost first."""
     for thread in text.split("\n\n"):
         frames = [line.strip() for line in thread.splitlines() if line.startswith("  File ")]
         if any("train/loop.py" in frame for frame in frames):

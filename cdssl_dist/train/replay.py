@@ -1,7 +1,7 @@
-"""One step of a run, looked at again: which packs and crystals it held, and what each did to the loss and the gradient.
+"""Replay of one step: the packs and crystals it held, and what each contributed to the loss and the gradient.
 
-Plain torch on this machine, with the weights of the newest committed checkpoint at or before the step: neither Ray nor
-DeepSpeed, and nothing is written.
+Runs in plain torch on this machine, without Ray or DeepSpeed, with the weights of the newest committed checkpoint at
+or before the step. Nothing is written.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from cdssl_dist.train.ledger import Ledger
 from cdssl_dist.train.setup import model_and_task, plan_of
 from sharding.block import decode
 
-WORST: Final = 5  # crystals that are named
+WORST: Final = 5  # crystals that are listed
 
 
 @dataclass(frozen=True)
 class PackReport:
-    """What one pack of the step did."""
+    """The contribution of one pack to the step."""
 
     pack: int
     blocks: list[int]
     edges: int  # scored
     loss: float  # per scored edge of the pack
-    norm: float  # of the gradient of its part of the loss of the step
-    graphs: list[tuple[str, float]]  # key and its squared error per scored edge; non-finite ones first, then by size
+    norm: float  # gradient norm of its part of the step's loss
+    graphs: list[tuple[str, float]]  # key and squared error per scored edge; non-finite ones first, then the largest
 
 
 @dataclass(frozen=True)
 class Replay:
-    """A step, computed again."""
+    """A recomputed step."""
 
     step: int
     weights_of: int  # cursor of the checkpoint
@@ -51,33 +51,34 @@ class Replay:
 
     @property
     def worst(self) -> PackReport:
-        """The pack with the largest gradient; one that is not finite before all others."""
+        """The pack with the largest gradient norm; a non-finite one before all others."""
         return max(self.packs, key=lambda p: math.inf if not math.isfinite(p.norm) else p.norm)
 
 
 def parse_place(text: str) -> tuple[Path, int]:
-    """``RUN:STEP``.
+    """Parse ``RUN:STEP``.
 
     Raises:
-        CheckpointError: where it is something else.
+        CheckpointError: if it is anything else.
     """
     run, colon, step = text.rpartition(":")
     if not colon or not run or not step.isdecimal():
-        raise CheckpointError(f"{text!r}: give RUN:STEP, e.g. runs/mp:1234 (a step is named in events.jsonl)")
+        raise CheckpointError(f"{text!r}: give RUN:STEP, e.g. runs/mp:1234 (events.jsonl names steps)")
     return Path(run), int(step)
 
 
 def replay(run: Path, step: int) -> Replay:
-    """Compute a step again.
+    """Recompute a step.
 
     Raises:
-        CheckpointError: where the folder is no run, or no committed checkpoint is left from before the step.
+        CheckpointError: if the folder is not a run, there is no such step, or no committed checkpoint at or before it,
+            or the data set is another one.
     """
     if not (run / "config.yaml").exists():
         raise CheckpointError(f"{run}: not the folder of a run (no config.yaml)")
     config = load(run / "config.yaml")
     if step >= config.schedule.steps:
-        raise CheckpointError(f"{run}: step {step} is none of its {config.schedule.steps} steps")
+        raise CheckpointError(f"{run}: step {step} is not one of its {config.schedule.steps} steps")
     found = newest(run / "checkpoints", Ledger.read(run), before=step)
     if found is None:
         raise CheckpointError(f"{run}: no committed checkpoint at or before step {step} is left")
@@ -119,7 +120,7 @@ def replay(run: Path, step: int) -> Replay:
 
 
 def _squared_by_graph(task: Denoising, model: nn.Module, batch: GraphBatch) -> Tensor:
-    """Squared errors of the scored edges of each graph: (G,). What options add to the loss is left out."""
+    """Sum of squared errors over the scored edges of each graph: (G,). Loss terms of options are omitted."""
     noisy, clean = task.distances(batch)
     target = task.expand(clean).index_select(0, batch.half)
     predicted, *_ = task.recovered(model, task.expand(noisy), clean, batch)
@@ -140,7 +141,7 @@ def _model_and_task(config: Config, cutoff: float, folder: Path) -> tuple[nn.Mod
 
 
 def table(found: Replay) -> str:
-    """For people."""
+    """Format a replay as text."""
     behind = found.step - found.weights_of
     lines = [
         f"step {found.step}, with the weights of the checkpoint {behind} steps before it: "

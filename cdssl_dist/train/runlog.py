@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from sharding.manifest import write_atomically
 
-COUNTED: Final = ("clip", "skip", "rollback", "stop", "bad blocks")  # events that are metrics too, to be seen in charts
+COUNTED: Final = ("clip", "skip", "rollback", "stop", "bad blocks")  # events also logged as metrics, for charts
 
 
 class RunLog:
@@ -23,10 +23,10 @@ class RunLog:
 
     Args:
         folder: of the run.
-        cursor: consumed steps; lines of later ones are from a life that did not reach a checkpoint, and are cut.
-        echo: also print what is said to people.
-        report: called with each line of metrics, beside writing it.
-        ended: the last step is consumed already, and the validation that ends the run comes again.
+        cursor: consumed steps; lines of later steps, from a process that died before its next checkpoint, are removed.
+        echo: also print the lines of ``train.log``.
+        report: also called with each line of metrics.
+        ended: the last step is consumed already, and the final validation will be repeated.
     """
 
     def __init__(
@@ -45,18 +45,18 @@ class RunLog:
         self._train = open(folder / "train.log", "a", buffering=1)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics; ``step`` is the number of consumed steps."""
+        """Write one line of metrics; ``step`` is the number of consumed steps."""
         self._metrics.write(_line(step, values))
         self.report(step, values)
 
     def event(self, step: int, kind: str, *, within: bool = False, **about: Any) -> None:
-        """Something that happened once: a verdict, a checkpoint, a roll-back.
+        """Write an event: a verdict, a checkpoint, a roll-back.
 
         Args:
-            step: the number of consumed steps; ``within`` a step, the number of that step, which begins at 0.
+            step: number of consumed steps or, if ``within``, the 0-based number of the step itself.
             kind: what happened.
-            within: whether it belongs to the step, and comes again when that is done again.
-            about: what else is told.
+            within: whether it belongs to the step, and recurs if the step is repeated.
+            about: further fields.
         """
         consumed = step + within
         append_event(self.folder, step, kind, **({"consumed": consumed} if within else {}), **about)
@@ -67,11 +67,11 @@ class RunLog:
             self.say(f"step {step}: {kind}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
 
     def status(self, **about: Any) -> None:
-        """What the run is doing, for whoever asks."""
+        """Replace ``status.json``."""
         write_status(self.folder, **about)
 
     def say(self, line: str) -> None:
-        """A line for people: into ``train.log``, which the driver of a cluster run prints as it grows."""
+        """Write a line to ``train.log``, which the driver of a cluster run prints as it grows."""
         self._train.write(line + "\n")
         if self.echo:
             print(line, file=sys.stderr, flush=True)
@@ -85,7 +85,7 @@ class RunLog:
 
 
 class Silence:
-    """The log of every rank but the first: the same calls, and nothing is written."""
+    """The log of all ranks but the first: the same methods, which write nothing."""
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """See ``RunLog``."""
@@ -104,13 +104,13 @@ class Silence:
 
 
 def append_event(folder: Path, step: int | None, kind: str, **about: Any) -> None:
-    """A line of ``events.jsonl``. One without a step is of the cluster, not of the training, and no resume cuts it."""
+    """Append a line to ``events.jsonl``; one without a step is about the cluster, and no resume removes it."""
     with open(folder / "events.jsonl", "a") as file:
         file.write(json.dumps({"step": step, "time": _now(), "event": kind, **about}, default=str) + "\n")
 
 
 def append_metrics(folder: Path, step: int, values: dict[str, float]) -> None:
-    """A line of ``metrics.jsonl``, of a run that has no ``RunLog``: nothing is ever cut from it."""
+    """Append a line to ``metrics.jsonl`` of a run without a ``RunLog``; nothing is ever removed from it."""
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(_line(step, values))
 
@@ -121,37 +121,37 @@ def _line(step: int, values: dict[str, float]) -> str:
 
 
 def write_status(folder: Path, **about: Any) -> None:
-    """``status.json``, anew."""
+    """Write ``status.json``."""
     write_atomically(folder / "status.json", json.dumps({**about, "time": _now()}, indent=1).encode())
 
 
 def update_status(folder: Path, **about: Any) -> None:
-    """Some of ``status.json``; the rest stays."""
+    """Change fields of ``status.json``; the others stay."""
     write_status(folder, **read_status(folder) | about)
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """``status.json``; empty for a new run."""
+    """Read ``status.json``; empty for a new run."""
     path = folder / "status.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Hold a run folder; the lock goes with the process, however that ends.
+    """Lock a run folder; the lock ends with the process, however that ends.
 
     Raises:
-        RunningError: where another process trains into it: each would remove what the other writes.
+        RunningError: if another process is training in it: each would remove what the other writes.
     """
     with open(folder / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunningError(
-                f"{folder}: another process trains into this folder; wait for it (cdssl status {folder}), or end it, "
-                "or take another run folder"
+                f"{folder}: another process is training in this folder; wait for it (cdssl status {folder}), end it, "
+                "or use another run folder"
             ) from None
-        except OSError:  # a file system that knows no locks
+        except OSError:  # a file system without locks
             pass
         yield
 
@@ -166,7 +166,7 @@ def _now() -> int:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a JSON-lines file: not a torn last one, nor one that others were added to after a kill."""
+    """Read the valid lines of a JSON-lines file, without any that a kill left incomplete."""
     return lines_of(path.read_text(errors="replace")) if path.exists() else []
 
 

@@ -1,4 +1,4 @@
-"""What a run computes with: its device, its plan, its network, and the task that goes with the way its edges take."""
+"""What a run computes with: device, plan, network, and the task that matches the network's edge path."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from cdssl_dist.model.pretext import Denoising
 
 
 class SetupError(ValueError):
-    """What the configuration asks for cannot be had here: said in one line."""
+    """What the configuration asks for is not available here; the message is one line."""
 
 
 def device_of(config: Config) -> torch.device:
     """The GPU of this rank, or the CPU.
 
     Raises:
-        SetupError: where a GPU is asked for, and this worker has none.
+        SetupError: if a GPU is asked for but this worker has none.
     """
     if config.engine.device == "cuda" and not torch.cuda.is_available():
         raise SetupError(
-            "engine.device=cuda, and this worker sees no GPU; set cluster.gpus_per_worker=1, or engine.device=cpu"
+            "engine.device=cuda, but this worker sees no GPU; set cluster.gpus_per_worker=1, or engine.device=cpu"
         )
     cuda = config.engine.device == "cuda" or (config.engine.device == "auto" and torch.cuda.is_available())
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -42,7 +42,7 @@ def plan_of(config: Config, data: DataSet) -> EpochPlan:
 
 
 def model_and_task(config: Config, device: torch.device, cutoff: float) -> tuple[PretextModel, Denoising]:
-    """The network and the task that goes with the way its edges take.
+    """Build the network, and the task that matches its edge path.
 
     Args:
         config: of the run.
@@ -50,7 +50,7 @@ def model_and_task(config: Config, device: torch.device, cutoff: float) -> tuple
         cutoff: of the graphs, Å; centres of the expansion reach beyond it by ``graph.margin``.
 
     Raises:
-        SetupError: where this machine, or this size, knows no such way.
+        SetupError: if this machine or this model size does not support the configured edge path.
     """
     size = config.model.sizes
     expansion = GaussianExpansion(config.graph.centers, cutoff + config.graph.margin, config.graph.gamma)
@@ -58,11 +58,9 @@ def model_and_task(config: Config, device: torch.device, cutoff: float) -> tuple
     if config.engine.kernels == "triton":
         if os.environ.get("TRITON_INTERPRET") != "1":
             if device.type != "cuda":
-                raise SetupError(
-                    "engine.kernels=triton needs a GPU, which this worker has not; use engine.kernels=torch"
-                )
+                raise SetupError("engine.kernels=triton needs a GPU, which this worker lacks; use engine.kernels=torch")
             if not any(name and shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang")):
-                raise SetupError("engine.kernels=triton needs a C compiler, to start kernels; install gcc, or set CC")
+                raise SetupError("engine.kernels=triton needs a C compiler, to launch kernels; install gcc, or set CC")
         try:
             from cdssl_dist.model.kernels.model import FusedDenoising, FusedPretextModel
 

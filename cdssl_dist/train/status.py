@@ -1,4 +1,4 @@
-"""``cdssl status RUN``: what a run is doing, from anywhere that its folder can be read from."""
+"""``cdssl status RUN``: show what a run is doing, from any machine that can read its folder."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sharding.commands import DONE, FAILED, Parser, UseError, command
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a page, a JSON object, or follow the run until it ends; 1 where it has failed."""
+    """Print a page or a JSON object, or follow the run until it ends; return 1 if it failed."""
     parser = Parser("cdssl status", "Show what a pretraining run is doing; only reads its folder.")
     parser.add_argument("run", metavar="RUN", help="the run folder, or a URL of one (s3://…, gs://…, https://…)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per update")
-    parser.add_argument("--follow", action="store_true", help="go on until the run ends")
+    parser.add_argument("--follow", action="store_true", help="keep updating until the run ends")
     parser.add_argument("--every", type=float, default=2.0, metavar="S", help="seconds between updates")
     args = parser.parse_args(argv)
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _again(run: str, seen: live.Snapshot) -> live.Snapshot:
-    """Another look; what was seen, where a storage does not answer for once."""
+    """Take another snapshot, or keep the last one if the storage does not answer this time."""
     try:
         return live.snapshot(run)
     except live.RunFolderError:

@@ -1,4 +1,4 @@
-"""The load of this rank's machine: processors, memory, network, GPU; and what is said when memory runs out."""
+"""The load of this rank's machine: CPU, memory, network, GPU; and the error raised when memory runs out."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ GB = 1e9
 
 
 class OutOfMemory(RuntimeError):
-    """Memory ran out; says in which pack of which step, and what to change."""
+    """Memory ran out; the message names the step and its packs, and what to change."""
 
 
 class SystemMeter:
-    """Load since the last look.
+    """Measures load since the last sample.
 
     Args:
         device: of this rank.
@@ -30,7 +30,7 @@ class SystemMeter:
         self.before = self._network()
 
     def sample(self) -> dict[str, float]:
-        """The metrics ``system/*``: shares are of the whole machine, rates of all its interfaces but loopback."""
+        """Return the metrics ``system/*``: fractions of the whole machine, rates over all interfaces but loopback."""
         now, (then, received, sent) = self._network(), self.before
         elapsed, self.before = max(now[0] - then, 1e-9), now
         values = {
@@ -44,36 +44,36 @@ class SystemMeter:
             free, total = torch.cuda.mem_get_info(self.device)
             values["system/gpu_memory"] = 1.0 - free / total
             values["system/gpu_peak_gb"] = torch.cuda.max_memory_allocated(self.device) / GB
-            with contextlib.suppress(ModuleNotFoundError, RuntimeError):  # known where nvidia-ml-py is installed
+            with contextlib.suppress(ModuleNotFoundError, RuntimeError):  # needs nvidia-ml-py
                 values["system/gpu"] = torch.cuda.utilization(self.device) / 100.0
         return values
 
     @staticmethod
     def _network() -> tuple[float, int, int]:
-        """Now, and bytes received and sent since the machine was started."""
+        """Return the current time, and bytes received and sent since the machine was started."""
         counters = [c for name, c in psutil.net_io_counters(pernic=True).items() if name != "lo"]
         return time.monotonic(), sum(c.bytes_recv for c in counters), sum(c.bytes_sent for c in counters)
 
 
 @contextlib.contextmanager
 def memory_errors(where: Callable[[], str]) -> Iterator[None]:
-    """Turn the many ways in which an allocation fails into one that says where.
+    """Turn the various errors of a failed allocation into one that says where it happened.
 
     Args:
-        where: describes what was worked on.
+        where: describes the work under way.
 
     Raises:
-        OutOfMemory: in place of torch's error, of GPU or host memory.
+        OutOfMemory: instead of the original error, for GPU or host memory.
     """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as why:
         first = " ".join(str(why).split())
-        # torch has no class for the host's: "[enforce fail at alloc_cpu.cpp:121] … can't allocate memory"
+        # torch has no class for host memory: "[enforce fail at alloc_cpu.cpp:121] … can't allocate memory"
         known = isinstance(why, (torch.OutOfMemoryError, MemoryError))
         if not known and "allocate memory" not in first:
             raise
         raise OutOfMemory(
-            f"out of memory: {where()}. All packs have the same shape, so that this one is no exception: lower "
+            f"out of memory: {where()}. All packs have the same shape, so any of them would fail: lower "
             f"data.blocks_per_pack, or shard with a smaller --block-edges ({first[:200]})"
         ) from why

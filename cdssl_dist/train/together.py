@@ -1,4 +1,4 @@
-"""What ranks find out together: a rank that raised alone would leave the others waiting for it in a collective."""
+"""Results and errors shared among ranks: a rank that raised alone would leave the others waiting in a collective."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 def on_rank_0(act: Callable[[], T]) -> T:
-    """What rank 0 finds, on all ranks; a collective.
+    """Call a function on rank 0, and return its result on all ranks; a collective.
 
     Raises:
-        ValueError: that of rank 0, on all ranks.
+        ValueError: on all ranks, if the function raises it on rank 0.
     """
     found: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -26,10 +26,10 @@ def on_rank_0(act: Callable[[], T]) -> T:
 
 
 def on_all_ranks(act: Callable[[], T]) -> T:
-    """What each rank finds for itself, where none fails; a collective.
+    """Call a function on every rank, and return each rank's own result if none failed; a collective.
 
     Raises:
-        ValueError: that of the first rank that has one, on all ranks.
+        ValueError: on all ranks, the error of the first rank that failed.
     """
     own = _tried(act)
     errors: list[Any] = [None] * dist.get_world_size()
@@ -38,10 +38,10 @@ def on_all_ranks(act: Callable[[], T]) -> T:
 
 
 def raise_together(error: str) -> None:
-    """Raise what some rank has met while it read, on all ranks; a collective.
+    """Raise, on all ranks, the first error that any rank met while reading; a collective.
 
     Raises:
-        BadBlockError: where it is not empty on every rank.
+        BadBlockError: if ``error`` is not empty on at least one rank.
     """
 
     def act() -> None:
@@ -54,7 +54,7 @@ def raise_together(error: str) -> None:
 def _tried(act: Callable[[], T]) -> list[Any]:
     try:
         return [act(), None]
-    except ValueError as why:  # ours are all of this kind; another one ends the rank, and the group with it
+    except ValueError as why:  # our errors are all of this type; any other ends the rank, and the group with it
         return [None, why]
 
 

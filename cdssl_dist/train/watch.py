@@ -1,4 +1,4 @@
-"""Dead and saturated edges: what can go wrong inside a network whose loss still looks well.
+"""Dead and saturated edges: problems inside a network that its loss may not reveal.
 
 A message is the output of an edge update, a shifted softplus: y = softplus(x) − ln 2, whose slope 1 − exp(−(y + ln 2))
 is between 0 and 1. Where the slopes of all its features are near 0, no gradient passes: the edge is dead. Where all
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cdssl_dist.model.megnet import LOG_2, EdgeUpdate
 
-NEAR: Final = 0.01  # to 0 or 1, of a slope
+NEAR: Final = 0.01  # distance of a slope from 0 or 1
 
 
 def slopes(message: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def watched_edges(model: nn.Module, sums: Tensor) -> Iterator[None]:
     """Count the messages of all edge updates while the block runs, padding and self images left out.
 
     Args:
-        model: that holds the edge updates.
+        model: the model that holds the edge updates.
         sums: (3,) f64, to which edges, dead edges and saturated edges are added.
     """
 

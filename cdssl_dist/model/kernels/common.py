@@ -1,4 +1,4 @@
-"""What the kernels share: activations, a linear layer on a tile, and how many programs there are."""
+"""Code shared by the kernels: activations, a linear layer on a tile, and the number of programs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 WIDTHS: Final = (16, 32, 64, 128)
-FEW: Final = 3  # programs that share the tiles where there is no device: in the interpreter, which is a test
+FEW: Final = 3  # programs that share the tiles without a GPU: in the interpreter, for tests
 
 
 def check_width(name: str, value: int) -> None:
-    """Raise ValueError where a layer is not one that the kernels were written for."""
+    """Raise ValueError if the kernels do not support the width of a layer."""
     if value not in WIDTHS:
         raise ValueError(
             f"the Triton kernels take a {name} of {', '.join(map(str, WIDTHS))}, not {value}: "
@@ -24,13 +24,13 @@ def check_width(name: str, value: int) -> None:
 
 
 def tuned(*shapes: tuple[int, int]) -> Callable[[Any], Any]:
-    """Decorate a kernel that ends with ``TILE``: how many edges a program handles at once, and in how many warps.
+    """Autotune a kernel, whose last argument is ``TILE``, over shapes: edges per program, and warps.
 
-    For each size and type of a layer all shapes are tried at the first call on a device; the fastest is kept on disk,
-    so that the next process starts with it, and adds in the same order. Loads are not staged (``num_stages=1``): the
-    buffers would take the shared memory that weights need.
+    For each size and type of a layer, all shapes are tried at the first call on a device; the fastest is cached on
+    disk, so that later processes start with it, and add in the same order. Loads are not pipelined (``num_stages=1``):
+    the buffers would take the shared memory that weights need.
     """
-    if triton.knobs.runtime.interpret:  # on a CPU, which is a test
+    if triton.knobs.runtime.interpret:  # on a CPU, for tests
         shapes = ((16, 4),)
     configs = [triton.Config({"TILE": tile}, num_warps=warps, num_stages=1) for tile, warps in shapes]
     keys = ["CENTERS", "WIDTH", "HIDDEN", "DENSE", "RESIDUAL"]
@@ -40,22 +40,22 @@ def tuned(*shapes: tuple[int, int]) -> Callable[[Any], Any]:
 
 
 def programs(device: torch.device) -> int:
-    """Of a kernel in which each program goes through several tiles and keeps sums of its own."""
+    """Number of programs of a kernel in which each program loops over several tiles and keeps its own sums."""
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else FEW
 
 
 def tiles_of(rows: int) -> Callable[[dict[str, int]], tuple[int]]:
-    """The grid of a kernel with a program for each tile; at least one, so that no edges need no case of their own."""
+    """The grid of a kernel with one program per tile; at least one, so that zero edges are not a special case."""
     return lambda about: (max(triton.cdiv(rows, about["TILE"]), 1),)
 
 
 def partial(count: int, like: Tensor) -> Tensor:
-    """Room for the sums of each program."""
+    """Allocate the sums of all programs."""
     return torch.empty(count, *like.shape, dtype=torch.float32, device=like.device)
 
 
 def total(parts: Tensor, like: Tensor) -> Tensor:
-    """Added up in a fixed order, in the type of the weight."""
+    """Add up the sums of all programs, in a fixed order; the result has the type of the weight."""
     return parts.sum(dim=0).to(like.dtype)
 
 
@@ -91,7 +91,7 @@ def outer(dz: tl.tensor, x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def store_matrix(to: tl.tensor, value: tl.tensor, ROWS: tl.constexpr, COLUMNS: tl.constexpr) -> None:
-    """Of one program, f32."""
+    """Store the matrix of one program, f32."""
     r = tl.arange(0, ROWS)
     c = tl.arange(0, COLUMNS)
     at = tl.program_id(0) * ROWS * COLUMNS + r[:, None] * COLUMNS + c[None, :]
@@ -100,5 +100,5 @@ def store_matrix(to: tl.tensor, value: tl.tensor, ROWS: tl.constexpr, COLUMNS: t
 
 @triton.jit
 def store_vector(to: tl.tensor, value: tl.tensor, SIZE: tl.constexpr) -> None:
-    """Of one program, f32."""
+    """Store the vector of one program, f32."""
     tl.store(to + tl.program_id(0) * SIZE + tl.arange(0, SIZE), value)

@@ -1,7 +1,7 @@
-"""The edge path of a block: dense layers, edge update, residual, in one kernel; backward in two, with recompute.
+"""The edge path of a block: dense layers, edge update and residual in one kernel; two for backward, which recompute.
 
 For edge e from v' to v: u₁ = dense(u), z₁ = W_e u₁ + r[v] + t[v'], and u' = φ(W₃ φ(W₂ φ(z₁) + b₂) + b₃), where r and t
-are the projections of nodes (and state, and bias), made once for each atom. What is kept for the backward pass is u.
+are the projections of nodes (and state, and bias), computed once per atom. Per edge, only u is kept for backward.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from cdssl_dist.model.kernels.segment import sum_rows
 
 @dataclass(frozen=True)
 class Rows:
-    """Which atoms an edge joins, and which edges and atoms belong together, as 32-bit integers."""
+    """Which atoms an edge joins, and which edges and atoms form a segment, as 32-bit integers."""
 
     receiver: Tensor  # (E,)
     sender: Tensor  # (E,)
     row_ptr: Tensor  # (N + 1,)
     mirror: Tensor  # (E,)
-    edges: Tensor  # () | that are no padding: padding lies behind them
+    edges: Tensor  # () | number of real edges; padding follows them
     graph_ptr: Tensor  # (G + 1,) | atoms of graph g are graph_ptr[g] : graph_ptr[g + 1]
-    atoms: Tensor  # () | all, padding included
+    atoms: Tensor  # () | number of atoms, padding included
 
     @staticmethod
     def of(batch: GraphBatch) -> Rows:
-        """Of a batch, on its device, without waiting for it."""
+        """Build from a batch, on its device, without synchronizing."""
         graph_ptr = torch.zeros(batch.n_graphs + 1, dtype=torch.int32, device=batch.positions.device)
         graph_ptr[1:] = torch.cumsum(batch.atoms_of_graph, 0)
         return Rows(
@@ -181,7 +181,7 @@ def _backward(
     RESIDUAL: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """Of the edge update; ``du`` is the gradient of what it was given: of what the dense layers made, if there are."""
+    """Backward of the edge update; ``du`` is the gradient of its input: of the dense layers' output, if any."""
     c = tl.arange(0, WIDTH)
     h = tl.arange(0, HIDDEN)
     a_we = tl.zeros([HIDDEN, WIDTH], tl.float32)
@@ -245,7 +245,7 @@ def _dense_backward(
     RESIDUAL: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """Of the dense layers, from the gradient of what they made. By itself: one program has no registers for all."""
+    """Backward of the dense layers, from the gradient of their output; separate, to fit into registers."""
     a_dw1 = tl.zeros([HIDDEN, WIDTH], tl.float32)
     a_db1 = tl.zeros([HIDDEN], tl.float32)
     a_dw2 = tl.zeros([WIDTH, HIDDEN], tl.float32)
@@ -273,9 +273,9 @@ def _dense_backward(
 
 
 class EdgeStep(torch.autograd.Function):
-    """u, projections of nodes and weights → what the edges are after the step, and Σ u' over the edges of each atom.
+    """u, projections of nodes, and weights → the updated edges, and Σ u' over the edges of each atom.
 
-    Without ``residual`` (the head), u' itself, and no sums.
+    Without ``residual`` (in the head): u' itself, and no sums.
     """
 
     @staticmethod
@@ -302,7 +302,7 @@ class EdgeStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        """Everything is computed again, tile by tile."""
+        """Recompute everything, tile by tile."""
         u, received, sent, *held = ctx.saved_tensors
         rows, residual, dense = ctx.rows, ctx.residual, held[5:]
         n, width, hidden = len(u), u.shape[1], received.shape[1]
@@ -323,5 +323,5 @@ class EdgeStep(torch.autograd.Function):
 
 
 def _filled(weights: list[Tensor]) -> list[Tensor]:
-    """Nine pointers; those of dense layers that are not there are never read."""
+    """Pad to nine pointers; placeholders for absent dense layers are never read."""
     return weights + weights[:1] * (9 - len(weights))

@@ -1,6 +1,6 @@
 """Both ends of the edge path: Gaussian expansion with the input layers, and the last layer with the loss.
 
-What has a column for each Gaussian is made in registers, of distances, and never stored.
+Values with a column per Gaussian are computed from distances, in registers, and never stored.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cdssl_dist.model.kernels.common import (
 
 @triton.jit
 def _expanded(distance: tl.tensor, spacing: tl.tensor, gamma: tl.tensor, PADDED: tl.constexpr) -> tl.tensor:
-    """(B,) Å → (B, PADDED) f32; columns beyond the last centre are multiplied with nothing."""
+    """(B,) Å → (B, PADDED) f32; columns beyond the last centre meet weights of zero."""
     scaled = (distance[:, None] - tl.arange(0, PADDED).to(tl.float32)[None, :] * spacing) / gamma
     return tl.exp(-scaled * scaled)
 
@@ -140,7 +140,7 @@ def _expand_backward(
 
 
 class Expand(torch.autograd.Function):
-    """Distances → edges behind the two input layers."""
+    """Distances → edge vectors after the two input layers."""
 
     @staticmethod
     def forward(ctx: Any, distance: Tensor, expansion: GaussianExpansion, *weights: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ class Expand(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        """Of the weights; distances are data."""
+        """Gradients of the weights; distances need none."""
         distance, *held = ctx.saved_tensors
         n, (hidden, centers), width = len(distance), held[0].shape, len(held[3])
         count = programs(distance.device)
@@ -283,7 +283,7 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        """Of edges and weights."""
+        """Gradients of edges and weights."""
         u, clean, counts, w, b = ctx.saved_tensors
         count = programs(u.device)
         du, g_w, g_b = torch.empty_like(u), partial(count, w), partial(count, b)
@@ -298,5 +298,5 @@ def _numbers(expansion: GaussianExpansion) -> tuple[float, float]:
 
 
 def _padding(centers: int) -> int:
-    """Columns of a product of Gaussians, of which there must be a power of two, and 16 at least."""
+    """Columns of a matrix product over Gaussians: a power of two, at least 16."""
     return max(int(triton.next_power_of_2(centers)), 16)

@@ -1,4 +1,4 @@
-"""The pretext model with its edge path in kernels."""
+"""The pretext model with its edge path in Triton kernels."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class FusedPretextModel(PretextModel):
     """``PretextModel`` with the same parameters under the same names, from distances to the loss.
 
     Args:
-        expansion: of distances.
+        expansion: Gaussian expansion of distances.
         width, hidden: each a power of two from 16 to 128.
 
     Raises:
-        ValueError: where the sizes are others.
+        ValueError: for other sizes.
     """
 
     def __init__(self, *, expansion: GaussianExpansion, width: int = 32, hidden: int = 64, **encoder: Any) -> None:
@@ -38,9 +38,9 @@ class FusedPretextModel(PretextModel):
     def forward(
         self, edge_features: Tensor | None, batch: GraphBatch, distances: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """The reference, see ``PretextModel``; or with noisy and clean distances ``fused_loss``.
+        """Run the reference (see ``PretextModel``) or, given noisy and clean distances, ``fused_loss``.
 
-        One way in for both, since what an engine puts around a model knows no other.
+        Both share this entry point, since it is the only one that an engine wraps.
         """
         if distances is not None:
             return self.fused_loss(*distances, batch)
@@ -62,7 +62,7 @@ class FusedPretextModel(PretextModel):
 
 
 class FusedDenoising(Denoising):
-    """The same task for a ``FusedPretextModel``; passes without gradients, and all metrics, are the reference's."""
+    """The same task for a ``FusedPretextModel``; passes without gradients, and all metrics, use the reference."""
 
     def loss(
         self, model: nn.Module, batch: GraphBatch, baseline: Baseline | None = None
@@ -79,7 +79,7 @@ class FusedDenoising(Denoising):
 
 
 def _weights(dense: Any) -> list[Tensor]:
-    """Weight and bias of each layer; none of an identity."""
+    """Weight and bias of each layer; empty for an identity."""
     found: list[Tensor] = []
     for layer in dense.layers if isinstance(dense, Dense) else []:
         found += [layer.weight, layer.bias]  # type: ignore[list-item]
@@ -89,7 +89,7 @@ def _weights(dense: Any) -> list[Tensor]:
 def _edge_step(
     update: EdgeUpdate, dense: nn.Module | None, x: Tensor, u: Tensor, s: Tensor, batch: GraphBatch, rows: Rows
 ) -> tuple[Tensor, Tensor]:
-    """An edge update; with ``dense``, the layers before it, the residual and the sums of a block."""
+    """Run an edge update; with ``dense``, also the layers before it, the residual and the sums of a block."""
     of_receiver, of_sender, of_edge, of_state = update.first.joint.weight.chunk(4, dim=1)
     of_graph = nn.functional.linear(s, of_state, update.first.joint.bias)
     state = Gather.apply(of_graph, rows.graph_ptr, rows.atoms, batch.graph_of_atom)
@@ -100,7 +100,7 @@ def _edge_step(
 
 
 def _block(block: Any, x: Tensor, u: Tensor, s: Tensor, batch: GraphBatch, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """``Block.forward``: nodes and state, of which there are few, in torch; their sums by ``row_ptr``."""
+    """``Block.forward``, with nodes and state, which are few, in torch, and sums over graphs in kernels."""
     x1, s1 = block.dense_x(x), block.dense_s(s)
     u, edge_sum = _edge_step(block.edge, block.dense_u, x1, u, s1, batch, rows)
     edge_mean = averaged(edge_sum, batch.edges_of_atom).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Sums over consecutive rows, and gathers whose gradient is such a sum: no atomics, one order of addition."""
+"""Sums over consecutive rows, and gathers whose gradient is such a sum: no atomics, a fixed order of addition."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 32  # that are added at once
+ROWS = 32  # rows added at once
 
 
 @triton.jit
@@ -47,8 +47,8 @@ def sum_rows(values: Tensor, row_ptr: Tensor, stop: Tensor, order: Tensor | None
     Args:
         values: (n, W).
         row_ptr: (segments + 1,) integers; rows of segment i are row_ptr[i] : row_ptr[i + 1].
-        stop: () of the same type; rows from here on are padding, and not added: one program would add them all.
-        order: (n,) where the rows are found; as they lie where left out.
+        stop: () of the same type; rows from here on are padding, and not added, since one program would add them all.
+        order: (n,) which row to take at each place; if omitted, rows are taken as they lie.
 
     Returns:
         (segments, W) f32.
@@ -81,7 +81,7 @@ class SegmentSum(torch.autograd.Function):
 
 
 class Gather(torch.autograd.Function):
-    """The row of each segment, for all that belong to it."""
+    """Give every member of a segment the row of that segment."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, row_ptr: Tensor, stop: Tensor, index: Tensor) -> Tensor:
