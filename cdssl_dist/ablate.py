@@ -27,7 +27,7 @@ from cdssl_dist.encoder import CrystalEncoder
 from cdssl_dist.finetune.splits import k_folds
 from cdssl_dist.finetune.targets import Array
 from cdssl_dist.look.probe import features, probe
-from cdssl_dist.pretrain import located
+from cdssl_dist.pretrain import with_absolute_paths
 from cdssl_dist.study.config import SplitColumn
 from cdssl_dist.train.runlog import read_lines, read_status
 from sharding.commands import DONE, Parser, command, run_child
@@ -138,7 +138,7 @@ def said_of(ablation: Ablation, name: str) -> tuple[Path, list[str]]:
 
 def wanted_of(ablation: Ablation, name: str) -> Config:
     """The configuration of a variant."""
-    return located(load(*said_of(ablation, name)))
+    return with_absolute_paths(load(*said_of(ablation, name)))
 
 
 def judge(ablation: Ablation, name: str, data: Callable[[float], list[Labeled]]) -> Judged:

@@ -22,7 +22,7 @@ from cdssl_dist.mlops.models import ENCODER
 from cdssl_dist.mlops.registry_store import UnreachableError
 from cdssl_dist.train import checkpoint, cluster, live
 from cdssl_dist.train.replay import parse_place, replay, table
-from cdssl_dist.train.runlog import alone, read_status
+from cdssl_dist.train.runlog import locked_run_folder, read_status
 from sharding.commands import FAILED, Parser, UseError, command
 from sharding.manifest import Manifest
 from sharding.sources.streams import is_remote, local_path
@@ -63,13 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def pretrain(config: Config) -> int:
     """Start or resume a pretraining run; return the exit code."""
-    config = located(config)
+    config = with_absolute_paths(config)
     data = DataSet(config.data_path)  # opened here first, to fail before a cluster is started
     data.table("train"), data.table("val")
     folder = Path(config.run)
     check_name(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder):
+    with locked_run_folder(folder):
         check_and_write_config(config, data)
         return train_and_register(config, data, folder)
 
@@ -126,7 +126,7 @@ def leave_report(config: Config, complete: bool) -> None:
         report.write_safely(folder, lambda drawn: report.of_run(folder, drawn=drawn), draw)
 
 
-def located(config: Config) -> Config:
+def with_absolute_paths(config: Config) -> Config:
     """Return the configuration with absolute paths, since each worker has its own working directory."""
     path = config.data_path if is_remote(config.data_path) else str(local_path(config.data_path).resolve())
     run = str(Path(config.run).resolve())

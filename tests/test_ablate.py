@@ -13,7 +13,7 @@ from encoders import write_encoder_to
 from cdssl_dist import ablate
 from cdssl_dist.cli import main as cdssl
 from cdssl_dist.config import load, packaged
-from cdssl_dist.pretrain import located
+from cdssl_dist.pretrain import with_absolute_paths
 
 VARIANTS = {"base": [], "low": ["noise.sigma=0.1"], "same": ["noise.seed=0"]}
 TARGET = "computed:density"
@@ -36,7 +36,7 @@ def config(tmp_path: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     for i, (name, changes) in enumerate(VARIANTS.items()):
         folder = write_encoder_to(tmp_path / "ablation" / name, seed=i % 2)
         known = ["schedule.steps=7", "data.path=null", *changes, f"run=ablation/{name}", "registry.name=null"]
-        made = located(load(packaged("pretrain/demo.yaml"), known))
+        made = with_absolute_paths(load(packaged("pretrain/demo.yaml"), known))
         (folder / "config.yaml").write_text(yaml.safe_dump(made.model_dump(mode="json")))
         status = {"state": "done", "step": 7, "val/skill": 0.5, "val/skill_edge": 0.125}
         (folder / "status.json").write_text(json.dumps(status))

@@ -14,7 +14,7 @@ from cdssl_dist.config import Config, parse
 from cdssl_dist.data.dataset import DataSet
 from cdssl_dist.data.plan import EpochPlan
 from cdssl_dist.model.export import read_card
-from cdssl_dist.pretrain import located
+from cdssl_dist.pretrain import with_absolute_paths
 from cdssl_dist.train.runlog import read_lines
 
 STEPS = 5
@@ -118,11 +118,11 @@ def test_what_is_read_how_is_no_other_run(data_folder: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("path", ["https://host/data", "s3://bucket/data/mp"])
 def test_a_url_stays_what_it_is(path: str, tmp_path: Path) -> None:
-    assert located(parse({"run": str(tmp_path / "run"), "data": {"path": path}})).data_path == path
+    assert with_absolute_paths(parse({"run": str(tmp_path / "run"), "data": {"path": path}})).data_path == path
 
 
 def test_local_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers have folders of their own."""
     monkeypatch.chdir(tmp_path)
-    config = located(parse({"run": "runs/a", "data": {"path": "data"}}))
+    config = with_absolute_paths(parse({"run": "runs/a", "data": {"path": "data"}}))
     assert (config.data_path, config.run) == (str(tmp_path / "data"), str(tmp_path / "runs" / "a"))

@@ -32,7 +32,7 @@ from cdssl_dist.train.ledger import Ledger, Rollback
 from cdssl_dist.train.mirror import restore
 from cdssl_dist.train.perf import Meter
 from cdssl_dist.train.replay import replay
-from cdssl_dist.train.runlog import RunLog, alone, read_lines
+from cdssl_dist.train.runlog import RunLog, locked_run_folder, read_lines
 from sharding.block import Budget, decode
 from sharding.manifest import DataSetError
 from sharding.pipeline import shard
@@ -460,10 +460,10 @@ def test_one_process_trains_into_a_folder(
     data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run").mkdir()
-    with alone(tmp_path / "run"):
+    with locked_run_folder(tmp_path / "run"):
         assert cdssl(["pretrain", f"run={tmp_path / 'run'}", f"data.path={data_folder}"]) == 2
     assert "another process is training in this folder" in capsys.readouterr().err
-    with alone(tmp_path / "run"):
+    with locked_run_folder(tmp_path / "run"):
         pass
 
 
@@ -732,7 +732,7 @@ def test_nothing_is_null_and_not_a_name() -> None:
 
 
 def test_a_data_set_may_be_named_by_file_url(tmp_path: Path) -> None:
-    found = pretrain.located(parse({"data": {"path": f"file://{tmp_path}/a%20b"}}))
+    found = pretrain.with_absolute_paths(parse({"data": {"path": f"file://{tmp_path}/a%20b"}}))
     assert found.data.path == f"{tmp_path}/a b"
 
 
@@ -777,5 +777,5 @@ def test_the_ledger_sends_checkpoints_past_what_was_rolled_back() -> None:
     assert ledger.resume_point(180) == 250
     assert ledger.resume_point(200) is None
     assert ledger.resume_point(250) == 250
-    assert ledger.known_at(250) == ledger.known_at(180) == ledger
-    assert [r.to for r in ledger.known_at(170).rollbacks] == [100] and not ledger.known_at(99).rollbacks
+    assert ledger.up_to(250) == ledger.up_to(180) == ledger
+    assert [r.to for r in ledger.up_to(170).rollbacks] == [100] and not ledger.up_to(99).rollbacks

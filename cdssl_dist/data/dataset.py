@@ -116,7 +116,7 @@ class DataSet:
         shard, offset, size = (int(self.blocks[name][block]) for name in ("shard", "offset", "size"))
         wanted = int(self.checksums[block])
         data = self._storage.read(shard, offset, size, stop)
-        if xxhash.xxh3_64_intdigest(data) != wanted and self._storage.distrust(shard):
+        if xxhash.xxh3_64_intdigest(data) != wanted and self._storage.report_corrupt(shard):
             data = self._storage.read(shard, offset, size, stop)
         if xxhash.xxh3_64_intdigest(data) != wanted:
             raise BadBlockError(

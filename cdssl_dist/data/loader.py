@@ -35,7 +35,7 @@ class Step:
     edges: int  # scored edges of the whole step, all ranks, those of skipped blocks too
     packs: list[RawPack]  # one for each micro-step; empty packs are all padding
     skipped: tuple[int, ...] = ()  # blocks of this rank that were bad
-    error: str = ""  # why they must end the run, with ``together``
+    error: str = ""  # why they must end the run, with ``defer_errors``
 
 
 class Loader:
@@ -55,8 +55,8 @@ class Loader:
             planned. So all ranks agree on the normaliser without communication; the step's loss is that of a model
             without error on the block, and its gradient is smaller by the block's share, about 1/(P·k). A lost shard
             or a dead endpoint is always an error, and so are more than 1% bad blocks, once there are more than ten.
-        together: store an error from bad blocks in ``Step.error``, for all ranks to raise together, instead of raising
-            it here, since others would wait for a rank that ended alone. The block is left out meanwhile.
+        defer_errors: store an error from bad blocks in ``Step.error``, for all ranks to raise together, instead of
+            raising it here, since others would wait for a rank that ended alone. The block is left out meanwhile.
 
     Raises:
         DataSetError, BadBlockError: from ``next``; steps before the bad one are delivered.
@@ -76,9 +76,10 @@ class Loader:
         prefetch: int = 4,
         pin: bool = False,
         bad_blocks: BadBlocks = "error",
-        together: bool = False,
+        defer_errors: bool = False,
     ) -> None:
-        self.data, self.plan, self.shape, self.bad_blocks, self.together = data, plan, shape, bad_blocks, together
+        self.data, self.plan, self.shape = data, plan, shape
+        self.bad_blocks, self.defer_errors = bad_blocks, defer_errors
         self.lanes, self.micro = plan.lanes(rank, world_size), plan.micro_steps(world_size)
         self.first, self.end, self.pin = first, end, pin
         self._read, self._bad = 0, 0  # blocks
@@ -164,7 +165,7 @@ class Loader:
                     error = f"{why}; `cdssl verify` finds all such blocks, data.bad_blocks=skip leaves them out"
                 elif self._bad > max(FEW, SHARE * self._read):
                     error = f"{why}; {self._bad} of {self._read} blocks were bad, too many to skip"
-                if error and not self.together:
+                if error and not self.defer_errors:
                     raise BadBlockError(error) from why
                 errors.append(error)
                 if not error:

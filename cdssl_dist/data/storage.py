@@ -30,7 +30,7 @@ class Storage(Protocol):
     def fetch(self, shard: int, stop: threading.Event | None) -> bool:
         """Load a shard into the cache before it is read; False if it is not cached, and nothing was done."""
 
-    def distrust(self, shard: int) -> bool:
+    def report_corrupt(self, shard: int) -> bool:
         """Report that a shard gave wrong bytes; return whether reading again may help."""
 
     def open(self, name: str) -> IO[bytes]:
@@ -72,7 +72,7 @@ class LocalShards:
         """Do nothing: the operating system reads ahead."""
         return False
 
-    def distrust(self, shard: int) -> bool:
+    def report_corrupt(self, shard: int) -> bool:
         """Return False: a disk would give the same bytes again."""
         return False
 
@@ -106,7 +106,7 @@ class RemoteShards:
         """See ``Storage``; raises as ``read`` does."""
         return self._open.get(shard, lambda: self._cached(shard, stop)) is not None
 
-    def distrust(self, shard: int) -> bool:
+    def report_corrupt(self, shard: int) -> bool:
         """Drop the cached copy; a second download may be intact."""
         file = self._open.take(shard)
         if file is not None and self._cache is not None:

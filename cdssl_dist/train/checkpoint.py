@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 VERSION: Final = 2
 MARKER: Final = "COMMITTED"
-SHAPE: Final = ("model.width", "model.hidden", "model.blocks", "graph.", "pretext.", "data.cutoff")  # of other networks
+# A change of these makes another network, which the weights do not fit.
+NETWORK_KEYS: Final = ("model.width", "model.hidden", "model.blocks", "graph.", "pretext.", "data.cutoff")
 
 
 class CheckpointError(ValueError):
@@ -136,7 +137,7 @@ def newest(root: Path, ledger: Ledger, before: int | None = None) -> Checkpoint 
     Raises:
         CheckpointError: if one of its files does not match its marker.
     """
-    found = [f for f in _not_passed_over(root, ledger) if before is None or cursor_of(f.name) <= before]
+    found = [f for f in _not_discarded(root, ledger) if before is None or cursor_of(f.name) <= before]
     if not found:
         return None
     verified(found[-1])
@@ -205,7 +206,7 @@ def check_fits(checkpoint: Checkpoint, config: Config, digest: str, counts: dict
             changes["data.cutoff"] = f"{old.data['cutoff']} Å → {counts['cutoff']} Å"
         changes["data"] = f"digest {old.data_digest[:12]} → {digest[:12]}{counted}"
     refused = {key: change for key, change in changes.items() if key not in config.checkpoint.allow_changed}
-    shape = {key: change for key, change in changes.items() if key.startswith(SHAPE)}
+    shape = {key: change for key, change in changes.items() if key.startswith(NETWORK_KEYS)}
     ended = {"data": changes["data"]} if "data" in changes and old.cursor >= config.schedule.steps else {}
     if found := shape or ended or refused:
         way = "another network, which these weights do not fit: use another run folder"
@@ -244,13 +245,13 @@ def committed(root: Path) -> list[Path]:
     return sorted(found, key=lambda p: (cursor_of(p.name), p.stat().st_mtime_ns))
 
 
-def _not_passed_over(root: Path, ledger: Ledger) -> list[Path]:
-    return [folder for folder in committed(root) if not ledger.passed_over(cursor_of(folder.name))]
+def _not_discarded(root: Path, ledger: Ledger) -> list[Path]:
+    return [folder for folder in committed(root) if not ledger.discarded(cursor_of(folder.name))]
 
 
 def _retain(root: Path, retention: Retention, ledger: Ledger, cursor: int) -> None:
     """Remove, markers first, checkpoints that are not kept, were left by crashes or discarded by a roll-back."""
-    found = _not_passed_over(root, ledger)
+    found = _not_discarded(root, ledger)
     good = [f for f in found if cursor_of(f.name) <= cursor - retention.quiet]
     kept = {*found[-retention.keep :], *good[-1:], *found[len(good) :]}  # the later ones may yet prove bad
     about = {f: read_progress(f) for f in found}

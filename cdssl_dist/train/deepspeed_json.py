@@ -7,7 +7,7 @@ from typing import Any, Final, Literal
 
 from cdssl_dist.train.setup import SetupError
 
-ELSEWHERE: Final = {  # DeepSpeed keys that the typed configuration replaces
+RESERVED_KEYS: Final = {  # DeepSpeed keys that the typed configuration replaces
     "optimizer": "the section optim",
     "scheduler": "the section schedule",
     "fp16": "engine.precision",
@@ -53,8 +53,10 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
         # Sums over micro-steps and ranks in f32; ZeRO-2 and 3 still round the sum over ranks of one micro-step.
         config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     for key, value in settings.extra.items():
-        if key in ELSEWHERE:
-            raise SetupError(f"engine.deepspeed.{key} does nothing here, or does harm: set {ELSEWHERE[key]} instead")
+        if key in RESERVED_KEYS:
+            raise SetupError(
+                f"engine.deepspeed.{key} does nothing here, or does harm: set {RESERVED_KEYS[key]} instead"
+            )
         if isinstance(value, dict) and isinstance(config.get(key), dict):
             clash = [k for k in value if k in config[key] and config[key][k] != value[k]]
             config[key] = value | config[key]

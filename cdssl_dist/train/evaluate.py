@@ -58,7 +58,7 @@ def sum_over_split(
         first=0,
         end=steps,
         bad_blocks=bad_blocks,
-        together=True,
+        defer_errors=True,
     )
     skipped: list[int] = []
     error = ""

@@ -24,7 +24,7 @@ class Ledger:
 
     rollbacks: list[Rollback] = field(default_factory=list)
 
-    def passed_over(self, cursor: int) -> bool:
+    def discarded(self, cursor: int) -> bool:
         """Whether a roll-back discarded the checkpoint at ``cursor``."""
         return self.resume_point(cursor) is None
 
@@ -46,7 +46,7 @@ class Ledger:
         """Return the ledger with one more roll-back."""
         return Ledger([*self.rollbacks, rollback])
 
-    def known_at(self, cursor: int) -> Ledger:
+    def up_to(self, cursor: int) -> Ledger:
         """Return the roll-backs that precede a resume from the checkpoint at ``cursor``.
 
         Later ones belong to a continuation that was abandoned by removing its checkpoints.

@@ -29,7 +29,7 @@ from cdssl_dist.train.guard import Guard, GuardStop
 from cdssl_dist.train.ledger import Ledger, Rollback
 from cdssl_dist.train.mirror import Mirror, restore
 from cdssl_dist.train.perf import Meter
-from cdssl_dist.train.runlog import RunLog, Silence
+from cdssl_dist.train.runlog import NullRunLog, RunLog
 from cdssl_dist.train.schedule import learning_rate
 from cdssl_dist.train.setup import device_of, model_and_task, plan_of
 from cdssl_dist.train.system import memory_errors
@@ -136,7 +136,7 @@ class Trainer:
         self.lr = 0.0
         self.metrics: dict[str, float] = {}  # of the last validation
         self.validated = -1  # cursor at that validation
-        self.log: RunLog | Silence = Silence()  # on rank 0 a ``RunLog``, once ``resume`` was called
+        self.log: RunLog | NullRunLog = NullRunLog()  # on rank 0 a ``RunLog``, once ``resume`` was called
         self.mirror: Mirror | None = None  # on rank 0, if checkpoints are copied
         # Of the current step, on this rank: loss, losses of its packs, bad blocks left out, and error from bad blocks.
         self.loss = torch.zeros((), device=device)
@@ -373,7 +373,7 @@ class Trainer:
 
     def _forget_later_rollbacks(self, cursor: int) -> None:
         """Drop roll-backs of a continuation whose checkpoints were removed; a collective."""
-        ledger = self.ledger.known_at(cursor)
+        ledger = self.ledger.up_to(cursor)
         if ledger != self.ledger:
             self.ledger = ledger
             if self.rank == 0:
@@ -406,7 +406,7 @@ class Trainer:
             prefetch=self.config.data.prefetch,
             pin=self.device.type == "cuda",
             bad_blocks=self.config.data.bad_blocks,
-            together=True,
+            defer_errors=True,
         )
 
     def _status(self, state: str, figures: dict[str, float]) -> None:

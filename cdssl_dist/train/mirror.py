@@ -21,7 +21,7 @@ from sharding.commands import one_line
 from sharding.manifest import DataSetError
 from sharding.sources.streams import folder_system, redacted
 
-BESIDE: Final = ("guard-ledger.json", "metrics.jsonl", "events.jsonl")  # of the run folder, uploaded before the marker
+RUN_FILES: Final = ("guard-ledger.json", "metrics.jsonl", "events.jsonl")  # uploaded before the marker
 KEEP: Final = 2  # number of copies
 
 
@@ -98,7 +98,7 @@ class Mirror:
         for path in sorted(folder.iterdir()):
             if path.name != MARKER:
                 self._system.put_file(str(path), f"{there}/{path.name}")
-        for name in BESIDE:
+        for name in RUN_FILES:
             if (self.run / name).exists():
                 self._system.pipe_file(f"{self._root}/{name}", (self.run / name).read_bytes())
         self._system.pipe_file(f"{there}/{MARKER}", (folder / MARKER).read_bytes())
@@ -126,11 +126,11 @@ def restore(url: str, run: Path) -> str | None:
         names = _found(system, root)
         if not names:
             return None
-        for name in BESIDE:
+        for name in RUN_FILES:
             if system.exists(f"{root}/{name}"):
                 (temporary / name).write_bytes(system.cat_file(f"{root}/{name}"))
-        ledger = Ledger.read(run if (run / BESIDE[0]).exists() else temporary)
-        good = [name for name in names if not ledger.passed_over(cursor_of(name))]
+        ledger = Ledger.read(run if (run / RUN_FILES[0]).exists() else temporary)
+        good = [name for name in names if not ledger.discarded(cursor_of(name))]
         if not good:
             raise DataSetError(f"roll-backs passed over all of {', '.join(names)}")
         fetched = temporary / good[-1]
@@ -142,7 +142,7 @@ def restore(url: str, run: Path) -> str | None:
         except CheckpointError as why:
             there = f"{redacted(url)}/{good[-1]}"
             raise DataSetError(f"{there}: damaged ({why}); remove it there to resume from the one before") from None
-        for name in BESIDE:  # only now that the checkpoint is complete
+        for name in RUN_FILES:  # only now that the checkpoint is complete
             if (temporary / name).exists() and not (run / name).exists():
                 (temporary / name).rename(run / name)
         checkpoints.mkdir(exist_ok=True)

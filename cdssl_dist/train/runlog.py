@@ -84,7 +84,7 @@ class RunLog:
             file.close()
 
 
-class Silence:
+class NullRunLog:
     """The log of all ranks but the first: the same methods, which write nothing."""
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
@@ -137,7 +137,7 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def locked_run_folder(folder: Path) -> Iterator[None]:
     """Lock a run folder; the lock ends with the process, however that ends.
 
     Raises:
