@@ -145,6 +145,9 @@ def check_and_write_config(config: Config, data: DataSet) -> None:
         checkpoint.check_fits(found, config, data.manifest.digest, data.counts)
     if config.engine.device == "auto" and not config.cluster.gpus_per_worker and torch.cuda.is_available():
         print("this machine has a GPU, but no worker is given one: cluster.gpus_per_worker=1 uses it", file=sys.stderr)
+    if config.schedule.warmup >= config.schedule.steps:
+        steps = f"schedule.warmup={config.schedule.warmup} of schedule.steps={config.schedule.steps}"
+        print(f"the learning rate never reaches its peak: {steps}; lower the first", file=sys.stderr)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 

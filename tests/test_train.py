@@ -421,6 +421,15 @@ def test_the_mirror_gives_what_no_roll_back_passed_over(tmp_path: Path, monkeypa
     assert name is not None and "1000" in name
     found = checkpoint.newest(run / "checkpoints", Ledger.read(run))
     assert found is not None and found.folder.name == name
+    assert len(checkpoint.committed(run / "checkpoints")) == 1
+    before = committed(there, 500)
+    two = tmp_path / "two"
+    assert restore(str(there), two) == name  # with the one to roll back to
+    assert [f.name for f in checkpoint.committed(two / "checkpoints")] == [before.name, name]
+    (before / "progress.json").write_text("torn")
+    assert restore(str(there), tmp_path / "one") == name
+    assert [f.name for f in checkpoint.committed(tmp_path / "one" / "checkpoints")] == [name]
+    shutil.rmtree(before)
     assert restore(str(there), run) is None  # there is one now
 
     (there / name / checkpoint.MARKER).write_text(json.dumps({"progress.json": "0"}))
@@ -440,6 +449,17 @@ def test_a_run_that_lost_what_was_good_does_not_begin_anew(data_folder: Path, tm
         launch(1, run_training, config(tmp_path / "run", data_folder))
 
 
+def test_what_a_crash_left_is_removed_at_the_next_start(data_folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    kept = committed(root, 100)
+    for name in ("checkpoints/step-000000104-w2-torn", "restore.1234.tmp", "checkpoints/mine", "notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    checkpoint.remove_leftovers(tmp_path)
+    assert {path.name for path in root.iterdir()} == {kept.name, "mine"}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "notes"}
+
+
 def test_a_run_that_begins_anew_has_no_roll_backs(undisturbed: Path, data_folder: Path, tmp_path: Path) -> None:
     """What is left of one whose checkpoints were removed."""
     run = tmp_path / "run"
@@ -449,6 +469,20 @@ def test_a_run_that_begins_anew_has_no_roll_backs(undisturbed: Path, data_folder
     assert metrics(run, "lr") == metrics(undisturbed, "lr")
     assert [checkpoint.cursor_of(f.name) for f in checkpoint.committed(run / "checkpoints")] == [4, 8]
     assert Ledger.read(run) == Ledger()
+
+
+@pytest.mark.parametrize("how", [SystemExit(15), KeyboardInterrupt()])
+def test_a_stop_while_ray_starts_is_no_failure(
+    how: BaseException, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(_: Config) -> None:
+        raise how
+
+    monkeypatch.setattr(cluster, "_start_ray", stopped)
+    monkeypatch.setattr(cluster, "_leave", lambda: None)  # at exit
+    assert not cluster.launch(parse(config(tmp_path, data_folder)))
+    found = json.loads((tmp_path / "status.json").read_text())
+    assert (found["state"], found["reason"]) == ("stopped", "stopped while Ray was starting")
 
 
 def test_a_stop_at_the_last_step_stops_nothing(data_folder: Path, tmp_path: Path) -> None:

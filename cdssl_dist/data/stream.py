@@ -186,12 +186,13 @@ class Rows:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._flush()
-        self.writer.close()
-        if kind is None:
-            self.temporary.replace(self.path)
-        else:
+        try:
+            if kind is None:
+                self._flush()
+            self.writer.close()
+            if kind is None:
+                self.temporary.replace(self.path)
+        finally:  # a full disk is met at the end, too
             self.temporary.unlink(missing_ok=True)
 
 

@@ -269,6 +269,13 @@ def _retain(root: Path, retention: Retention, ledger: Ledger, cursor: int) -> No
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def remove_leftovers(run: Path) -> None:
+    """Remove what crashes left: checkpoints without a marker, which fill a disk, and copies that were being fetched."""
+    unmarked = [f for f in (run / "checkpoints").glob("step-*") if f.is_dir() and not (f / MARKER).exists()]
+    for folder in [*unmarked, *run.glob("restore.*.tmp")]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _checksum(path: Path) -> str:
     digest = xxhash.xxh3_64()
     with open(path, "rb") as file:

@@ -36,8 +36,8 @@ class RunError(ValueError):
     """The run folder belongs to another run, or a worker lacks what the configuration asks for."""
 
 
-class _TooLateError(Exception):
-    """Workers did not save and stop in time."""
+class _StoppedError(Exception):
+    """Asked to stop, without a checkpoint of this moment."""
 
 
 def launch(config: Config) -> bool:
@@ -60,13 +60,16 @@ def launch(config: Config) -> bool:
     update_status(folder, state="starting", reason="")
     state, reason = "moved", ""
     try:
-        _start_ray(config)
+        try:
+            _start_ray(config)
+        except (KeyboardInterrupt, SystemExit):  # the latter is Ray's own answer to SIGTERM
+            raise _StoppedError("stopped while Ray was starting") from None
         with _stop_on_signal(folder / rank.STOP_FILE) as asked:  # after Ray, which takes SIGTERM over at its start
             while state == "moved":
                 state, reason = _fit(config, asked)
     except ClusterError as why:
         state, reason = "failed", str(why)
-    except _TooLateError as why:
+    except _StoppedError as why:
         state, reason = "stopped", str(why)
     except BaseException as why:
         update_status(folder, state="failed", reason=f"the driver ended: {one_line(why)}")
@@ -95,7 +98,7 @@ def _fit(config: Config, asked: Callable[[], float]) -> rank.Outcome:
 
     Raises:
         ClusterError: if workers failed more often than allowed.
-        _TooLateError: if state is not saved within ``cluster.stop_within`` seconds of a stop request.
+        _StoppedError: if state is not saved within ``cluster.stop_within`` seconds of a stop request.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -137,7 +140,7 @@ def _fit(config: Config, asked: Callable[[], float]) -> rank.Outcome:
     while thread.is_alive():
         thread.join(POLL)
         if asked() > cluster.stop_within:
-            raise _TooLateError(f"state was not saved within {cluster.stop_within:.0f} s: the last checkpoint remains")
+            raise _StoppedError(f"state was not saved within {cluster.stop_within:.0f} s: the last checkpoint remains")
     (answer,) = found
     if isinstance(answer, Exception):
         failures = getattr(answer, "worker_failures", None)

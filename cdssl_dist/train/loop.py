@@ -149,6 +149,8 @@ class Trainer:
     def resume(self) -> None:
         """Continue from the newest checkpoint, if there is one."""
         changes: list[str] = []
+        if self.rank == 0:
+            checkpoint.remove_leftovers(self.folder)
         if found := on_rank_0(lambda: checkpoint.newest(self.checkpoints, self.ledger)):
             self._forget_later_rollbacks(found.progress.cursor)
             changes = self._load(found)

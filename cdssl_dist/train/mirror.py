@@ -108,10 +108,12 @@ class Mirror:
 
 
 def restore(url: str, run: Path) -> str | None:
-    """Fetch the newest copy that no roll-back discarded, if the run folder has no committed checkpoint.
+    """Fetch the copies that no roll-back discarded, if the run folder has no committed checkpoint.
+
+    The run resumes from the newest; the guard may want to go back to the one before.
 
     Returns:
-        Its name, or None if nothing was fetched.
+        The name of the newest, or None if nothing was fetched.
 
     Raises:
         DataSetError: if the endpoint cannot be read, or the copy is damaged: the run must not start over silently.
@@ -133,20 +135,26 @@ def restore(url: str, run: Path) -> str | None:
         good = [name for name in names if not ledger.discarded(cursor_of(name))]
         if not good:
             raise DataSetError(f"roll-backs passed over all of {', '.join(names)}")
-        fetched = temporary / good[-1]
-        fetched.mkdir()
-        for path in system.ls(f"{root}/{good[-1]}", detail=False):
-            (fetched / path.rsplit("/", 1)[-1]).write_bytes(system.cat_file(path))
-        try:
-            verified(fetched)
-        except CheckpointError as why:
-            there = f"{redacted(url)}/{good[-1]}"
-            raise DataSetError(f"{there}: damaged ({why}); remove it there to resume from the one before") from None
+        fetched: list[Path] = []
+        for name in reversed(good):
+            folder = temporary / name
+            folder.mkdir()
+            for path in system.ls(f"{root}/{name}", detail=False):
+                (folder / path.rsplit("/", 1)[-1]).write_bytes(system.cat_file(path))
+            try:
+                verified(folder)
+                fetched.append(folder)
+            except CheckpointError as why:
+                if fetched:
+                    continue
+                there = f"{redacted(url)}/{name}"
+                raise DataSetError(f"{there}: damaged ({why}); remove it there to resume from the one before") from None
         for name in RUN_FILES:  # only now that the checkpoint is complete
             if (temporary / name).exists() and not (run / name).exists():
                 (temporary / name).rename(run / name)
         checkpoints.mkdir(exist_ok=True)
-        fetched.rename(checkpoints / good[-1])
+        for folder in fetched:  # the newest first: if this is interrupted, the run must not resume from another
+            folder.rename(checkpoints / folder.name)
         return good[-1]
     except DataSetError:
         raise
