@@ -12,6 +12,7 @@ import importlib.resources
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -319,6 +320,7 @@ def _packaged_like(path: Path) -> Path:
     if path.is_absolute() or not found.is_file():
         names = ", ".join(sorted(str(p.relative_to(folder)) for p in folder.glob("*/*.yaml")))
         raise ConfigError(f"{path}: there is no such file; these are packaged: {names}")
+    print(f"{path}: not found here, so the packaged {found} is used", file=sys.stderr)
     return found
 
 

@@ -23,7 +23,7 @@ from sharding.graph import Multigraphs, build, concatenate, offsets
 from sharding.manifest import DataSetError
 from sharding.progress import Progress
 from sharding.sources import ReadOptions, open_source, parse_records
-from sharding.sources.pieces import MISSING, is_missing, number
+from sharding.sources.pieces import MISSING, is_other_text, number
 
 DALTON_PER_CUBIC_ANGSTROM: Final = 1.66053906660  # in g/cm³ (CODATA 2018)
 CRYSTALS_AT_ONCE: Final = 512
@@ -161,7 +161,7 @@ def _numbers(path: str, name: str, column: Sequence[Any]) -> list[float]:
     """Convert a column to numbers, NaN if missing; a column of both numbers and text is an error."""
     values = [math.nan if (v := number(x)) is None else v for x in column]
     known = sum(map(math.isfinite, values))
-    if known and (texts := [x for x in column if isinstance(x, str) and number(x) is None and not is_missing(x)]):
+    if known and (texts := [x for x in column if is_other_text(x)]):
         raise DataSetError(
             f"{path}: {len(texts)} values of {name!r} are text, such as {texts[0]!r}, and {known} are numbers; "
             "dropping them could bias what is learned: make them numbers, or leave them empty"

@@ -161,14 +161,16 @@ def label_value(label: str, value: Any) -> float | None:
         RefusedError: ``label`` for other text, such as ">35": to drop it silently could bias what is learned.
     """
     found = number(value)
-    if found is None and isinstance(value, str) and not is_missing(value):
+    if is_other_text(value):
         raise RefusedError("label", f"label {label!r} is {value[:40]!r}, which is not a number")
     return found
 
 
-def is_missing(text: str) -> bool:
-    """Whether text stands for a missing number."""
-    return text.strip().lower() in MISSING or not text.strip(" -?.")
+def is_other_text(value: Any) -> bool:
+    """Whether a value is text that is neither a number nor a word or sign for a missing one."""
+    if not isinstance(value, str) or number(value) is not None:
+        return False
+    return value.strip().lower() not in MISSING and bool(value.strip(" -?."))
 
 
 def number(value: Any) -> float | None:
